@@ -1,0 +1,68 @@
+# Octavo: `make run` answers a prompt on a fresh machine, `make test` runs the tests. Needs Python 3.11, a C++20 compiler
+# and an index of Python packages. PyPI's torch for Linux carries CUDA; for the small CPU build, where it is reachable:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+PROMPT ?= What is a sheet of paper folded into eight leaves called?
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --build-constraint constraints.txt
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+EXTRA = $(BIN)/python -c 'import sys, tomllib; \
+    print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]]))'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-slow test-gpu lint format clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+
+# Stamps in $(VENV) record what is installed. Each is remade when a file it was made from has changed.
+$(VENV)/.pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
+	@touch $@
+
+$(VENV)/.install: $(VENV)/.pip pyproject.toml CMakeLists.txt $(CXX_FILES)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.install
+	$(EXTRA) $* > $(VENV)/$*.txt
+	$(PIP_INSTALL) --requirement $(VENV)/$*.txt
+	@touch $@
+
+install: $(VENV)/.install ## Install Octavo into .venv, editable
+
+run: $(VENV)/.install ## Fetch MODEL (smollm2) and answer PROMPT
+	@$(BIN)/octavo pull $(MODEL) > /dev/null
+	@$(BIN)/octavo run --model $(MODEL) "$(PROMPT)"
+
+test: $(VENV)/.test ## Run the tests, but for the slow ones and those that need a GPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test ## Run the slow tests; they re-make the oracle files
+	$(BIN)/python -m pytest -m slow --timeout 7200 $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint ## Put the sources into the project's style
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## Remove the environment, build output and caches; models stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Backends: each gives the ops their meaning."""

@@ -1,0 +1,178 @@
+"""The `reference` backend: NumPy, slow, obvious; the oracle of every other backend's tests.
+
+Weights are dequantised to float32 (or float64) when they are loaded. Exact per request only up to rounding: a matrix
+product of NumPy's BLAS may round differently for another number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+
+Floats = NDArray[Any]
+
+_FEW_ROWS = 8  # up to here a product per row reads the matrix faster than BLAS's blocked one
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    matrix: Floats  # [out, in]
+    parts: tuple[int, ...]  # outputs of each matrix it was made of
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    k: Floats  # [num_blocks, block_size, KH, D]
+    v: Floats
+    window: int | None
+
+
+class ReferenceOps:
+    """See octavo.ops.Ops. `dtype` is that of weights and activations, `kv_dtype` that of stored K and V."""
+
+    name = "reference"
+
+    def __init__(self, dtype: str = "float32", kv_dtype: str = "float32") -> None:
+        self.dtype = np.dtype(dtype)
+        self.kv_dtype = np.dtype(kv_dtype)
+        self._frequencies: dict[RopeConfig, Floats] = {}
+
+    # --- memory ---
+
+    def weight_nbytes(self, tensor: RawTensor) -> int:
+        return tensor.size * self.dtype.itemsize
+
+    def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
+        return 2 * num_tokens * spec.num_kv_heads * spec.head_dim * self.kv_dtype.itemsize
+
+    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
+        # Widest moment of each part, in arrays alive at once: the gated MLP, one sequence's attention, the logits.
+        mlp = num_tokens * (6 * config.intermediate_size + 3 * config.hidden_size)
+        keys = 4 * max_context * config.num_kv_heads * config.head_dim
+        scores = 3 * config.num_heads * num_tokens * max_context
+        logits = 4 * num_rows * config.vocab_size
+        return self.dtype.itemsize * max(mlp, keys + scores, logits)
+
+    # --- weights and KV ---
+
+    def linear_weight(self, parts: Sequence[RawTensor]) -> Linear:
+        matrices = [part.dequantize().astype(self.dtype, copy=False) for part in parts]
+        matrix = matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
+        return Linear(matrix, tuple(len(m) for m in matrices))
+
+    def embedding_weight(self, tensor: RawTensor) -> Linear:
+        return self.linear_weight([tensor])
+
+    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Floats:
+        return (tensor.dequantize() + np.float32(offset)).astype(self.dtype)
+
+    def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVLayer]:
+        layers = []
+        for spec in specs:
+            shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+            # zeros, not empty: the pages of untouched blocks cost no memory.
+            layers.append(KVLayer(np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype), spec.window))
+        return layers
+
+    # --- ops ---
+
+    def embed(self, batch: Batch, weight: Linear, scale: float = 1.0) -> Floats:
+        return weight.matrix[batch.input_ids] * self.dtype.type(scale)
+
+    def rms_norm(self, x: Floats, weight: Floats, eps: float, residual: Floats | None = None) -> Floats:
+        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+        y = x / np.sqrt(mean_square + self.dtype.type(eps)) * weight
+        return y if residual is None else y + residual
+
+    def linear(self, x: Floats, weight: Linear, residual: Floats | None = None) -> Floats:
+        if len(x) <= _FEW_ROWS:
+            y = np.empty((len(x), len(weight.matrix)), self.dtype)
+            for row, out in zip(x, y, strict=True):
+                np.dot(weight.matrix, row, out=out)
+        else:
+            y = x @ weight.matrix.T
+        if residual is not None:
+            y += residual
+        return y
+
+    def split_heads(self, x: Floats, parts: Sequence[int], head_dim: int) -> list[Floats]:
+        ends = np.cumsum(parts)[:-1]
+        return [part.reshape(len(x), -1, head_dim) for part in np.split(x, ends, axis=1)]
+
+    def rope(self, x: Floats, batch: Batch, rope: RopeConfig) -> Floats:
+        if rope not in self._frequencies:
+            self._frequencies[rope] = rope.inverse_frequencies()
+        # Angles in float32, as the models were trained; [T, 1, dim / 2].
+        angles = batch.positions.astype(np.float32)[:, None, None] * self._frequencies[rope]
+        cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
+        half = rope.dim // 2
+        first, second, rest = x[..., :half], x[..., half : rope.dim], x[..., rope.dim :]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    def store_kv(self, k: Floats, v: Floats, batch: Batch, kv: KVLayer) -> None:
+        blocks, offsets = np.divmod(batch.slot_mapping, batch.block_size)
+        kv.k[blocks, offsets] = k
+        kv.v[blocks, offsets] = v
+
+    def attention(self, q: Floats, batch: Batch, kv: KVLayer, scale: float) -> Floats:
+        out = np.empty((len(q), q.shape[1] * q.shape[2]), self.dtype)
+        for s in range(batch.num_seqs):
+            rows = slice(batch.query_start_loc[s], batch.query_start_loc[s + 1])
+            out[rows] = self._attend(q[rows], batch.positions[rows], batch.block_tables[s], batch, kv, scale)
+        return out
+
+    def _attend(
+        self, q: Floats, positions: NDArray[np.int32], table: NDArray[np.int32], batch: Batch, kv: KVLayer, scale: float
+    ) -> Floats:
+        """One sequence: q [n, H, D] at `positions` [n], ascending -> [n, H * D]."""
+        if not len(q):
+            return np.empty((0, q.shape[1] * q.shape[2]), self.dtype)
+        size = batch.block_size
+        first = max(int(positions[0]) - kv.window + 1, 0) if kv.window is not None else 0
+        stop = int(positions[-1]) + 1
+        skip = first // size  # blocks that no row can see
+        blocks = table[skip : -(-stop // size)]
+        seen = slice(first - skip * size, stop - skip * size)
+        keys = kv.k[blocks].reshape(-1, *kv.k.shape[2:])[seen].astype(self.dtype)  # [L, KH, D]
+        values = kv.v[blocks].reshape(-1, *kv.v.shape[2:])[seen].astype(self.dtype)
+        key_positions = np.arange(first, stop)
+        hidden = key_positions[None, :] > positions[:, None]  # [n, L]
+        if kv.window is not None:
+            hidden |= key_positions[None, :] <= positions[:, None] - kv.window
+        n, heads, dim = q.shape
+        kv_heads = keys.shape[1]
+        grouped = q.reshape(n, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+        scores = (grouped @ keys.transpose(1, 2, 0)).reshape(kv_heads, -1, n, len(keys)) * self.dtype.type(scale)
+        scores[..., hidden] = -np.inf
+        scores -= scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        mixed = weights.reshape(kv_heads, -1, len(keys)) @ values.transpose(1, 0, 2)  # [KH, H / KH * n, D]
+        return mixed.reshape(heads, n, dim).transpose(1, 0, 2).reshape(n, heads * dim)
+
+    def gated(self, x: Floats, activation: Activation) -> Floats:
+        gate, up = np.split(x, 2, axis=1)
+        if activation is Activation.SILU:
+            with np.errstate(over="ignore"):  # exp(-gate) may be inf: gate / inf is the right 0
+                return gate / (1 + np.exp(-gate)) * up
+        root = self.dtype.type(np.sqrt(2 / np.pi))
+        inner = root * (gate + self.dtype.type(0.044715) * gate * gate * gate)
+        return self.dtype.type(0.5) * gate * (1 + np.tanh(inner)) * up
+
+    def take_rows(self, x: Floats, rows: NDArray[np.int32]) -> Floats:
+        return x[rows]
+
+    def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:  # in order: a target may be the source of a later copy
+            for layer in layers:
+                layer.k[target] = layer.k[source]
+                layer.v[target] = layer.v[source]
+
+    def to_numpy(self, x: Floats) -> Floats:
+        return x

@@ -1,0 +1,124 @@
+"""The one place where settings become a wired engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import octavo
+from octavo.config import EngineConfig
+from octavo.core.errors import ConfigError
+from octavo.engine import Engine, SchedulerConfig
+from octavo.formats import GGUFFile, open_weights
+from octavo.formats.mapping import ModelFile
+from octavo.hub import resolve_model
+from octavo.kv_cache import KVCacheManager
+from octavo.models import model_class
+from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.runner.fingerprint import fingerprint
+from octavo.runner.gguf_config import config_from_gguf
+from octavo.runner.hf_config import config_from_folder
+from octavo.runner.memory import MemoryPlan, available_memory, plan_memory
+from octavo.runner.model_runner import LocalExecutor, ModelRunner, rows_per_slice
+from octavo.runner.weights import FileWeights
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.core.protocols import Clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what its front ends need to know of it."""
+
+    engine: Engine
+    codec: Tokenizer
+    model_config: ModelConfig
+    memory_plan: MemoryPlan
+    max_model_len: int
+    system_fingerprint: str
+
+
+def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEngine:
+    """Find the model, plan memory, load weights, wire everything.
+
+    Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError, ConfigError.
+    """
+    path = resolve_model(config.model)
+    with open_weights(path) as file:
+        model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
+        max_model_len = _max_model_len(config, model_config)
+        ops = _make_ops(config)
+        plan = _plan(config, model_config, file, ops, max_model_len)
+        log.info("%s", plan)
+        codec = (
+            Tokenizer.from_gguf(file.metadata, file.path)
+            if isinstance(file, GGUFFile)
+            else Tokenizer.from_directory(path)
+        )
+        loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+        model = model_class(model_config.architecture)(model_config, loader)
+        loader.finish()
+    runner = ModelRunner(
+        model,
+        ops,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        num_layers=model_config.num_layers,
+        vocab_size=model_config.vocab_size,
+    )
+    scheduler = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.step_tokens,
+        max_chunk_tokens=config.long_prefill_token_threshold,
+        policy=config.scheduling_policy,
+    )
+    engine = Engine(scheduler, KVCacheManager(plan.num_blocks, config.block_size), LocalExecutor(runner), clock)
+    return BuiltEngine(engine, codec, model_config, plan, max_model_len, _fingerprint(config, ops, path))
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    asked = config.max_model_len
+    if asked is None:
+        return model_config.max_position
+    if asked > model_config.max_position:
+        raise ConfigError(
+            f"max_model_len: must be at most {model_config.max_position}, this model's context, not {asked}"
+        )
+    return asked
+
+
+def _make_ops(config: EngineConfig) -> Ops:
+    from octavo.backends.reference import ReferenceOps
+
+    dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    return ReferenceOps(dtype, kv_dtype)
+
+
+def _plan(config: EngineConfig, model: ModelConfig, file: ModelFile, ops: Ops, max_model_len: int) -> MemoryPlan:
+    specs = [KVSpec(model.num_kv_heads, model.head_dim, layer.window, layer.rope) for layer in model.layers]
+    rows = min(rows_per_slice(model.vocab_size), config.step_tokens)
+    return plan_memory(
+        available_bytes=available_memory(),
+        weights_bytes=sum(ops.weight_nbytes(tensor) for tensor in file.tensors.values()),
+        scratch_bytes=ops.scratch_nbytes(model, config.step_tokens, rows, max_model_len),
+        block_bytes=sum(ops.kv_nbytes(spec, config.block_size) for spec in specs),
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+    )
+
+
+def _fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
+    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
+    settings = (octavo.__version__, ops.name, np.__version__, config.compute_dtype, config.kv_cache_dtype)
+    return "octavo-" + fingerprint(files, *settings)

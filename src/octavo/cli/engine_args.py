@@ -1,0 +1,65 @@
+"""Flags of the engine's settings, made from the fields of EngineConfig."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from octavo.config import DEFAULT_MODEL, ENV_PREFIX, EngineConfig, parse_setting
+from octavo.core.errors import ConfigError
+
+_ALIASES = {"model": ("-m", "-hf")}
+
+
+class _RefuseRemoteCode(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        raise ConfigError("--trust-remote-code: not supported; code from a model directory is never run")
+
+
+def flag(name: str) -> str:
+    """``max_num_seqs`` -> ``--max-num-seqs``"""
+    return "--" + name.replace("_", "-")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
+    """One flag per setting. Values stay text here: `engine_config` checks them, in the words it has for keywords."""
+    group = parser.add_argument_group(
+        "engine settings", f"Each can also be set by a variable: --max-num-seqs by {ENV_PREFIX}MAX_NUM_SEQS."
+    )
+    for setting in fields(EngineConfig):
+        if setting.name in leave_out:
+            continue
+        group.add_argument(
+            flag(setting.name),
+            *_ALIASES.get(setting.name, ()),
+            dest=setting.name,
+            metavar=_metavar(setting.name, setting.metadata.get("choices")),
+            help=setting.metadata["help"] + _default(setting.default),
+        )
+    group.add_argument("--trust-remote-code", action=_RefuseRemoteCode, nargs=0, help=argparse.SUPPRESS)
+
+
+def _metavar(name: str, choices: Collection[object] | None) -> str:
+    if choices is not None:
+        return "{" + ",".join(map(str, choices)) + "}"
+    return "MODEL" if name == "model" else "N"
+
+
+def _default(value: object) -> str:
+    return "" if value is None else f" (default {value})"
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """Settings from flags over environment over defaults. Raises ConfigError."""
+    hints = get_type_hints(EngineConfig)
+    given = {
+        setting.name: parse_setting(flag(setting.name), text, hints[setting.name])
+        for setting in fields(EngineConfig)
+        if (text := getattr(args, setting.name, None)) is not None
+    }
+    return EngineConfig.resolve(given)
+
+
+__all__ = ["DEFAULT_MODEL", "add_engine_arguments", "engine_config", "flag"]

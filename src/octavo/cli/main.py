@@ -1,0 +1,160 @@
+"""The program `octavo`: finds the command, runs it, and turns errors into exit codes.
+
+Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 130 interrupted; 141 the reader of
+our output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from octavo import __version__
+from octavo.core.errors import OctavoError
+
+EXIT_BUG, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+# Name -> (module, help). The module is imported when the command is chosen, so `octavo --help` stays fast.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("octavo.cli.run", "answer one prompt"),
+    "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
+    "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
+    "models": ("octavo.cli.models", "list the models on this machine"),
+}
+
+logger = logging.getLogger("octavo.cli")
+
+
+class Command(Protocol):
+    """What a module in `COMMANDS` defines."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments; the module's docstring becomes the description."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code. OctavoError becomes a message and exit code 2."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _guarded(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits; give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:  # argparse: --help, --version and usage errors.
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_USAGE
+    except OctavoError as error:
+        _print_error(str(error))
+        logger.info("where the error came from:", exc_info=True)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        _print_error(f"unexpected {type(error).__name__}: {error}")
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("traceback:", exc_info=True)
+        else:
+            sys.stderr.write("This is a bug in Octavo. Please report it with what `octavo -v …` prints.\n")
+        return EXIT_BUG
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _top_parser()
+    top = parser.parse_args(arguments)
+    if top.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    if top.command not in COMMANDS:
+        parser.error(_unknown_command(top.command))
+    _set_up_logging(top.verbose)
+    module, summary = COMMANDS[top.command]
+    command = cast("Command", importlib.import_module(module))
+    command_parser = argparse.ArgumentParser(
+        prog=f"octavo {top.command}",
+        description=(getattr(command, "__doc__", None) or summary).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_verbose(command_parser)
+    command.add_arguments(command_parser)
+    args = command_parser.parse_args(top.arguments)
+    args.verbose += top.verbose
+    _set_up_logging(args.verbose)
+    return command.run(args)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="octavo",
+        usage="octavo [-h] [-v] [--version] COMMAND …",
+        description="Octavo, an LLM inference engine for work that branches.",
+        epilog=f"commands:\n{commands}\n\n`octavo COMMAND --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_verbose(parser)
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more, with tracebacks of errors; twice for all"
+    )
+
+
+def _unknown_command(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown command {_printable(name)!r}{hint} (choose from {', '.join(COMMANDS)})"
+
+
+def _set_up_logging(verbose: int) -> None:
+    """Records go to stderr: warnings, with -v information, with -vv all. OCTAVO_LOG_LEVEL sets the level by name."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    named = logging.getLevelName(os.environ.get("OCTAVO_LOG_LEVEL", "").upper())
+    if not verbose and isinstance(named, int):
+        level = named
+    root = logging.getLogger("octavo")
+    root.setLevel(level)
+    handler = logging.StreamHandler()  # stderr as it is now, not as it was at an earlier call of main().
+    handler.setFormatter(logging.Formatter("octavo: %(message)s"))
+    root.handlers[:] = [handler]
+
+
+def _print_error(message: str) -> None:
+    sys.stderr.write(f"octavo: error: {_printable(message)}\n")
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters escaped: a file name must not be able to drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

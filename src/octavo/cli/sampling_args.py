@@ -1,0 +1,119 @@
+"""Flags of a request, made from the fields of SamplingParams."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from octavo.cli.engine_args import flag
+from octavo.core.errors import InvalidRequestError
+from octavo.core.params import SamplingParams
+
+# On the command line one answer, as long as it takes, the same every time, is the likeliest wish.
+_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": None}
+_DECIDED_BY_COMMAND = frozenset(["output_kind"])
+
+# field -> (metavar, help)
+_TEXTS: dict[str, tuple[str, str]] = {
+    "n": ("N", "number of outputs (default 1)"),
+    "presence_penalty": ("X", "subtract from the logits of tokens already generated, -2 to 2 (default 0)"),
+    "frequency_penalty": ("X", "the same for each time they were generated, -2 to 2 (default 0)"),
+    "repetition_penalty": ("X", "divide the logits of tokens in prompt or output, more than 0 (default 1)"),
+    "temperature": ("X", "0 takes the most probable token always, 1 samples as the model says (default 0)"),
+    "top_p": ("P", "sample from the most probable tokens that make up P of the probability (default 1)"),
+    "top_k": ("K", "sample from the K most probable tokens; 0 or -1 is off (default 0)"),
+    "min_p": ("P", "sample from tokens at least P times as probable as the most probable (default 0)"),
+    "seed": ("N", "make sampling repeatable (default: drawn, and reported by --json)"),
+    "stop": ("TEXT", "end the output before TEXT; may be repeated"),
+    "stop_token_ids": ("ID,…", "end the output at these tokens; may be repeated"),
+    "ignore_eos": ("", "go on past the model's own end tokens"),
+    "max_tokens": ("N", "most tokens to generate (default: up to the model's context)"),
+    "min_tokens": ("N", "do not end before N tokens (default 0)"),
+    "logprobs": ("N", "report log-probabilities of each token and of the N best (with --json)"),
+    "prompt_logprobs": ("N", "the same for the tokens of the prompt (with --json)"),
+    "detokenize": ("", "make text of the tokens (default on)"),
+    "skip_special_tokens": ("", "leave special tokens out of the text (default on)"),
+    "spaces_between_special_tokens": ("", "for compatibility; changes nothing with the tokenizers supported"),
+    "include_stop_str_in_output": ("", "keep the stop string or end token in the text (default off)"),
+    "logit_bias": ("JSON", 'add to logits, as in {"15": -100}, by token id'),
+    "allowed_token_ids": ("ID,…", "draw no other tokens; may be repeated"),
+    "bad_words": ("TEXT", "never generate TEXT; may be repeated"),
+}
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
+    """One flag per field. Values stay text here: `sampling_params` checks them."""
+    group = parser.add_argument_group("sampling and stopping")
+    hints = get_type_hints(SamplingParams)
+    for field in fields(SamplingParams):
+        if field.name in leave_out or field.name in _DECIDED_BY_COMMAND:
+            continue
+        metavar, text = _TEXTS[field.name]
+        options: dict[str, Any] = {"dest": field.name, "help": text, "default": None}
+        if hints[field.name] is bool:
+            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            action = "append" if field.name in _REPEATED else "store"
+            group.add_argument(flag(field.name), action=action, metavar=metavar, **options)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises InvalidRequestError naming the flag or field at fault."""
+    hints = get_type_hints(SamplingParams)
+    values = dict(_DEFAULTS)
+    for field in fields(SamplingParams):
+        given = getattr(args, field.name, None)
+        if given is not None:
+            read = bool if hints[field.name] is bool else _REPEATED.get(field.name) or _READERS[hints[field.name]]
+            values[field.name] = read(flag(field.name), given) if read is not bool else given
+    return SamplingParams(**values)
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidRequestError(name, f"must be an integer, not {text!r}") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequestError(name, f"must be a number, not {text!r}") from None
+
+
+def _strings(name: str, texts: list[str]) -> list[str]:
+    return texts
+
+
+def _integers(name: str, texts: list[str]) -> list[int]:
+    return [_integer(name, part) for text in texts for part in text.split(",")]
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(name, f"is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(name, 'must be a JSON object such as {"15": -100}')
+    return value
+
+
+_REPEATED: dict[str, Callable[[str, list[str]], Any]] = {
+    "stop": _strings,
+    "bad_words": _strings,
+    "stop_token_ids": _integers,
+    "allowed_token_ids": _integers,
+}
+_READERS: dict[Any, Callable[[str, str], Any]] = {
+    int: _integer,
+    int | None: _integer,
+    float: _number,
+    Mapping[int, float] | None: _json_object,
+}
+__all__ = ["Sequence", "add_sampling_arguments", "sampling_params"]

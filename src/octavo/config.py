@@ -1,0 +1,113 @@
+"""Engine settings: one flat set of names for keywords, flags (``--max-num-seqs``), variables (``OCTAVO_MAX_NUM_SEQS``).
+
+Precedence: keyword or flag, then environment, then default. An unknown name is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+from octavo.core.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2"
+ENV_PREFIX = "OCTAVO_"
+
+BACKENDS = ("auto", "reference")
+KV_DTYPES = ("auto", "float32", "float16")
+COMPUTE_DTYPES = ("auto", "float32", "float64")
+BLOCK_SIZES = (1, 16, 32, 64)
+MAX_TOKENS = 2**31 - 1
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:  # noqa: A002 - argparse's word
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; None means: chosen when the engine is built, and logged."""
+
+    model: str = _setting(DEFAULT_MODEL, "alias, Hugging Face name, .gguf file or model folder")
+    backend: str = _setting("auto", "what computes", choices=BACKENDS)
+    max_model_len: int | None = _setting(None, "most tokens of prompt and output together", low=2, high=MAX_TOKENS)
+    max_num_seqs: int = _setting(32, "most sequences in a step", low=1, high=4096)
+    max_num_batched_tokens: int | None = _setting(None, "most tokens in a step", low=1, high=MAX_TOKENS)
+    long_prefill_token_threshold: int | None = _setting(
+        None, "most tokens of one sequence in a step", low=1, high=MAX_TOKENS
+    )
+    scheduling_policy: str = _setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
+    block_size: int = _setting(16, "tokens of a KV block", choices=BLOCK_SIZES)
+    kv_cache_dtype: str = _setting("auto", "type of stored keys and values", choices=KV_DTYPES)
+    kv_cache_memory_bytes: int | None = _setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
+    compute_dtype: str = _setting("auto", "type of weights and activations in arithmetic", choices=COMPUTE_DTYPES)
+    seed: int | None = _setting(None, "seed of requests that give none", low=0, high=2**64 - 1)
+    max_logprobs: int = _setting(20, "most log-probabilities a request may ask for per token", low=0, high=MAX_TOKENS)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(EngineConfig)
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), hints[setting.name], setting.metadata)
+        tokens = self.max_num_batched_tokens
+        if tokens is not None and tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens: must be at least max_num_seqs ({self.max_num_seqs}), not {tokens}: every "
+                "running sequence may decode in every step"
+            )
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EngineConfig:
+        """Settings from keywords or flags (`given`) over the environment. Raises ConfigError."""
+        known = {setting.name for setting in fields(cls)}
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; settings are: {', '.join(sorted(known))}"
+                raise ConfigError(f"{name}: unknown setting{hint}")
+        values = _from_environment(cls, os.environ if environ is None else environ)
+        values.update({name: value for name, value in given.items() if value is not None})
+        return cls(**values)
+
+    @property
+    def step_tokens(self) -> int:
+        """max_num_batched_tokens, resolved."""
+        return self.max_num_batched_tokens or max(512, self.max_num_seqs)
+
+
+def _from_environment(cls: type[EngineConfig], environ: Mapping[str, str]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for setting in fields(cls):
+        variable = ENV_PREFIX + setting.name.upper()
+        text = environ.get(variable)
+        if text is not None and text != "":
+            values[setting.name] = parse_setting(variable, text, hints[setting.name])
+    return values
+
+
+def parse_setting(name: str, text: str, hint: Any) -> Any:
+    """A setting's value from text. Raises ConfigError naming it."""
+    if hint in (str, str | None):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}: must be an integer, not {text!r}") from None
+
+
+def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
+    optional = hint in (str | None, int | None)
+    if value is None and optional:
+        return
+    kind = str if hint in (str, str | None) else int
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {value!r}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {value!r}")
+    if "low" in limits and value < limits["low"]:
+        raise ConfigError(f"{name}: must be at least {limits['low']}, not {value}")
+    if "high" in limits and value > limits["high"]:
+        raise ConfigError(f"{name}: must be at most {limits['high']}, not {value}")

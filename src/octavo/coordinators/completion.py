@@ -1,0 +1,171 @@
+"""One output of a request: what was drawn so far, its text, and when it stops. Shared by coordinators that generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from octavo.core.outputs import CompletionOutput, Logprob
+from octavo.core.params import SamplingParams
+from octavo.core.plan import DrawResult, TokenLogprobs
+from octavo.core.protocols import TextCodec, TextStream
+from octavo.core.sequence import Sequence
+from octavo.core.token_counts import TokenCounts
+from octavo.core.want import Draw, NextLogprobs, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A validated request to continue a prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]  # at least one, all inside the vocabulary
+    params: SamplingParams
+    seed: int  # the user's, or one drawn for this request
+    max_tokens: int  # resolved: prompt and output fit the model's context
+    eos_token_ids: tuple[int, ...] = ()  # empty when they are to be ignored
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words
+    prompt: str | None = None
+    priority: int = 0
+    codec: TextCodec | None = None  # None: no text is made
+    system_fingerprint: str | None = None
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output, and may not be drawn before `min_tokens`."""
+        return tuple(sorted({*self.eos_token_ids, *(self.params.stop_token_ids or ())}))
+
+    def prompt_want(self) -> NextLogprobs | None:
+        top = self.params.prompt_logprobs
+        return None if top is None else NextLogprobs(top)
+
+
+class PromptLogprobs:
+    """Log-probabilities of the prompt, put in place by position: a preempted prompt delivers some twice."""
+
+    def __init__(self, request: CompletionRequest) -> None:
+        wanted = request.params.prompt_logprobs is not None
+        self._entries: list[dict[int, Logprob] | None] | None = (
+            [None] * len(request.prompt_token_ids) if wanted else None
+        )
+
+    def put(self, start: int, rows: SequenceOf[TokenLogprobs]) -> None:
+        """`rows[i]` is the log-probability of the token at position start + 1 + i."""
+        if self._entries is not None:
+            for position, row in enumerate(rows, start + 1):
+                if position < len(self._entries):
+                    self._entries[position] = to_dict(row)
+
+    def take(self) -> list[dict[int, Logprob] | None] | None:
+        return self._entries
+
+
+def to_dict(row: TokenLogprobs) -> dict[int, Logprob]:
+    """vLLM's form: the token itself and the best ones, by token id."""
+    entries = {entry.token_id: Logprob(entry.logprob, entry.rank) for entry in row.top}
+    entries.setdefault(row.token.token_id, Logprob(row.token.logprob, row.token.rank))
+    return entries
+
+
+@dataclass(slots=True)
+class Completion:
+    """One output under way."""
+
+    request: CompletionRequest
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    text_stream: TextStream | None = None
+    counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        if params.logprobs is not None:
+            self.logprobs, self.cumulative_logprob = [], 0.0
+        if params.has_penalties:
+            self.counts = TokenCounts(self.request.prompt_token_ids)
+        if self.request.codec is not None and params.detokenize:
+            self.text_stream = self.request.codec.text_stream(
+                self.request.prompt_token_ids,
+                stop=tuple(params.stop or ()),
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+
+    @property
+    def draw(self) -> Draw:
+        """The next draw. Its stream is the sample's index, so that outputs differ and each is reproducible."""
+        request = self.request
+        return Draw(
+            params=request.params,
+            seed=request.seed,
+            stream=(self.index,),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            counts=self.counts,
+            bad_words=request.bad_words,
+            end_token_ids=request.end_token_ids,
+        )
+
+    def attach_to(self, sequence: Sequence) -> None:
+        """Let this output's state follow the sequence that carries it."""
+        for state in (self.counts, self.text_stream):
+            if state is not None:
+                sequence.attach(state)
+
+    def take(self, drawn: DrawResult, sequence: Sequence) -> None:
+        """Append a drawn token to the output and its sequence, and ask for the next unless this was the last."""
+        self.token_ids.append(drawn.token_id)
+        if self.logprobs is not None and drawn.logprobs is not None:
+            self.logprobs.append(to_dict(drawn.logprobs))
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + drawn.logprobs.token.logprob
+        if self._ends_at(drawn.token_id):
+            # An end token is part of token_ids, and of the text only when the user wants to see it.
+            if self.text_stream is not None and self.request.params.include_stop_str_in_output:
+                self.text_stream.advance((drawn.token_id,))
+            self.finish("stop", None if drawn.token_id in self.request.eos_token_ids else drawn.token_id)
+            return
+        sequence.extend((drawn.token_id,), want=Sample((self.draw,)))
+        enough = len(self.token_ids) >= self.request.params.min_tokens
+        if enough and self.text_stream is not None and self.text_stream.stop_reason is not None:
+            self.finish("stop", self.text_stream.stop_reason)
+        elif len(self.token_ids) >= self.request.max_tokens:
+            self.finish("length")
+
+    def _ends_at(self, token_id: int) -> bool:
+        return len(self.token_ids) >= self.request.params.min_tokens and token_id in self.request.end_token_ids
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason = reason, stop_reason
+            if self.text_stream is not None:
+                self.text_stream.finish()
+
+    def output(self, sent: Sent | None) -> CompletionOutput:
+        """What the user sees: everything so far, or what came after `sent`, which is moved on."""
+        text = self.text_stream.text if self.text_stream is not None else ""
+        tokens_from, chars_from = (sent.tokens, sent.chars) if sent is not None else (0, 0)
+        output = CompletionOutput(
+            index=self.index,
+            text=text[chars_from:],
+            token_ids=self.token_ids[tokens_from:],
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else self.logprobs[tokens_from:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        if sent is not None:
+            sent.tokens, sent.chars, sent.finished = len(self.token_ids), len(text), self.finish_reason is not None
+        return output
+
+
+@dataclass(slots=True)
+class Sent:
+    """How much of an output has gone to the user in delta form."""
+
+    tokens: int = 0
+    chars: int = 0
+    finished: bool = False

@@ -1,0 +1,73 @@
+"""What the coordinators that generate text have in common: outputs, streaming them, and ending."""
+
+from __future__ import annotations
+
+from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs, Sent
+from octavo.core.coordinator import Coordinator
+from octavo.core.outputs import RequestMetrics, RequestOutput
+from octavo.core.params import OutputKind
+from octavo.core.plan import DrawResult
+from octavo.core.sequence import Sequence
+
+
+class GeneratingCoordinator(Coordinator):
+    """Base of `single` and `samples`: one Completion per output."""
+
+    def __init__(self, request: CompletionRequest, metrics: RequestMetrics) -> None:
+        super().__init__(request.request_id, request.priority, metrics)
+        self.request = request
+        self.completions = [Completion(request, index) for index in range(request.params.n)]
+        self.prompt_logprobs = PromptLogprobs(request)
+        self.error: str | None = None
+        self._sent = [Sent() for _ in self.completions]
+        self._prompt_logprobs_sent = False
+
+    def take(self, index: int, drawn: DrawResult, sequence: Sequence) -> None:
+        completion = self.completions[index]
+        completion.take(drawn, sequence)
+        self.metrics.num_generated_tokens += 1
+        if completion.finish_reason is not None:
+            self.drop(sequence)
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        self.error = error
+        for completion in self.completions:
+            completion.finish(reason)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self.completions)
+
+    def take_output(self, now: float) -> RequestOutput | None:
+        if self.metrics.first_token_time is None and self.metrics.num_generated_tokens:
+            self.metrics.first_token_time = now
+        kind = self.request.params.output_kind
+        if kind is OutputKind.FINAL_ONLY and not self.finished:
+            return None
+        changed = [
+            index
+            for index, (completion, sent) in enumerate(zip(self.completions, self._sent, strict=True))
+            if len(completion.token_ids) > sent.tokens or (completion.finish_reason is not None and not sent.finished)
+        ]
+        if not changed and not self.finished:
+            return None
+        deltas = [(self.completions[index].output(self._sent[index])) for index in changed]
+        if kind is OutputKind.DELTA:
+            outputs = deltas
+            prompt_logprobs = None if self._prompt_logprobs_sent else self.prompt_logprobs.take()
+            self._prompt_logprobs_sent = True
+        else:
+            outputs = [completion.output(None) for completion in self.completions]
+            prompt_logprobs = self.prompt_logprobs.take()
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=outputs,
+            finished=self.finished,
+            prompt_logprobs=prompt_logprobs,
+            seed=self.request.seed,
+            error=self.error,
+            system_fingerprint=self.request.system_fingerprint,
+            metrics=self.metrics,
+        )

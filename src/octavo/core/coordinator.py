@@ -1,0 +1,73 @@
+"""The contract of a coordinator: it owns the sequences of one request and says after every step what each does next."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from octavo.core.outputs import RequestMetrics, RequestOutput
+    from octavo.core.plan import GrantResult
+    from octavo.core.sequence import Sequence
+
+NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence with this stream
+
+
+@dataclass(slots=True)
+class SequenceResult:
+    """A step computed positions [start, stop) of a sequence, already committed."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    result: GrantResult
+
+
+class Coordinator(ABC):
+    """Owner of one request.
+
+    `sequences` are the live ones in an order fixed by the request; the scheduler serves them in that order. All methods
+    are called between steps, by the engine's thread.
+    """
+
+    lockstep = False  # all its wanted rows in one step, or none
+    width = 1  # most sequences alive at once
+
+    def __init__(self, request_id: str, priority: int, metrics: RequestMetrics) -> None:
+        self.request_id = request_id
+        self.priority = priority  # lower is served first
+        self.metrics = metrics
+        self.sequences: list[Sequence] = []
+
+    @abstractmethod
+    def start(self, new_sequence: NewSequence) -> None:
+        """Make the first sequences. Called once, when the request is added."""
+
+    @abstractmethod
+    def update(self, results: SequenceOf[SequenceResult]) -> None:
+        """Take the results of a step, in the order of `sequences`, and call the verbs that say what happens next."""
+
+    @abstractmethod
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """End now, with this finish reason for all outputs still running ("abort" or "error")."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool: ...
+
+    @abstractmethod
+    def take_output(self, now: float) -> RequestOutput | None:
+        """What is new for the user since the last call, or None."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """End one sequence."""
+        sequence.drop()
+        self.sequences.remove(sequence)
+
+    def drop_all(self) -> None:
+        for sequence in self.sequences:
+            sequence.drop()
+        self.sequences.clear()

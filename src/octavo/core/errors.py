@@ -1,0 +1,62 @@
+"""Every error Octavo raises on purpose.
+
+An error names the field, file or option at fault and says what is allowed, so that a front door can print it as it is:
+the command line exits with code 2, the server answers 4xx. Anything else that escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class OctavoError(Exception):
+    """Base of all deliberate errors."""
+
+
+class ConfigError(OctavoError, ValueError):
+    """An engine setting is unknown, has a wrong type, or is outside its range."""
+
+
+class InvalidRequestError(OctavoError, ValueError):
+    """A request is malformed. `field` names the parameter at fault (for example ``"temperature"``)."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class ModelNotFoundError(OctavoError, FileNotFoundError):
+    """A model name, alias or path leads to nothing that can be loaded."""
+
+    def __str__(self) -> str:  # FileNotFoundError would print errno fields.
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelFormatError(OctavoError, ValueError):
+    """A model file is malformed, truncated, hostile or of an unsupported kind.
+
+    `path` is the file, `field` the part of it at fault (a header field, metadata key or tensor name).
+    """
+
+    def __init__(self, path: object, field: str, message: str) -> None:
+        super().__init__(f"{path}: {field}: {message}")
+        self.path = str(path)
+        self.field = field
+
+
+class UnsupportedModelError(OctavoError, ValueError):
+    """The architecture, or a feature of it, is not implemented. The message lists what is."""
+
+
+class DownloadError(OctavoError, RuntimeError):
+    """A model could not be fetched: no network, no such package, or a checksum that does not match."""
+
+
+class OutOfMemoryError(OctavoError, MemoryError):
+    """What was asked for can never fit. The message holds the arithmetic."""
+
+
+class RequestFailedError(OctavoError, RuntimeError):
+    """A request failed inside the engine; the others of its batch did not."""
+
+
+class EngineClosedError(OctavoError, RuntimeError):
+    """The engine was shut down, or died, before the request ended."""

@@ -1,0 +1,72 @@
+"""Every decision leaves an event with a reason code in a ring buffer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class EventKind(StrEnum):
+    QUEUED = "queued"
+    WAITING = "waiting"
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    EVICTED = "evicted"
+    RESTORED = "restored"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STEP_RETRIED = "step_retried"
+
+
+class Reason(StrEnum):
+    NONE = ""
+    MAX_NUM_SEQS = "max_num_seqs"  # no free place among the running sequences
+    TOKEN_BUDGET = "token_budget"  # the step's tokens are used up
+    NO_BLOCKS = "no_blocks"  # the pool has too few free blocks
+    HIGHER_PRIORITY = "higher_priority"  # blocks went to an older or more important request
+    IDLE = "idle"  # a sequence that nobody asks anything of
+    SHARED_FORK = "shared_fork"  # blocks taken over from a sibling instead of recomputing
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    STEP_RAISED = "step_raised"
+
+
+class Event(NamedTuple):
+    time: float  # seconds, the engine's clock
+    step: int
+    kind: EventKind
+    request_id: str
+    reason: Reason
+    detail: str
+
+
+Listener = Callable[[Event], None]
+
+
+class EventRing:
+    """The last `capacity` events, oldest first; listeners are called as events happen."""
+
+    def __init__(self, clock: Callable[[], float], capacity: int = 4096) -> None:
+        self.step = 0
+        self._clock = clock
+        self._events: deque[Event] = deque(maxlen=capacity)
+        self._listeners: list[Listener] = []
+
+    def emit(self, kind: EventKind, request_id: str = "", reason: Reason = Reason.NONE, detail: str = "") -> None:
+        event = Event(self._clock(), self.step, kind, request_id, reason, detail)
+        self._events.append(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def subscribe(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(tuple(self._events))
+
+    def of(self, kind: EventKind) -> list[Event]:
+        return [event for event in self._events if event.kind is kind]

@@ -1,0 +1,216 @@
+"""What a user asks of a request, validated where it enters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from octavo.core.errors import InvalidRequestError
+
+MAX_N = 1024
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 4096
+MAX_BAD_WORDS = 1024
+MAX_SEED = 2**64 - 1
+
+
+class OutputKind(StrEnum):
+    """What each streamed RequestOutput carries."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"
+    FINAL_ONLY = "final_only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens and when to stop. Names and defaults are vLLM's.
+
+    Every field is checked on construction; a bad one raises InvalidRequestError naming it. Checks that need the model
+    (token ids inside the vocabulary, lengths inside the context) happen when the request is added.
+
+    Attributes:
+        n: number of outputs; they share the prompt's KV blocks.
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of tokens already generated, once or
+            per occurrence.
+        repetition_penalty: > 0; logits of tokens in prompt or output are divided by it if positive, else multiplied
+            (Keskar et al., 2019).
+        temperature: >= 0; 0 is greedy.
+        top_p: in (0, 1]; the smallest set of tokens whose probability reaches it is kept (Holtzman et al., 2020).
+        top_k: keep the k most probable tokens; 0 or -1 is off.
+        min_p: in [0, 1]; keep tokens at least this probable relative to the most probable.
+        seed: in [0, 2**64); None draws one, which the output reports.
+        stop: strings that end an output; they may span tokens. Not part of the text unless
+            `include_stop_str_in_output`.
+        stop_token_ids: further token ids that end an output.
+        ignore_eos: go on past the model's own end tokens.
+        max_tokens: most tokens to generate; None is up to the model's context.
+        min_tokens: end tokens and stop strings do nothing before this many.
+        logprobs: per generated token, its log-probability and those of this many best tokens; of the raw logits.
+        prompt_logprobs: the same for every prompt token but the first.
+        detokenize: whether text is made at all.
+        skip_special_tokens, spaces_between_special_tokens: how text is made.
+        logit_bias: token id -> value added to its logit.
+        allowed_token_ids: when given, no other token can be drawn.
+        bad_words: strings whose tokens may not be completed in the output.
+        output_kind: what streamed outputs carry.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    output_kind: OutputKind = OutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_flags()
+        _set(self, "stop", _strings("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS))
+        _set(self, "bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_STOP_STRING_CHARS))
+        _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise InvalidRequestError("allowed_token_ids", "is empty: no token could be drawn")
+            _set(self, "allowed_token_ids", tuple(sorted(set(allowed))))
+        _set(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop", "stop strings need detokenize=True")
+        try:
+            _set(self, "output_kind", OutputKind(self.output_kind))
+        except ValueError:
+            kinds = ", ".join(kind.value for kind in OutputKind)
+            raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {self.output_kind!r}") from None
+
+    def _check_numbers(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, MAX_SEED)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError("min_tokens", f"{self.min_tokens} is more than max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, 0, 2**31 - 1)
+
+    def _check_flags(self) -> None:
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, f"must be true or false, not {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    def but(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+
+def _set(params: object, name: str, value: object) -> None:
+    object.__setattr__(params, name, value)  # frozen: normalised once, in __post_init__
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(name, f"must be an integer, not {value!r}")
+    if not low <= value <= high:
+        raise InvalidRequestError(name, f"must be between {low} and {high}, not {value}")
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(name, f"must be a number, not {value!r}")
+    allowed = f"must be {'more than' if open_low else 'at least'} {low:g}" + (
+        f" and at most {high:g}" if high != math.inf else " and finite"
+    )
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        raise InvalidRequestError(name, f"{allowed}, not {value!r}")
+
+
+def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
+        raise InvalidRequestError(name, f"must be a string or a list of strings, not {value!r}")
+    if len(strings) > most:
+        raise InvalidRequestError(name, f"at most {most} strings are allowed, not {len(strings)}")
+    for string in strings:
+        if not string:
+            raise InvalidRequestError(name, "an empty string is not allowed")
+        if len(string) > most_chars:
+            raise InvalidRequestError(name, f"a string may have at most {most_chars} characters, not {len(string)}")
+    return tuple(strings)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set | frozenset | range):
+        raise InvalidRequestError(name, f"must be a list of token ids, not {value!r}")
+    for token_id in value:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise InvalidRequestError(name, f"a token id must be an integer of at least 0, not {token_id!r}")
+    return tuple(value)
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError("logit_bias", f"must map token ids to numbers, not {value!r}")
+    bias: dict[int, float] = {}
+    for key, amount in value.items():
+        try:
+            token_id = int(key) if not isinstance(key, bool | float) else -1
+        except (TypeError, ValueError):
+            token_id = -1
+        if token_id < 0:
+            raise InvalidRequestError("logit_bias", f"a token id must be an integer of at least 0, not {key!r}")
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
+            raise InvalidRequestError("logit_bias", f"the bias of token {token_id} must be finite, not {amount!r}")
+        bias[token_id] = float(amount)
+    return bias

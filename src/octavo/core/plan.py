@@ -1,0 +1,90 @@
+"""The contract of a step: what the scheduler asks of the executor, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from octavo.core.sequence import Sequence
+    from octavo.core.want import NextLogprobs, Want
+
+
+class BlockCopy(NamedTuple):
+    """Copy the KV of a whole block, in all layers. The copies of a step are done in order, before any KV is written."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Positions [start, stop) of one sequence, to be computed in this step."""
+
+    request_id: str  # of the request that owns the sequence
+    sequence: Sequence  # whose it is; the executor reads nothing of it but its id
+    token_ids: list[int]  # the sequence's own list; positions >= stop may be present and must not be read as input
+    start: int
+    stop: int
+    block_table: tuple[int, ...]  # as of this step; covers positions [0, stop)
+    want: Want | None  # of row stop - 1
+    each_row: NextLogprobs | None  # of every row whose next token is known
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One ragged batch."""
+
+    step: int  # counts from 0
+    grants: tuple[Grant, ...]
+    copies: tuple[BlockCopy, ...] = ()  # copy on write
+
+    def __bool__(self) -> bool:
+        return bool(self.grants or self.copies)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(grant.num_tokens for grant in self.grants)
+
+
+class TokenLogprob(NamedTuple):
+    token_id: int
+    logprob: float  # natural logarithm, of the raw logits
+    rank: int  # 1 is the most probable; ties go to the lower id
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token that was drawn or given, and the best alternatives at its position."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class DrawResult:
+    token_id: int
+    logprobs: TokenLogprobs | None = None  # when the draw's params ask for them
+
+
+@dataclass(frozen=True, slots=True)
+class GrantResult:
+    """What one grant gave. `error` is set when this grant alone failed; then nothing of it is committed."""
+
+    draws: tuple[DrawResult, ...] = ()  # Sample: in the order of its draws
+    candidates: tuple[tuple[int, float], ...] = ()  # TopK: (token id, processed log-probability), best first
+    scores: tuple[float, ...] = ()  # Score: log-probability of each set
+    hidden: tuple[Any, ...] = ()  # Hidden: float32 arrays [hidden_size], in the order asked
+    next_logprobs: SequenceOf[TokenLogprobs] = ()  # NextLogprobs: one per granted row whose next token is known
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    results: tuple[GrantResult, ...]  # one per grant, in the plan's order
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by part of the step

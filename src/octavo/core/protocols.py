@@ -1,0 +1,106 @@
+"""What the engine is handed and never builds itself: text codec, executor, proposer, clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from octavo.core.plan import StepPlan, StepResult
+
+
+class SequenceState(Protocol):
+    """State of a sequence that its tokens alone do not give cheaply (detokeniser, penalty counts, grammar matcher).
+
+    It is attached to a sequence; the verbs call these three methods and nobody else does.
+    """
+
+    def fork(self) -> SequenceState:
+        """An independent copy, for a forked sequence."""
+        ...
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Take in tokens appended to the sequence."""
+        ...
+
+    def rollback(self, num_tokens: int) -> None:
+        """Undo the last `num_tokens` tokens."""
+        ...
+
+
+@runtime_checkable
+class TextStream(SequenceState, Protocol):
+    """Incremental text of one output: detokenises, holds back what could become a stop string, and finds stop strings.
+
+    Only tokens given to `advance` produce text; the prompt tokens given when it was made are context for detokenising.
+    """
+
+    @property
+    def text(self) -> str:
+        """All text released so far: never ends in half a character, nor in a possible beginning of a stop string."""
+        ...
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The stop string that was found, or None. Once set, `text` is final and further tokens are ignored."""
+        ...
+
+    def fork(self) -> TextStream: ...
+
+    def finish(self) -> None:
+        """End of output: release what was held back (incomplete UTF-8 becomes U+FFFD)."""
+        ...
+
+
+class TextCodec(Protocol):
+    """Text to token ids and back, for one model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends generation, ascending: those of the generation config, not one alone."""
+        ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Raises InvalidRequestError (field ``prompt``) for a lone surrogate."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def text_stream(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> TextStream: ...
+
+
+class Handle(Protocol):
+    """A step under way. `result` blocks until it is done and raises what the step raised."""
+
+    def result(self) -> StepResult: ...
+
+
+class Executor(Protocol):
+    """Runs steps. One per engine; a group of ranks looks like one."""
+
+    def execute(self, plan: StepPlan) -> Handle: ...
+
+    def close(self) -> None: ...
+
+
+class Proposer(Protocol):
+    """Drafts tokens that may follow a sequence, for speculative decoding."""
+
+    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]: ...
+
+
+class Clock(Protocol):
+    """Seconds, monotonic. Tests hand the engine one they turn by hand."""
+
+    def __call__(self) -> float: ...

@@ -1,0 +1,6 @@
+"""The engine: scheduler, steps, preemption and errors, on ints. It is handed its executor and its text codec."""
+
+from octavo.engine.engine import Engine
+from octavo.engine.scheduler import Scheduler, SchedulerConfig
+
+__all__ = ["Engine", "Scheduler", "SchedulerConfig"]

@@ -1,0 +1,161 @@
+"""The engine: requests in, outputs out, one step at a time.
+
+`step` is three calls: `scheduler.schedule() -> executor.execute(plan) -> update(results)`. Errors belong to one
+request: it ends with a reason, its blocks go home, the engine goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from itertools import count
+
+from octavo.core.coordinator import Coordinator, SequenceResult
+from octavo.core.events import EventKind, EventRing, Reason
+from octavo.core.outputs import RequestOutput
+from octavo.core.plan import GrantResult, StepPlan, StepResult
+from octavo.core.protocols import Clock, Executor
+from octavo.core.sequence import Sequence
+from octavo.engine.scheduler import Scheduler, SchedulerConfig
+from octavo.kv_cache import KVCacheManager
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Single-threaded: `add`, `abort` and `step` are called by one thread at a time."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, executor: Executor, clock: Clock) -> None:
+        self.clock = clock
+        self.kv = kv
+        self.events = EventRing(clock)
+        self.scheduler = Scheduler(config, kv, self.events)
+        self._executor = executor
+        self._sequence_ids = count()
+        self._coordinators: dict[str, Coordinator] = {}
+        self.num_steps = 0
+
+    def add(self, coordinator: Coordinator) -> None:
+        """Queue a request. Its id must not be in use."""
+        if coordinator.request_id in self._coordinators:
+            raise ValueError(f"request id {coordinator.request_id!r} is in use")
+        coordinator.start(self._new_sequence)
+        self._coordinators[coordinator.request_id] = coordinator
+        self.scheduler.add(coordinator)
+        self.events.emit(EventKind.QUEUED, coordinator.request_id)
+
+    def _new_sequence(self, stream: tuple[int, ...]) -> Sequence:
+        return Sequence(next(self._sequence_ids), self.kv, self._sequence_ids.__next__, stream)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, at any moment between steps; its last output, or None when it has ended already."""
+        coordinator = self._coordinators.get(request_id)
+        if coordinator is None:
+            return None
+        return self._end(coordinator, "abort")
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._coordinators)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._coordinators)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; what is new for users, in the order in which the requests were added."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        self.num_steps += 1
+        now = self.clock()
+        for coordinator in self._requests_of(plan):
+            if coordinator.metrics.first_scheduled_time is None:
+                coordinator.metrics.first_scheduled_time = now
+        return self._update(plan, self._execute(plan))
+
+    def close(self) -> list[RequestOutput]:
+        """End all requests and the executor."""
+        outputs = [self.abort(request_id) for request_id in tuple(self._coordinators)]
+        self._executor.close()
+        return [output for output in outputs if output is not None]
+
+    # --- executing ---
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        try:
+            return self._executor.execute(plan).result()
+        except Exception as error:
+            # Nothing is committed. Whose fault it was shows when each grant runs by itself.
+            log.warning("step %d raised (%r); retrying its %d rows one by one", plan.step, error, len(plan.grants))
+            self.events.emit(EventKind.STEP_RETRIED, reason=Reason.STEP_RAISED, detail=repr(error))
+            return self._execute_singly(plan)
+
+    def _execute_singly(self, plan: StepPlan) -> StepResult:
+        results: list[GrantResult] = []
+        copied = not plan.copies
+        try:
+            if not copied:
+                self._executor.execute(replace(plan, grants=())).result()
+                copied = True
+        except Exception as error:
+            failure = GrantResult(error=f"copying KV blocks failed: {error!r}")
+            return StepResult((failure,) * len(plan.grants))
+        for grant in plan.grants:
+            try:
+                results += self._executor.execute(replace(plan, grants=(grant,), copies=())).result().results
+            except Exception as error:
+                log.exception("a row of step %d failed by itself", plan.step)
+                results.append(GrantResult(error=f"{type(error).__name__}: {error}"))
+        return StepResult(tuple(results))
+
+    # --- updating ---
+
+    def _requests_of(self, plan: StepPlan) -> list[Coordinator]:
+        """The requests that have a grant in this step, in the order in which they were added."""
+        granted = {grant.request_id for grant in plan.grants}
+        return [c for request_id, c in self._coordinators.items() if request_id in granted]
+
+    def _update(self, plan: StepPlan, step: StepResult) -> list[RequestOutput]:
+        by_sequence = {g.sequence.id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
+        outputs: list[RequestOutput] = []
+        for coordinator in self._requests_of(plan):
+            mine = [by_sequence[s.id] for s in coordinator.sequences if s.id in by_sequence]
+            error = next((result.error for _, result in mine if result.error is not None), None)
+            if error is None:
+                for grant, _ in mine:
+                    grant.sequence.commit(grant.stop)
+                error = self._tell(coordinator, [SequenceResult(g.sequence, g.start, g.stop, r) for g, r in mine])
+            if error is not None:
+                outputs.append(self._end(coordinator, "error", error))
+            elif coordinator.finished:
+                outputs.append(self._end(coordinator, None))
+            elif (output := coordinator.take_output(self.clock())) is not None:
+                outputs.append(output)
+        return outputs
+
+    def _tell(self, coordinator: Coordinator, results: list[SequenceResult]) -> str | None:
+        """Hand a request its results; the error, if its own bookkeeping fails on them."""
+        try:
+            coordinator.update(results)
+        except Exception as error:
+            log.exception("request %s failed on its results", coordinator.request_id)
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> RequestOutput:
+        if reason is not None:
+            coordinator.finish(reason, error)
+        now = self.clock()
+        coordinator.metrics.finished_time = now
+        self.scheduler.remove(coordinator)
+        del self._coordinators[coordinator.request_id]
+        if error is not None:
+            self.events.emit(EventKind.FAILED, coordinator.request_id, Reason.ERROR, error)
+        else:
+            ended = Reason.ABORT if reason == "abort" else Reason.NONE
+            self.events.emit(EventKind.FINISHED, coordinator.request_id, ended)
+        output = coordinator.take_output(now)
+        if output is None:
+            raise RuntimeError(f"request {coordinator.request_id} ended without an output")
+        return output

@@ -1,0 +1,251 @@
+"""The library's front door: `LLM`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from octavo.build import build_engine
+from octavo.config import EngineConfig
+from octavo.core.coordinator import Coordinator
+from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.outputs import RequestOutput
+from octavo.core.params import OutputKind, SamplingParams
+from octavo.frontend import ChatPrompt, Messages, Prompt, make_frontend
+
+
+class LLM:
+    """A model, loaded and ready to answer.
+
+    Args:
+        model: an alias (``smollm2``), a Hugging Face name, a .gguf file or a model folder. Fetched on first use.
+        **config: any setting of `EngineConfig`. An unknown one raises ConfigError.
+
+    Methods may be called from several threads; the steps of all their requests run together in one batch.
+
+    Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError or ConfigError.
+    """
+
+    def __init__(self, model: str | None = None, **config: Any) -> None:
+        self.config = EngineConfig.resolve({"model": model, **config})
+        built = build_engine(self.config)
+        self._engine = built.engine
+        self._frontend = make_frontend(self.config, built)
+        self._lock = threading.RLock()
+        self._outputs: dict[str, deque[RequestOutput]] = {}
+        self._closed = False
+        self.tokenizer = built.codec
+        self.model_config = built.model_config
+        self.memory_plan = built.memory_plan
+        self.max_model_len = built.max_model_len
+        self.system_fingerprint = built.system_fingerprint
+
+    # --- generating ---
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
+    ) -> list[RequestOutput]:
+        """Answer prompts, all in one batch as far as places and memory go.
+
+        Args:
+            prompts: a string, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``, or a list of these.
+            sampling_params: one for all prompts, or one each. Default: SamplingParams().
+            use_tqdm: show progress on stderr; None: when there are several prompts and stderr is a terminal.
+            priority: lower is served first (with scheduling_policy="priority"); one for all, or one each.
+
+        Returns the finished outputs in the order of the prompts. A request that failed inside the engine has
+        finish_reason "error" and says why in `error`; the others are not affected.
+
+        Raises InvalidRequestError naming the field at fault, and then no request was added.
+        """
+        listed = _list_of_prompts(prompts)
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", given, SamplingParams, len(listed))
+        priorities = _one_each("priority", priority, int, len(listed))
+        requests = [
+            self._frontend.make(prompt, one.but(output_kind=OutputKind.FINAL_ONLY), priority=order)
+            for prompt, one, order in zip(listed, params, priorities, strict=True)
+        ]
+        ids = [request.request_id for request in requests]
+        shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
+        try:
+            self._add(requests)
+            with _progress(len(ids), shown) as advance:
+                outputs = []
+                for request_id in ids:
+                    outputs += self._until_finished(request_id)
+                    advance()
+        finally:
+            self._abort(ids)
+        return outputs
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Generator[RequestOutput, None, None]:
+        """Answer one prompt, yielding as tokens come; `output_kind` says whether all so far or only what is new.
+
+        The request is checked at once (InvalidRequestError) and starts with the first `next`. Closing the iterator
+        early ends the request and frees its blocks. Iterating raises RequestFailedError if the request failed inside
+        the engine, EngineClosedError if the LLM was closed.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        request = self._frontend.make(prompt, params, priority=priority)
+        self._check_open()
+        return self._stream(request)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations: lists of ``{"role": ..., "content": ...}``, through the model's chat template.
+
+        Raises InvalidRequestError if the model has no chat template or the messages do not fit it.
+        """
+        if not isinstance(messages, Sequence):
+            raise InvalidRequestError("messages", f"expected a list, found {type(messages).__name__}")
+        conversations: Sequence[Any] = messages if messages and isinstance(messages[0], list | tuple) else [messages]
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        prompts = [
+            self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
+        """The prompt that the model's chat template (or the one given) makes of a conversation: text and token ids.
+
+        `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template.
+        """
+        return self._frontend.chat_prompt(messages, chat_template, options)
+
+    # --- life ---
+
+    def close(self) -> None:
+        """End all requests, with EngineClosedError for whoever waits for them, and free the engine. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- driving the engine ---
+
+    def _add(self, requests: Sequence[Coordinator]) -> None:
+        with self._lock:
+            self._check_open()
+            for request in requests:
+                self._engine.add(request)
+                self._outputs[request.request_id] = deque()
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                if not self._closed:
+                    self._engine.abort(request_id)
+                self._outputs.pop(request_id, None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("this LLM is closed")
+
+    def _deliver(self, output: RequestOutput) -> None:
+        if output.request_id in self._outputs:
+            self._outputs[output.request_id].append(self._frontend.name_tokens(output))
+
+    def _next(self, request_id: str) -> RequestOutput:
+        """The next output of a request. Whoever waits steps the engine, for everybody."""
+        while True:
+            with self._lock:
+                waiting = self._outputs[request_id]
+                if waiting:
+                    return waiting.popleft()
+                self._check_open()
+                for output in self._engine.step():
+                    self._deliver(output)
+
+    def _until_finished(self, request_id: str) -> list[RequestOutput]:
+        while not (output := self._next(request_id)).finished:
+            pass
+        return [output]
+
+    def _stream(self, request: Coordinator) -> Generator[RequestOutput, None, None]:
+        # Added here and not before: closing a generator that was never started would not come to `finally`.
+        try:
+            self._add([request])
+            while True:
+                output = self._next(request.request_id)
+                if output.error is not None:
+                    raise RequestFailedError(output.error)
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._abort([request.request_id])
+
+
+def _list_of_prompts(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+        return list(prompts)
+    raise InvalidRequestError("prompts", f"must be a prompt or a list of prompts, not {type(prompts).__name__}")
+
+
+def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+    if values is None or len(values) != count:
+        got = f"{len(values)} of them" if values is not None else type(value).__name__
+        raise InvalidRequestError(name, f"must be one for all prompts or one for each of the {count}, not {got}")
+    wrong = next((one for one in values if not isinstance(one, kind)), None)
+    if wrong is not None:
+        raise InvalidRequestError(name, f"must be of type {kind.__name__}, not {type(wrong).__name__}")
+    return values
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar of finished prompts on stderr, or nothing."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar: Any = None
+        if shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Any:
+        if self._bar is not None:
+            self._bar.start()
+        return self._advance
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

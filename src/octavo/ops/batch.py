@@ -1,0 +1,36 @@
+"""The metadata of one ragged batch: the one handle through which all of it reaches the ops.
+
+Sequences' tokens are packed one after the other without padding. T = num_tokens, S = num_seqs, R = rows that something
+wants. All arrays are int32 and C-contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    input_ids: Ints  # [T] token ids
+    positions: Ints  # [T] position of each token in its sequence
+    query_start_loc: Ints  # [S + 1] sequence s has the rows [query_start_loc[s], query_start_loc[s + 1])
+    seq_lens: Ints  # [S] tokens of the sequence after this step: cached ones and those of this batch
+    block_tables: Ints  # [S, max blocks] block ids; entries past a sequence's blocks are 0 and never read
+    slot_mapping: Ints  # [T] block * block_size + offset: where a token's K and V go
+    logits_indices: Ints  # [R] rows that something wants, ascending
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seq_lens)

@@ -1,0 +1,138 @@
+"""The ops a model is written against. A backend gives them meaning.
+
+Arrays, weights, KV layers are opaque handles that only the backend looks into. Shapes: T tokens of the batch, R rows,
+H heads, KH KV heads, D head_dim. Activations are float32 (float64 on request, on `reference`). No op changes its
+inputs, except `store_kv` and `copy_blocks`, which write KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from octavo.ops.model_config import Activation, ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from octavo.ops.batch import Batch
+
+Array = Any  # a backend's array
+Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's, the numbers of outputs of its parts
+KVLayer = Any  # a backend's K and V of one layer, all blocks
+
+
+class RawTensor(Protocol):
+    """A tensor as the file has it. Provided by octavo.formats."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        ...
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """float32, of `shape`; a linear weight is [out_features, in_features]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What one layer keeps of each token."""
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    rope: RopeConfig
+
+
+class Ops(Protocol):
+    """One backend."""
+
+    name: str
+
+    # --- for the memory plan, before anything is allocated: bytes ---
+
+    def weight_nbytes(self, tensor: RawTensor) -> int:
+        """What this backend keeps of a tensor."""
+        ...
+
+    def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
+        """K and V of so many tokens in one layer."""
+        ...
+
+    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
+        """Most that one step of `num_tokens` tokens and `num_rows` logits rows allocates besides weights and KV."""
+        ...
+
+    # --- made once, at load time ---
+
+    def linear_weight(self, parts: Sequence[RawTensor]) -> Weight:
+        """Pack matrices [out_i, in] that share their input into one handle; its outputs are the parts' side by side."""
+        ...
+
+    def embedding_weight(self, tensor: RawTensor) -> Weight:
+        """Pack an embedding [vocab, hidden]. The handle serves `embed`, and `linear` where embeddings are tied."""
+        ...
+
+    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Weight:
+        """Pack a norm's weight [n]; `offset` is added in float32."""
+        ...
+
+    def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVLayer]:
+        """K and V of `num_blocks` blocks for each layer; nothing is read before it was written."""
+        ...
+
+    # --- the model's ops ---
+
+    def embed(self, batch: Batch, weight: Weight, scale: float = 1.0) -> Array:
+        """[T, hidden]: rows of the embedding, times `scale`."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Weight, eps: float, residual: Array | None = None) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, plus `residual` (Zhang and Sennrich, 2019)."""
+        ...
+
+    def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
+        """[T, out] = x @ weight^T + residual."""
+        ...
+
+    def split_heads(self, x: Array, parts: Sequence[int], head_dim: int) -> list[Array]:
+        """[T, sum(parts)] -> one [T, part / D, D] per part."""
+        ...
+
+    def rope(self, x: Array, batch: Batch, rope: RopeConfig) -> Array:
+        """[T, heads, D] rotated to the batch's positions; elements i and i + dim/2 form a pair (Su et al., 2021)."""
+        ...
+
+    def store_kv(self, k: Array, v: Array, batch: Batch, kv: KVLayer) -> None:
+        """Write [T, KH, D] each to the batch's slots, rounded to the KV type."""
+        ...
+
+    def attention(self, q: Array, batch: Batch, kv: KVLayer, scale: float) -> Array:
+        """[T, H * D]: causal attention of each row over its own sequence's stored K and V, up to its own position and
+        inside the layer's window; query head h reads KV head h // (H / KH) (Ainslie et al., 2023)."""
+        ...
+
+    def gated(self, x: Array, activation: Activation) -> Array:
+        """[T, 2n] -> [T, n]: activation(first half) * second half (Shazeer, 2020)."""
+        ...
+
+    def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
+        """[R, n]: rows of x."""
+        ...
+
+    def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in all layers, in order."""
+        ...
+
+    def to_numpy(self, x: Array) -> NDArray[np.floating]:
+        """The values, on the host."""
+        ...

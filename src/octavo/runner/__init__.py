@@ -1,0 +1,1 @@
+"""The runner: plans to batches, the loop over a model's layers, weights from files, executors."""

@@ -1,0 +1,129 @@
+"""ModelConfig from a GGUF file's metadata. Keys are those of the GGUF specification and of llama.cpp's converter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.formats import GGUFFile
+from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
+from octavo.runner.checks import check_config
+
+SUPPORTED = ("gemma3", "llama")
+
+# Gemma 3 files name neither: every sixth layer sees everything, the others rotate with a base of their own.
+_GEMMA3_WINDOW_PERIOD = 6
+_GEMMA3_LOCAL_ROPE_THETA = 10_000.0
+
+
+class _Metadata:
+    """Typed access to one architecture's keys."""
+
+    def __init__(self, path: object, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self._metadata = metadata
+        self.architecture = self._get("general.architecture", str)
+        if self.architecture not in SUPPORTED:
+            raise UnsupportedModelError(
+                f"{path}: general.architecture: {self.architecture!r} is not supported; "
+                f"supported: {', '.join(SUPPORTED)}"
+            )
+
+    def _get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self._metadata.get(key, default)
+        if value is None:
+            raise ModelFormatError(self.path, key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ModelFormatError(self.path, key, f"must be of type {kind.__name__}, not {type(value).__name__}")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return int(self._get(f"{self.architecture}.{key}", int, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and not isinstance(value, float):
+            raise ModelFormatError(self.path, f"{self.architecture}.{key}", "must be a number")
+        return float(self._get(f"{self.architecture}.{key}", float | int, default))  # type: ignore[arg-type]
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._get(f"{self.architecture}.{key}", str, default))
+
+    def refuse_if_set(self, key: str) -> None:
+        value = self._metadata.get(f"{self.architecture}.{key}")
+        if value:
+            raise UnsupportedModelError(f"{self.path}: {self.architecture}.{key}={value!r} is not supported")
+
+
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """Raises ModelFormatError for missing or contradictory metadata, UnsupportedModelError for what is not built."""
+    keys = _Metadata(file.path, file.metadata)
+    for key in ("expert_count", "attn_logit_softcapping", "final_logit_softcapping", "attention.clamp_kqv"):
+        keys.refuse_if_set(key)
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFormatError(file.path, "token_embd.weight", "tensor is missing")
+    hidden_size = keys.integer("embedding_length")
+    num_heads = keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError(f"{file.path}: {keys.architecture}.attention.value_length differs from key_length")
+    rope = RopeConfig(
+        theta=keys.number("rope.freq_base", 10_000.0),
+        dim=keys.integer("rope.dimension_count", head_dim),
+        scaling=_rope_scaling(keys, file),
+    )
+    gemma = keys.architecture == "gemma3"
+    config = ModelConfig(
+        architecture=keys.architecture,
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        hidden_size=hidden_size,
+        intermediate_size=keys.integer("feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position=keys.integer("context_length"),
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        activation=Activation.GELU_TANH if gemma else Activation.SILU,
+        layers=_layers(keys, rope, gemma),
+        tie_embeddings="output.weight" not in file.tensors,
+        embedding_scale=float(np.sqrt(np.float32(hidden_size))) if gemma else 1.0,
+    )
+    check_config(config, file.path)
+    return config
+
+
+def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig, ...]:
+    count = keys.integer("block_count")
+    if not 1 <= count <= 1024:
+        raise ModelFormatError(
+            keys.path, f"{keys.architecture}.block_count", f"must be between 1 and 1024, not {count}"
+        )
+    window = keys.integer("attention.sliding_window", 0) or None
+    if not gemma:
+        return (LayerConfig(rope, window),) * count
+    theta = keys.number("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA)
+    local = LayerConfig(RopeConfig(theta, rope.dim), window)
+    everything = LayerConfig(rope)
+    return tuple(everything if (i + 1) % _GEMMA3_WINDOW_PERIOD == 0 else local for i in range(count))
+
+
+def _rope_scaling(keys: _Metadata, file: GGUFFile) -> RopeScaling | None:
+    if "rope_freqs.weight" in file.tensors:
+        factors = file.tensors["rope_freqs.weight"].dequantize().reshape(-1)
+        return RopeScaling("factors", factors=tuple(float(factor) for factor in factors))
+    kind = keys.text("rope.scaling.type", "none")
+    factor = keys.number("rope.scaling.factor", 1.0)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return None
+    if kind != "linear" or not (math.isfinite(factor) and factor > 0):
+        raise UnsupportedModelError(
+            f"{keys.path}: {keys.architecture}.rope.scaling.type={kind!r} (factor {factor}) is not supported; "
+            "supported: none, linear, and llama3 by a rope_freqs tensor"
+        )
+    return RopeScaling("linear", factor=factor)

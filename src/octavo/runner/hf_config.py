@@ -1,0 +1,176 @@
+"""ModelConfig from a Hugging Face folder's config.json, in the forms that transformers 4 and 5 write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
+from octavo.runner.checks import check_config
+
+# model_type -> family
+SUPPORTED = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gemma3": "gemma3"}
+
+_ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
+_MAX_CONFIG_BYTES = 1 << 20
+
+# Settings that change what a model computes and that no family here implements; anything but these values is refused.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
+    "quantization_config": (None,),
+    "num_local_experts": (None, 0),
+}
+
+
+class _Config:
+    """Typed access to config.json."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def get(self, key: str, kinds: type | tuple[type, ...], *default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default:
+                return default[0]
+            raise ModelFormatError(self.path, key, "is missing")
+        if (isinstance(value, bool) and kinds is not bool) or not isinstance(value, kinds):
+            raise ModelFormatError(self.path, key, f"has the wrong type: {value!r}")
+        return value
+
+    def integer(self, key: str, *default: int) -> int:
+        return int(self.get(key, int, *default))
+
+    def number(self, key: str, *default: float) -> float:
+        return float(self.get(key, (int, float), *default))
+
+
+def config_from_folder(folder: Path) -> ModelConfig:
+    """Raises ModelNotFoundError without a config.json, ModelFormatError or UnsupportedModelError for what it says."""
+    config = _read(folder / "config.json")
+    family, config = _family(config)
+    for key, allowed in _NEUTRAL.items():
+        if config.values.get(key) not in allowed:
+            raise UnsupportedModelError(f"{config.path}: {key}={config.values[key]!r} is not supported")
+    num_heads = config.integer("num_attention_heads")
+    hidden_size = config.integer("hidden_size")
+    activation = config.get("hidden_activation", str, None) or config.get("hidden_act", str, "silu")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"{config.path}: activation {activation!r} is not supported")
+    head_dim = config.integer("head_dim", hidden_size // max(num_heads, 1))
+    gemma = family == "gemma3"
+    scalar = config.number("query_pre_attn_scalar", float(head_dim)) if gemma else float(head_dim)
+    result = ModelConfig(
+        architecture=family,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        max_position=config.integer("max_position_embeddings"),
+        norm_eps=config.number("rms_norm_eps"),
+        activation=_ACTIVATIONS[activation],
+        layers=_layers(config, head_dim, gemma),
+        tie_embeddings=bool(config.get("tie_word_embeddings", bool, gemma)),
+        attention_scale=scalar**-0.5,
+        embedding_scale=float(np.sqrt(np.float32(hidden_size))) if gemma else 1.0,
+        norm_offset=1.0 if gemma else 0.0,
+    )
+    check_config(result, config.path)
+    return result
+
+
+def _read(path: Path) -> _Config:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_CONFIG_BYTES:
+            raise ModelFormatError(path, "file", f"is larger than {_MAX_CONFIG_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelNotFoundError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelFormatError):
+            raise
+        raise ModelFormatError(path, "file", f"is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelFormatError(path, "file", "must hold a JSON object")
+    return _Config(path, values)
+
+
+def _family(config: _Config) -> tuple[str, _Config]:
+    """The family, and the part of the file that describes the text model."""
+    kind = config.get("model_type", str)
+    if kind not in SUPPORTED:
+        supported = ", ".join(sorted(SUPPORTED))
+        raise UnsupportedModelError(f"{config.path}: model_type {kind!r} is not supported; supported: {supported}")
+    if kind == "gemma3" and isinstance(config.values.get("text_config"), dict):
+        tie = {"tie_word_embeddings": config.values.get("tie_word_embeddings")}
+        config = _Config(config.path, {**tie, **config.values["text_config"]})
+    return SUPPORTED[kind], config
+
+
+def _layers(config: _Config, head_dim: int, gemma: bool) -> tuple[LayerConfig, ...]:
+    count = config.integer("num_hidden_layers")
+    if not 1 <= count <= 1024:
+        raise ModelFormatError(config.path, "num_hidden_layers", f"must be between 1 and 1024, not {count}")
+    window = config.values.get("sliding_window")
+    if window is not None:
+        window = config.integer("sliding_window")
+    kinds = config.get("layer_types", list, None)
+    if kinds is None:
+        period = config.integer("sliding_window_pattern", 6)
+        full = [window is None or (gemma and (i + 1) % period == 0) for i in range(count)]
+        kinds = ["full_attention" if f else "sliding_attention" for f in full]
+    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ModelFormatError(config.path, "layer_types", f"must be {count} times full_attention or sliding_attention")
+    by_kind = {
+        kind: LayerConfig(_rope(config, kind, head_dim), window if kind == "sliding_attention" else None)
+        for kind in set(kinds)
+    }
+    return tuple(by_kind[kind] for kind in kinds)
+
+
+def _rope(config: _Config, kind: str, head_dim: int) -> RopeConfig:
+    parameters = config.get("rope_parameters", dict, None)  # transformers 5
+    if parameters is not None and kind in parameters:
+        parameters = parameters[kind]  # one per kind of layer
+    if parameters is None:  # transformers 4
+        parameters = config.get("rope_scaling", dict, {})
+        theta = config.number("rope_theta", 10_000.0)
+        if kind == "sliding_attention" and "rope_local_base_freq" in config.values:
+            parameters, theta = {}, config.number("rope_local_base_freq")
+        parameters = {"rope_theta": theta, **parameters}
+    rope = _Config(config.path, parameters)
+    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
+    return RopeConfig(theta, int(head_dim * partial), _scaling(rope, config))
+
+
+def _scaling(rope: _Config, config: _Config) -> RopeScaling | None:
+    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=rope.number("factor"))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_max_position=rope.integer("original_max_position_embeddings"),
+        )
+    raise UnsupportedModelError(
+        f"{config.path}: rope type {kind!r} is not supported; supported: default, linear, llama3"
+    )

@@ -1,0 +1,104 @@
+"""One step of a model on shapes alone: its ops with FLOPs and bytes, without weights, numbers or KV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.backends.trace import OpRecord, TraceOps, TraceWeight
+from octavo.formats.tensor import RawTensor
+from octavo.models import model_class
+from octavo.ops import Batch, ModelConfig
+from octavo.ops.cost import Widths
+from octavo.runner.weights import FileWeights, weight_shape
+
+
+def trace_step(
+    config: ModelConfig,
+    sequences: Sequence[tuple[int, int]],
+    *,
+    tensors: Mapping[str, RawTensor] | None = None,
+    gguf: bool = True,
+    widths: Widths | None = None,
+    logits_rows: int | None = None,
+) -> list[OpRecord]:
+    """The ops of a step in which each sequence has (tokens of context already cached, tokens computed now).
+
+    Args:
+        tensors: of the model's file, for packed weight sizes; None: weights of `widths.activation` bytes an element.
+        gguf: whether `tensors` are a GGUF file's.
+        logits_rows: rows whose logits are made; None: one per sequence.
+    """
+    ops = TraceOps(widths)
+    loader = _ShapeWeights(config, ops) if tensors is None else FileWeights(ops, config, "trace", tensors, gguf)
+    model = model_class(config.architecture)(config, loader)
+    batch = _batch(sequences)
+    x = model.embed(ops, batch)
+    for index, kv in enumerate(model.kv_specs):
+        x = model.layer(ops, index, x, batch, kv)
+    rows = np.arange(len(sequences) if logits_rows is None else logits_rows, dtype=np.int32)
+    if len(rows):
+        model.head(ops, ops.take_rows(x, rows))
+    return ops.records
+
+
+def _batch(sequences: Sequence[tuple[int, int]]) -> Batch:
+    starts = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum([new for _, new in sequences], out=starts[1:])
+    positions: list[NDArray[np.int32]] = [np.arange(old, old + new, dtype=np.int32) for old, new in sequences]
+    total = int(starts[-1])
+    empty = np.zeros(total, np.int32)
+    return Batch(
+        input_ids=empty,
+        positions=np.concatenate(positions) if positions else empty,
+        query_start_loc=starts,
+        seq_lens=np.array([old + new for old, new in sequences], np.int32),
+        block_tables=np.zeros((len(sequences), 0), np.int32),
+        slot_mapping=empty,
+        logits_indices=starts[1:] - 1,
+        block_size=1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ShapeTensor:
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    def dequantize(self) -> NDArray[np.float32]:
+        raise TypeError("a trace has shapes and no values")
+
+
+class _ShapeWeights:
+    """The WeightLoader of a model that exists as a configuration only."""
+
+    def __init__(self, config: ModelConfig, ops: TraceOps) -> None:
+        self._config = config
+        self._ops = ops
+
+    def _tensor(self, name: str) -> _ShapeTensor:
+        return _ShapeTensor(name, weight_shape(self._config, name), self._ops.widths.activation)
+
+    def embedding(self, name: str) -> TraceWeight:
+        return self._ops.embedding_weight(self._tensor(name))
+
+    def vector(self, name: str, offset: float = 0.0) -> TraceWeight:
+        return self._ops.vector_weight(self._tensor(name), offset)
+
+    def column_parallel(self, *names: str) -> TraceWeight:
+        return self._ops.linear_weight([self._tensor(name) for name in names])
+
+    def row_parallel(self, name: str) -> TraceWeight:
+        return self._ops.linear_weight([self._tensor(name)])

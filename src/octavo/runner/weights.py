@@ -1,0 +1,136 @@
+"""Weights from a model file into a backend's handles, by the canonical names that models use."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from octavo.core.errors import ModelFormatError
+from octavo.formats.tensor import RawTensor
+from octavo.ops import ModelConfig, Ops
+from octavo.ops.protocol import Weight
+
+log = logging.getLogger(__name__)
+
+# GGUF name of a layer's tensor, by the canonical name inside the layer. Families differ in two of them.
+_GGUF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_GEMMA3_LAYER = _GGUF_LAYER | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GGUF_MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
+
+# Tensors that belong to no weight of a text model: frequencies that the configuration gives, and other modalities.
+_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*")
+_HF_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+
+
+class FileWeights:
+    """The WeightLoader over one opened model file."""
+
+    def __init__(
+        self, ops: Ops, config: ModelConfig, path: object, tensors: Mapping[str, RawTensor], gguf: bool
+    ) -> None:
+        self._ops = ops
+        self._config = config
+        self._path = path
+        self._tensors = tensors
+        self._gguf = gguf
+        self._unused = set(tensors)
+        self._prefix = next((p for p in _HF_PREFIXES if f"{p}embed_tokens.weight" in tensors), "model.")
+
+    # --- what models call ---
+
+    def embedding(self, name: str) -> Weight:
+        return self._ops.embedding_weight(self._take(name))
+
+    def vector(self, name: str, offset: float = 0.0) -> Weight:
+        return self._ops.vector_weight(self._take(name), offset)
+
+    def column_parallel(self, *names: str) -> Weight:
+        return self._ops.linear_weight([self._take(name) for name in names])
+
+    def row_parallel(self, name: str) -> Weight:
+        return self._ops.linear_weight([self._take(name)])
+
+    # --- files ---
+
+    def finish(self) -> None:
+        """Raises ModelFormatError when the file holds weights that the model did not ask for: they would change it."""
+        tied = {self._file_name("lm_head")} if self._config.tie_embeddings else set()
+        left = sorted(name for name in self._unused - tied if not _IGNORED.fullmatch(name))
+        if left:
+            shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            raise ModelFormatError(
+                self._path, "tensors", f"hold weights that a {self._config.architecture} model does not have: {shown}"
+            )
+
+    def _take(self, name: str) -> RawTensor:
+        file_name = self._file_name(name)
+        tensor = self._tensors.get(file_name)
+        if tensor is None:
+            raise ModelFormatError(self._path, file_name, "tensor is missing")
+        self._unused.discard(file_name)
+        expected = weight_shape(self._config, name)
+        if tensor.shape != expected:
+            raise ModelFormatError(
+                self._path, file_name, f"has shape {tensor.shape}; the configuration says {expected}"
+            )
+        if self._gguf and self._config.architecture == "llama" and name.endswith((".q_proj", ".k_proj")):
+            return tensor.select_rows(self._halves_order(tensor.shape[0]))
+        return tensor
+
+    def _file_name(self, name: str) -> str:
+        if not self._gguf:
+            if name == "lm_head":
+                return next((head for head in _HF_HEADS if head in self._tensors), _HF_HEADS[0])
+            return f"{self._prefix}{name}.weight"
+        if match := _LAYER_NAME.fullmatch(name):
+            names = _GGUF_GEMMA3_LAYER if self._config.architecture == "gemma3" else _GGUF_LAYER
+            return f"blk.{match[1]}.{names[match[2]]}.weight"
+        return f"{_GGUF_MODEL[name]}.weight"
+
+    def _halves_order(self, rows: int) -> np.ndarray:
+        """llama.cpp stores q and k of the Llama family for a rope on neighbouring pairs: within each head, rows
+        2i and 2i + 1 are what the original has at i and i + D/2. Whole rows move, so quantised values stay."""
+        head_dim = self._config.head_dim
+        within = np.arange(head_dim).reshape(-1, 2).T.reshape(-1)  # 0, 2, 4, ..., 1, 3, 5, ...
+        return (np.arange(0, rows, head_dim)[:, None] + within).reshape(-1)
+
+
+def weight_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """The shape that a model's weight has by its canonical name, outermost dimension first."""
+    c = config
+    hidden, query, key = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes = {
+        "embed_tokens": (c.vocab_size, hidden),
+        "lm_head": (c.vocab_size, hidden),
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "q_norm": (c.head_dim,),
+        "k_norm": (c.head_dim,),
+        "gate_proj": (c.intermediate_size, hidden),
+        "up_proj": (c.intermediate_size, hidden),
+        "down_proj": (hidden, c.intermediate_size),
+    }
+    return shapes.get(name.rsplit(".", 1)[-1], (hidden,))  # all else are norms over the hidden state

@@ -1,0 +1,159 @@
+"""Tokenizers from Hugging Face directories. Only data is read; no code there is ever run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MAX_CONFIG_BYTES = 64 << 20  # the small JSON files; tokenizer.json itself goes to the tokenizers library
+
+
+def tokenizer_from_directory(path: Path) -> Tokenizer:
+    """See `Tokenizer.from_directory`."""
+    if not path.is_dir():
+        raise ModelNotFoundError(f"{path}: no such directory")
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelNotFoundError(
+            f"{path}: no tokenizer.json there; only Hugging Face fast tokenizers and GGUF files are read"
+        )
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as FastTokenizer
+
+    try:
+        fast = FastTokenizer.from_file(str(file))
+    except BaseException as error:  # tokenizers raises bare Exception, and its panics derive from BaseException
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ModelFormatError(path, "tokenizer.json", str(error)) from None
+    fast.no_truncation()
+    fast.no_padding()
+    config = _read_json(path, "tokenizer_config.json")
+    named = _named_tokens(path, config)
+    # What transformers does: a named special token is one even where tokenizer.json does not say so.
+    known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
+    missing = [AddedToken(text, special=True, normalized=False) for text in named.values() if text not in known]
+    present = [token for token in missing if fast.token_to_id(token.content) is not None]
+    fast.add_special_tokens(present)
+    added = fast.get_added_tokens_decoder()
+    to_bytes, strip = _decoder(path, fast, frozenset(added))
+    bos = fast.token_to_id(named["bos_token"]) if "bos_token" in named else None
+    eos = fast.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    vocab_size = max([fast.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        # BOS and EOS are the business of tokenizer.json's post-processor. The flags add_bos_token and add_eos_token of
+        # tokenizer_config.json do not count beside it, nor do they in transformers.
+        return fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    return Tokenizer(
+        encode=encode,
+        token_text=fast.id_to_token,
+        to_bytes=to_bytes,
+        vocab_size=vocab_size,
+        special_token_ids=[token_id for token_id, token in added.items() if token.special],
+        special_tokens=named,
+        bos_token_id=bos,
+        eos_token_ids=_end_tokens(path, eos),
+        strip_leading_space=strip,
+        chat_template=_chat_template(path, config),
+    )
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    file = path / name
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelFormatError(path, name, f"larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(path, name, f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(path, name, f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens, such as ``bos_token`` -> text. Each is a string, or an object with a ``content``."""
+    fallback = _read_json(path, "special_tokens_map.json")
+    named = {}
+    for name in _NAMED:
+        file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
+        value = config.get(name) if config.get(name) is not None else fallback.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value:
+            raise ModelFormatError(path, f"{file}: {name}", f"expected the text of a token, found {value!r}")
+        named[name] = value
+    return named
+
+
+def _decoder(path: Path, fast: tokenizers.Tokenizer, added: frozenset[int]) -> tuple[ToBytes, bool]:
+    """How tokens become bytes, and whether a space is taken from the front of the text, by the decoder of
+    tokenizer.json.
+    """
+    decoder: Any = fast.decoder
+    spec: Any = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return byte_level_bytes(added), False
+    spaces = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == spaces and steps[3:] in ([], [strip]):
+        return sentencepiece_bytes(None), bool(steps[3:])
+    raise UnsupportedModelError(
+        f"{path}: tokenizer.json has the decoder {' + '.join(map(str, kinds))}; supported: ByteLevel, "
+        "and Replace + ByteFallback + Fuse with an optional Strip of one leading space"
+    )
+
+
+def _end_tokens(path: Path, eos: int | None) -> set[int]:
+    """The tokenizer's own, and those of the generation config (or, without one, of the model config)."""
+    ends = set() if eos is None else {eos}
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(path, name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+            raise ModelFormatError(
+                path, f"{name}: eos_token_id", f"expected a token id or a list of them, found {value!r}"
+            )
+        return ends.union(ids)
+    return ends
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """``chat_template.jinja`` if there, else the template in ``chat_template.json`` or ``tokenizer_config.json``."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None
+    value = _read_json(path, "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):  # several named ones: [{"name": ..., "template": ...}]
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ModelFormatError(
+            path, "tokenizer_config.json: chat_template", "expected a string or a list of named templates"
+        )
+    return value

@@ -1,0 +1,279 @@
+"""Tokenizers from the ``tokenizer.*`` metadata of GGUF files.
+
+Key names and token types are those of the GGUF specification (ggml, docs/gguf.md). Where a file leaves a choice open,
+the outcome is that of transformers, which is that of the model's original tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.text.added_tokens import AddedTokens
+from octavo.text.byte_level import build_byte_level, pre_tokenizer_family
+from octavo.text.score_bpe import SPACE, ScoreBPE
+from octavo.text.token_bytes import BYTE_TOKEN, ToBytes, byte_level_bytes, sentencepiece_bytes
+from octavo.text.tokenizer import Tokenizer
+
+KINDS = ("gpt2", "llama")
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types; 1 is normal, 5 unused
+
+# Control tokens that end a turn or a text, by the names model families give them.
+# fmt: off
+_END_TOKENS = frozenset([
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>",
+    "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>",
+])
+# fmt: on
+
+_NAMED_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # spelled so in the specification
+    "pad_token": "padding_token_id",
+    "mask_token": "mask_token_id",
+}
+
+
+class _Metadata:
+    """Checked access to the ``tokenizer.ggml.*`` keys."""
+
+    def __init__(self, values: Mapping[str, Any], path: object) -> None:
+        self._values = values
+        self.path = path
+
+    def error(self, key: str, message: str) -> ModelFormatError:
+        return ModelFormatError(self.path, f"tokenizer.ggml.{key}", message)
+
+    def get(self, key: str) -> Any:
+        return self._values.get(f"tokenizer.ggml.{key}")
+
+    def string(self, key: str, default: str | None = None) -> str:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, str):
+            raise self.error(key, "missing" if value is None else f"expected a string, found {type(value).__name__}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, f"expected true or false, found {value!r}")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key)
+        if value is None:
+            raise self.error(key, "missing")
+        items = self._list(key, value)
+        if not set(map(type, items)) <= {str}:
+            raise self.error(key, "expected an array of strings")
+        try:
+            "".join(items).encode()
+        except UnicodeEncodeError as error:  # a reader may hand invalid UTF-8 over as lone surrogates
+            raise self.error(key, f"not valid UTF-8 near {error.object[error.start :][:20]!r}") from None
+        return items
+
+    def numbers(self, key: str, count: int) -> list | None:
+        """As many numbers as there are tokens, or None where the key is absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        items = self._list(key, value)
+        if len(items) != count:
+            raise self.error(key, f"{len(items)} entries for {count} tokens")
+        if not set(map(type, items)) <= {int, float}:
+            raise self.error(key, "expected an array of numbers")
+        return items
+
+    def _list(self, key: str, value: Any) -> list:
+        if isinstance(value, (str, bytes)):
+            raise self.error(key, "expected an array, found a string")
+        try:
+            for method in ("to_list", "tolist"):  # lazy string arrays; NumPy arrays
+                if hasattr(value, method):
+                    return getattr(value, method)()
+            return list(value)
+        except TypeError:
+            raise self.error(key, f"expected an array, found {type(value).__name__}") from None
+
+    def token_id(self, key: str, count: int) -> int | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        try:
+            token_id = operator.index(value)
+        except TypeError:
+            token_id = -1
+        if isinstance(value, bool) or token_id < 0:
+            raise self.error(key, f"expected a token id, found {str(value)[:40]!r}")
+        if token_id >= count:
+            raise self.error(key, f"{token_id} is not a token id: there are {count} tokens")
+        return token_id
+
+
+def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
+    """See `Tokenizer.from_gguf`."""
+    metadata = _Metadata(values, path)
+    kind = metadata.string("model")
+    if kind not in KINDS:
+        raise UnsupportedModelError(f"{path}: tokenizer.ggml.model is {kind!r}; supported kinds: {', '.join(KINDS)}")
+    tokens = metadata.strings("tokens")
+    if not tokens:
+        raise metadata.error("tokens", "no tokens")
+    types = metadata.numbers("token_type", len(tokens))
+    ids = {name: metadata.token_id(key, len(tokens)) for name, key in _NAMED_IDS.items()}
+    special = {n for n, t in enumerate(types or ()) if t in (_CONTROL, _UNKNOWN) and tokens[n]}
+    named = {name: token_id for name, token_id in ids.items() if token_id is not None and tokens[token_id]}
+    special.update(named.values())
+    user_defined = [n for n, t in enumerate(types or ()) if t == _USER_DEFINED and n not in special and tokens[n]]
+    named_texts = {name: tokens[token_id] for name, token_id in named.items()}
+
+    build = _build_byte_level if kind == "gpt2" else _build_scored
+    encode, to_bytes, strip, add_bos = build(metadata, values, tokens, types, special, user_defined, ids["unk_token"])
+    template = values.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ModelFormatError(path, "tokenizer.chat_template", f"expected a string, found {type(template).__name__}")
+    return Tokenizer(
+        encode=_with_ends(metadata, encode, ids["bos_token"], ids["eos_token"], add_bos),
+        token_text=lambda token_id: tokens[token_id] if token_id < len(tokens) else None,
+        to_bytes=to_bytes,
+        vocab_size=len(tokens),
+        special_token_ids=special,
+        special_tokens=named_texts,
+        bos_token_id=ids["bos_token"],
+        eos_token_ids=_end_tokens(metadata, tokens, special),
+        strip_leading_space=strip,
+        chat_template=template,
+    )
+
+
+def _end_tokens(metadata: _Metadata, tokens: list[str], special: set[int]) -> set[int]:
+    ids = [metadata.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    ends = {token_id for token_id in ids if token_id is not None}
+    return ends | {token_id for token_id in special if tokens[token_id] in _END_TOKENS}
+
+
+def _with_ends(
+    metadata: _Metadata, encode: Callable[[str], list[int]], bos: int | None, eos: int | None, default_bos: bool
+) -> Callable[[str, bool], list[int]]:
+    """`encode` with BOS and EOS around, as the file asks."""
+    add_bos = metadata.flag("add_bos_token", default_bos and bos is not None)
+    add_eos = metadata.flag("add_eos_token", False)
+    if add_bos and bos is None:
+        raise metadata.error("add_bos_token", "true, but there is no tokenizer.ggml.bos_token_id")
+    if add_eos and eos is None:
+        raise metadata.error("add_eos_token", "true, but there is no tokenizer.ggml.eos_token_id")
+    before = [bos] if add_bos and bos is not None else []
+    after = [eos] if add_eos and eos is not None else []
+
+    def encode_with_ends(text: str, add_special_tokens: bool) -> list[int]:
+        ids = encode(text)
+        return [*before, *ids, *after] if add_special_tokens else ids
+
+    return encode_with_ends
+
+
+def _vocab(metadata: _Metadata, tokens: list[str]) -> dict[str, int]:
+    """Token text -> id. Empty tokens, which some files have as padding, are no part of it: no text can hold them."""
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(vocab) != len(tokens):
+        twice = next((text for n, text in enumerate(tokens) if text and vocab[text] != n), None)
+        vocab.pop("", None)
+        if twice is None:
+            return vocab
+        raise metadata.error("tokens", f"token {twice!r} occurs more than once")
+    return vocab
+
+
+_Built = tuple[Callable[[str], list[int]], ToBytes, bool, bool]  # encode, to_bytes, strip leading space, BOS by default
+
+
+def _build_byte_level(
+    metadata: _Metadata,
+    _values: Mapping[str, Any],
+    tokens: list[str],
+    _types: list | None,
+    special: set[int],
+    user_defined: list[int],
+    _unknown: int | None,
+) -> _Built:
+    family = pre_tokenizer_family(metadata.string("pre", "default"))
+    merges = metadata.strings("merges")
+    tokenizer = build_byte_level(
+        _vocab(metadata, tokens),
+        merges,
+        family,
+        special=[tokens[n] for n in sorted(special)],
+        user_defined=[tokens[n] for n in user_defined],
+        path=metadata.path,
+    )
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return encode, byte_level_bytes(special.union(user_defined)), False, family == "llama-bpe"
+
+
+def _build_scored(
+    metadata: _Metadata,
+    values: Mapping[str, Any],
+    tokens: list[str],
+    types: list | None,
+    special: set[int],
+    user_defined: list[int],
+    unknown: int | None,
+) -> _Built:
+    scores = metadata.numbers("scores", len(tokens))
+    if scores is None:
+        raise metadata.error("scores", "missing")
+    if not all(map(math.isfinite, scores)):
+        raise metadata.error("scores", "every score must be finite")
+    gemma = str(values.get("general.architecture", "")).startswith("gemma")
+    if gemma:
+        # Gemma's runs of spaces are spelled with real spaces and carry a score that is not their place among the
+        # merges (their position is). They are ordinary tokens of its original tokenizer, found by merging and not in
+        # the raw text.
+        spaces = [n for n in user_defined if not tokens[n].strip(" ")]
+        tokens = list(tokens)
+        for n in spaces:
+            tokens[n] = SPACE * len(tokens[n])
+        user_defined = [n for n in user_defined if n not in set(spaces)]
+        ranks: Any = range(len(tokens))
+    else:
+        ranks = [-score for score in scores]
+    byte_ids = _byte_ids(metadata, tokens, types)
+    if byte_ids is None and unknown is None:
+        message = "there are neither 256 byte tokens nor a tokenizer.ggml.unknown_token_id: not every text has tokens"
+        raise metadata.error("token_type", message)
+    add_space_prefix = metadata.flag("add_space_prefix", True)
+    added = AddedTokens({tokens[n]: n for n in [*user_defined, *special]})
+    vocab = _vocab(metadata, tokens)
+    # As in SentencePiece, merging never makes one of these: the text "<0x41>" is not the byte 0x41.
+    for n in [*special, *(byte_ids or ())]:
+        vocab.pop(tokens[n], None)
+    encoder = ScoreBPE(vocab, ranks, added, byte_ids, unknown, add_space_prefix)
+    return encoder.encode, sentencepiece_bytes(frozenset(byte_ids or ())), add_space_prefix, True
+
+
+def _byte_ids(metadata: _Metadata, tokens: list[str], types: list | None) -> list[int] | None:
+    """The ids of the byte tokens, by byte; None where there are not all 256."""
+    by_byte: dict[int, int] = {}
+    for token_id, text in enumerate(tokens):
+        if types is not None and types[token_id] != _BYTE:
+            continue
+        match = BYTE_TOKEN.fullmatch(text)
+        if match:
+            by_byte[int(match[1], 16)] = token_id
+        elif types is not None:
+            raise metadata.error("token_type", f"token {token_id} is marked as a byte but spelled {text!r}")
+    return [by_byte[byte] for byte in range(256)] if len(by_byte) == 256 else None

@@ -1,0 +1,168 @@
+"""Text to token ids and back, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo.core.errors import InvalidRequestError
+from octavo.text.stream import IncrementalText, StopMatcher
+from octavo.text.token_bytes import ToBytes
+
+
+class Tokenizer:
+    """Implements `octavo.core.protocols.TextCodec`. Make one with `from_gguf` or `from_directory`. Safe to share by
+    threads.
+
+    Decoding joins the bytes of the tokens and reads them as UTF-8, each maximal invalid part becoming one U+FFFD, as
+    the Unicode standard recommends. On valid text that is what transformers gives; on a broken run of SentencePiece
+    byte tokens transformers gives one U+FFFD per byte of the whole run, valid characters in it included.
+    """
+
+    def __init__(
+        self,
+        *,
+        encode: Callable[[str, bool], list[int]],
+        token_text: Callable[[int], str | None],
+        to_bytes: ToBytes,
+        vocab_size: int,
+        special_token_ids: Collection[int],
+        special_tokens: Mapping[str, str],
+        bos_token_id: int | None,
+        eos_token_ids: Collection[int],
+        strip_leading_space: bool,
+        chat_template: str | None,
+    ) -> None:
+        """`encode`: (text, add special tokens) -> ids. `token_text`: id -> its spelling in the vocabulary, None where
+        there is none. `special_tokens`: names such as ``"bos_token"`` -> text, for chat templates.
+        `strip_leading_space`: the tokenizer puts a space before text, so decoding takes one away.
+        """
+        self._encode = encode
+        self._token_text = token_text
+        self._to_bytes = to_bytes
+        self._vocab_size = vocab_size
+        self._special_token_ids = frozenset(special_token_ids)
+        self._special_tokens = dict(special_tokens)
+        self._bos_token_id = bos_token_id
+        self._eos_token_ids = tuple(sorted(eos_token_ids))
+        self._strip_leading_space = strip_leading_space
+        self._chat_template = chat_template
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are met
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
+        """From the ``tokenizer.*`` keys of a GGUF file; `path` is for error messages.
+
+        String arrays are sequences of str (one with a ``to_list`` method is turned into a list by it), numeric arrays
+        NumPy arrays or sequences. Raises UnsupportedModelError for a kind of tokenizer not implemented,
+        ModelFormatError naming the key for missing or inconsistent metadata.
+        """
+        from octavo.text.gguf_vocab import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(metadata, path)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """From a Hugging Face directory: ``tokenizer.json`` and the small JSON files beside it. No code there is ever
+        run.
+
+        Raises ModelNotFoundError without a ``tokenizer.json``, ModelFormatError for a malformed file,
+        UnsupportedModelError for a decoder not implemented.
+        """
+        from octavo.text.directory import tokenizer_from_directory
+
+        return tokenizer_from_directory(Path(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id. The model may have more rows; those ids have no text."""
+        return self._vocab_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._bos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends generation, ascending.
+
+        From a directory: those of ``generation_config.json`` (or ``config.json``) and the tokenizer's own. From GGUF:
+        the eos, eot and eom ids, and control tokens with a well-known end-of-turn or end-of-text name, as llama.cpp
+        has it: for SmolLM2 that is 0 (``<|endoftext|>``) and 2 (``<|im_end|>``).
+        """
+        return self._eos_token_ids
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that `skip_special_tokens` leaves out of decoded text."""
+        return self._special_token_ids
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens, such as ``{"bos_token": "<s>"}``: variables of the chat template."""
+        return dict(self._special_tokens)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the model's chat template (see `octavo.text.chat_template`), if it has one."""
+        return self._chat_template
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised either way.
+
+        `add_special_tokens` adds BOS and EOS as the model asks. Leave it off for the output of a chat template, which
+        writes them itself. Raises InvalidRequestError (field ``prompt``) for a lone surrogate.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise InvalidRequestError(
+                "prompt", f"lone surrogate U+{code:04X} at character {error.start}; text must be valid Unicode"
+            ) from None
+        return self._encode(text, add_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes token `token_id` adds to a text, special tokens spelled out. Empty for an id without a token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            if token_id < 0:
+                raise InvalidRequestError("token_ids", f"{token_id} is not a token id")
+            text = self._token_text(token_id)
+            known = b"" if text is None else self._to_bytes(text, token_id)
+            if token_id < self._vocab_size:
+                self._bytes[token_id] = known
+        return known
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`. Incomplete or invalid UTF-8 becomes U+FFFD."""
+        skipped = self._special_token_ids if skip_special_tokens else frozenset()
+        data = b"".join([self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped])
+        if self._strip_leading_space and data.startswith(b" "):
+            data = data[1:]
+        return data.decode("utf-8", "replace")
+
+    def text_stream(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> IncrementalText:
+        """Incremental text of one output that follows `prompt_token_ids`; see `IncrementalText`.
+
+        `spaces_between_special_tokens` is accepted for compatibility: none of the tokenizers supported puts spaces
+        there, nor do the fast tokenizers of transformers, so both values give the same text.
+        """
+        del spaces_between_special_tokens
+        return IncrementalText(
+            token_bytes=self.token_bytes,
+            skipped=self._special_token_ids if skip_special_tokens else frozenset(),
+            strip_leading_space=self._strip_leading_space,
+            prompt_token_ids=prompt_token_ids,
+            stop=StopMatcher(stop) if stop else None,
+            include_stop=include_stop_str_in_output,
+        )

@@ -1,0 +1,145 @@
+"""An executor without a model that checks what a model could not: each KV slot read was written for that very token.
+
+It keeps, for each slot, the tokens up to the position that was stored there. A grant reads all positions up to its
+end, as attention does; a wrong block, a missed copy on write or a lost copy shows as a slot that holds something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.coordinators import CompletionRequest, SamplesCoordinator, SingleCoordinator
+from octavo.core.outputs import RequestMetrics, RequestOutput
+from octavo.core.params import SamplingParams
+from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
+from octavo.core.want import Hidden, Sample, Score, TopK
+from octavo.engine import Engine, SchedulerConfig
+from octavo.kv_cache import KVCacheManager
+
+VOCAB = 50
+
+
+def next_token(token_ids: list[int], salt: object = 0) -> int:
+    """What the fake model says after `token_ids`: a pure function of them."""
+    digest = hashlib.blake2b(repr((token_ids, salt)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+@dataclass
+class FakeExecutor:
+    block_size: int
+    fail: Callable[[Grant], bool] = lambda grant: False
+    fail_copies: bool = False
+    plans: list[StepPlan] = field(default_factory=list)
+    computed: int = 0  # tokens
+    copied: int = 0  # blocks
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> tokens up to this position
+
+    def execute(self, plan: StepPlan) -> FakeExecutor:
+        self._plan = plan
+        return self
+
+    def result(self) -> StepResult:
+        plan = self._plan
+        self.plans.append(plan)
+        if plan.copies and self.fail_copies:
+            raise RuntimeError("copying failed")
+        for source, target in plan.copies:
+            self.copied += 1
+            for offset in range(self.block_size):
+                self._slots.pop((target, offset), None)
+                if (source, offset) in self._slots:
+                    self._slots[target, offset] = self._slots[source, offset]
+        if any(self.fail(grant) for grant in plan.grants):
+            raise RuntimeError("a row failed")
+        for grant in plan.grants:
+            self.computed += grant.num_tokens
+            for position in range(grant.start, grant.stop):
+                self._slots[self._slot(grant, position)] = tuple(grant.token_ids[: position + 1])
+        return StepResult(tuple(self._answer(grant) for grant in plan.grants))
+
+    def _slot(self, grant: Grant, position: int) -> tuple[int, int]:
+        return grant.block_table[position // self.block_size], position % self.block_size
+
+    def _answer(self, grant: Grant) -> GrantResult:
+        for position in range(grant.stop):
+            held = self._slots.get(self._slot(grant, position))
+            expected = tuple(grant.token_ids[: position + 1])
+            assert held == expected, f"sequence {grant.sequence.id} reads {held} at {position}, not {expected}"
+        seen = grant.token_ids[: grant.stop]
+        next_logprobs = []
+        if grant.each_row is not None:
+            for position in range(grant.start, min(grant.stop, len(grant.token_ids) - 1)):
+                next_logprobs.append(TokenLogprobs(TokenLogprob(grant.token_ids[position + 1], -1.0 * position, 1)))
+        match grant.want:
+            case Sample(draws):
+                drawn = tuple(DrawResult(next_token(seen, (draw.seed, draw.stream))) for draw in draws)
+                return GrantResult(draws=drawn, next_logprobs=next_logprobs)
+            case TopK(k, _):
+                return GrantResult(candidates=tuple((next_token(seen, rank), -float(rank)) for rank in range(k)))
+            case Score(sets):
+                return GrantResult(scores=tuple(-float(len(s)) for s in sets))
+            case Hidden(layers):
+                return GrantResult(hidden=tuple(layers))
+        return GrantResult(next_logprobs=next_logprobs)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Harness:
+    """An engine over the fake executor, its pool checked after every step."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, **config: object) -> None:
+        defaults: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
+        self.executor = FakeExecutor(block_size)
+        self.kv = KVCacheManager(num_blocks, block_size)
+        self.now = 0.0
+        self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
+        self.outputs: dict[str, RequestOutput] = {}
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 8, priority: int = 0, **params: object) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+        request = CompletionRequest(
+            request_id, list(prompt), sampling, seed=sampling.seed or 0, max_tokens=max_tokens, priority=priority
+        )
+        kind = SingleCoordinator if sampling.n == 1 else SamplesCoordinator
+        self.engine.add(kind(request, RequestMetrics(self.now)))
+
+    def sequences(self) -> list:
+        return [sequence for c in self.engine.scheduler.coordinators() for sequence in c.sequences]
+
+    def check(self) -> None:
+        self.kv.check([sequence.block_table for sequence in self.sequences()])
+
+    def step(self) -> list[RequestOutput]:
+        outputs = self.engine.step()
+        self.now += 1.0
+        self.check()
+        for output in outputs:
+            self.outputs[output.request_id] = output
+        return outputs
+
+    def run(self, most: int = 10_000) -> dict[str, RequestOutput]:
+        for _ in range(most):
+            if not self.engine.has_unfinished_requests:
+                assert self.kv.num_free == self.kv.num_blocks
+                return self.outputs
+            self.step()
+        raise AssertionError(f"not finished after {most} steps")
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        return self.outputs[request_id].outputs[index].token_ids
+
+
+def expected(prompt: list[int], count: int, index: int = 0, seed: int = 0) -> list[int]:
+    """What the fake model answers to a prompt, whatever the scheduler does."""
+    token_ids = list(prompt)
+    for _ in range(count):
+        token_ids.append(next_token(token_ids, (seed, (index,))))
+    return token_ids[len(prompt) :]

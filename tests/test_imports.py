@@ -1,0 +1,121 @@
+"""Who may import whom. The rooms stay apart only as long as this holds."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import octavo
+
+ROOT = Path(octavo.__file__).parent
+
+# Room or top-level file -> rooms it may import, besides itself. None: anything.
+ALLOWED: dict[str, set[str] | None] = {
+    "core": set(),
+    "kv_cache": {"core"},
+    "coordinators": {"core"},
+    "engine": {"core", "kv_cache", "coordinators"},
+    "ops": {"core"},
+    "formats": {"core"},
+    "models": {"ops"},
+    "backends": {"ops", "_C"},
+    "sampling": {"core", "ops"},
+    "speculation": {"core", "ops"},
+    "runner": {"core", "ops", "models", "backends", "sampling", "speculation", "formats"},
+    "text": {"core"},
+    "hub": {"core"},
+    "distributed": {"core"},
+    "observe": {"core", "ops"},
+    "config": {"core"},
+    "build": None,
+    "frontend": {"build", "config", "core", "coordinators", "text"},
+    "llm": {"build", "config", "core", "frontend", "text"},
+    "async_llm": {"build", "config", "core", "engine", "frontend", "text"},
+    # `pull` and `models` work on files alone and must start fast, without an engine.
+    "cli": {"llm", "config", "observe", "core", "hub", "formats"},
+    "server": {"llm", "async_llm", "config", "observe", "core"},
+    "__init__": None,
+    "__main__": {"cli"},
+}
+
+# Third-party packages that a room may import; rooms not listed may import any.
+THIRD_PARTY: dict[str, set[str]] = {
+    "core": {"msgspec"},
+    "kv_cache": set(),
+    "coordinators": set(),
+    "engine": set(),
+    "ops": {"numpy"},
+    "formats": {"numpy"},
+    "models": {"numpy"},
+    "backends": {"numpy"},
+    "sampling": {"numpy"},
+    "runner": {"numpy"},
+}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, also inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found.add(node.module)
+            if node.module == "octavo":
+                found |= {f"octavo.{alias.name}" for alias in node.names}
+    return found
+
+
+def files() -> list[Path]:
+    found = sorted(ROOT.rglob("*.py"))
+    assert len(found) > 50
+    return found
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {room_of(path) for path in files()} <= set(ALLOWED)
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    wrong = []
+    for path in files():
+        room = room_of(path)
+        allowed = ALLOWED[room]
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "octavo" or len(parts) < 2 or allowed is None or parts[1] in {room, "__version__"}:
+                continue
+            if parts[1] not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_bookkeeping_rooms_import_no_numbers() -> None:
+    import sys
+
+    wrong = []
+    for path in files():
+        room = room_of(path)
+        if room not in THIRD_PARTY:
+            continue
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            if top == "octavo" or top in sys.stdlib_module_names or top in THIRD_PARTY[room]:
+                continue
+            wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_notices() -> None:
+    """The checks above look at something: the engine does import the KV cache, and the runner the models."""
+    engine = {name for path in (ROOT / "engine").glob("*.py") for name in imports_of(path)}
+    assert "octavo.kv_cache" in engine
+    runner = {name for path in (ROOT / "runner").glob("*.py") for name in imports_of(path)}
+    assert "octavo.models" in runner and "numpy" in runner

@@ -1,0 +1,177 @@
+"""Tokenizers from Hugging Face directories, against transformers loading the same directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import decoders, processors
+from transformers import AutoTokenizer
+
+from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.text.tokenizer import Tokenizer
+
+from . import tiny
+from .corpus import corpus
+
+
+def write(path: Path, name: str, value: Any) -> None:
+    (path / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path) -> Path:
+    theirs, _ = tiny.byte_level("llama-bpe")
+    theirs.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    theirs.save_pretrained(tmp_path)
+    pad = {"__type": "AddedToken", "content": "<think>", "normalized": False}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": pad}
+    write(tmp_path, "tokenizer_config.json", config)
+    return tmp_path
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    theirs, _ = tiny.scored(1, add_space_prefix=True)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    return tmp_path
+
+
+def assert_equal(path: Path) -> Tokenizer:
+    ours, theirs = Tokenizer.from_directory(path), AutoTokenizer.from_pretrained(path)
+    for text in corpus(specials=("<|im_end|>", "<think>", "<s>", "</s>")):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False), repr(text)
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), repr(text)
+    assert ours.special_token_ids == {n for n, token in theirs.added_tokens_decoder.items() if token.special}
+    assert ours.vocab_size == len(theirs)
+    return ours
+
+
+def test_byte_level_equals_transformers(byte_level: Path) -> None:
+    ours = assert_equal(byte_level)
+    assert ours.encode("a")[0] == 1  # the post-processor of tokenizer.json
+    assert ours.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<think>"}
+
+
+def test_sentencepiece_style_equals_transformers(scored: Path) -> None:
+    ours = assert_equal(scored)
+    assert ours.bos_token_id == 1
+    stream = ours.text_stream([1])
+    stream.advance(ours.encode("hello", add_special_tokens=False))
+    assert stream.text == "hello"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_the_post_processor_decides_on_bos_and_eos(scored: Path, bos: bool, eos: bool) -> None:
+    config = json.loads((scored / "tokenizer_config.json").read_text())
+    write(scored, "tokenizer_config.json", {**config, "add_bos_token": bos, "add_eos_token": eos})
+    assert assert_equal(scored).encode("") == [1]
+
+
+def test_end_tokens(byte_level: Path) -> None:
+    assert Tokenizer.from_directory(byte_level).eos_token_ids == (2,)
+    write(byte_level, "config.json", {"model_type": "llama", "eos_token_id": 1})
+    assert Tokenizer.from_directory(byte_level).eos_token_ids == (1, 2)
+    write(byte_level, "generation_config.json", {"eos_token_id": [5, 0]})  # this one goes before config.json
+    assert Tokenizer.from_directory(byte_level).eos_token_ids == (0, 2, 5)
+    write(byte_level, "generation_config.json", {"eos_token_id": 7})
+    assert Tokenizer.from_directory(byte_level).eos_token_ids == (2, 7)
+
+
+def test_chat_template_sources(byte_level: Path) -> None:
+    assert Tokenizer.from_directory(byte_level).chat_template is None
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    for value, expected in (("C", "C"), (named, "D"), (named[:1], None)):
+        write(byte_level, "tokenizer_config.json", {**config, "chat_template": value})
+        assert Tokenizer.from_directory(byte_level).chat_template == expected
+    write(byte_level, "chat_template.json", {"chat_template": "J"})
+    assert Tokenizer.from_directory(byte_level).chat_template == "J"
+    write(byte_level, "chat_template.jinja", "Ä\n")
+    assert Tokenizer.from_directory(byte_level).chat_template == "Ä\n"
+
+
+def test_special_tokens_map_is_the_fallback(byte_level: Path) -> None:
+    write(byte_level, "tokenizer_config.json", {})
+    write(byte_level, "special_tokens_map.json", {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}})
+    ours = Tokenizer.from_directory(byte_level)
+    assert ours.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="no such directory"):
+        Tokenizer.from_directory(tmp_path / "absent")
+    with pytest.raises(ModelNotFoundError, match=r"no tokenizer\.json"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("tokenizer.json", "", "tokenizer.json"),
+        ("tokenizer.json", "{}", "tokenizer.json"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "tokenizer.json"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer_config.json: eos_token"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "tokenizer_config.json: chat_template"),
+        ("special_tokens_map.json", '{"bos_token": ["a"]}', "special_tokens_map.json: bos_token"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id"),
+        ("generation_config.json", '{"eos_token_id": [true]}', "generation_config.json: eos_token_id"),
+        ("config.json", '{"eos_token_id": -1}', "config.json: eos_token_id"),
+    ],
+)
+def test_malformed_files(byte_level: Path, name: str, content: str, field: str) -> None:
+    write(byte_level, name, content)
+    with pytest.raises(ModelFormatError) as caught:
+        Tokenizer.from_directory(byte_level)
+    assert caught.value.field == field
+
+
+def test_invalid_utf8(byte_level: Path) -> None:
+    (byte_level / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelFormatError, match="UTF-8"):
+        Tokenizer.from_directory(byte_level)
+
+
+def test_unsupported_decoders(byte_level: Path) -> None:
+    theirs, _ = tiny.byte_level("gpt-2")
+    for decoder in (decoders.WordPiece(), decoders.Metaspace(), decoders.CTC(), None):
+        fast = theirs.backend_tokenizer
+        fast.decoder = decoder
+        fast.save(str(byte_level / "tokenizer.json"))
+        with pytest.raises(UnsupportedModelError, match="ByteLevel"):
+            Tokenizer.from_directory(byte_level)
+
+
+def test_code_in_the_directory_is_not_run(byte_level: Path) -> None:
+    """A config may name classes of the directory; loading must not import them."""
+    write(byte_level, "evil.py", "raise SystemExit('ran')")
+    write(byte_level, "tokenization_evil.py", "raise SystemExit('ran')")
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "tokenization_evil.Evil"]}}
+    write(byte_level, "tokenizer_config.json", config)
+    assert Tokenizer.from_directory(byte_level).encode("a")
+
+
+def test_truncation_and_padding_in_the_file_are_not_applied(byte_level: Path) -> None:
+    """A long prompt must not lose its end without a word."""
+    theirs, _ = tiny.byte_level("llama-bpe")
+    fast = theirs.backend_tokenizer
+    whole = fast.encode("a b c d e f g h i").ids
+    fast.enable_truncation(4)
+    fast.enable_padding(length=16)
+    fast.save(str(byte_level / "tokenizer.json"))
+    assert Tokenizer.from_directory(byte_level).encode("a b c d e f g h i") == whole

@@ -1,0 +1,120 @@
+"""Tiny tokenizers trained on the spot: as transformers has them (the oracle) and as the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from .corpus import corpus
+
+# The pre-tokenizers of the models' own tokenizer.json files, written out.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+USER_DEFINED = ["<think>", "</think>"]
+
+
+def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
+    if kind in ("gpt-2", "default"):
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        return pre_tokenizers.Sequence(steps)
+    split = pre_tokenizers.Split(Regex(QWEN2 if kind == "qwen2" else LLAMA3), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """A byte-level BPE tokenizer with pre-tokenizer `kind`: (transformers tokenizer, GGUF metadata)."""
+    fast = FastTokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    fast.pre_tokenizer = _pre_tokenizer(kind)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=CONTROL,
+        show_progress=False,
+    )
+    fast.train_from_iterator(corpus(seed=1) * 2, trainer)
+    fast.add_tokens([AddedToken(text, normalized=False) for text in USER_DEFINED])
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>")
+    tokens = [fast.id_to_token(n) for n in range(fast.get_vocab_size())]
+    types = [3 if t in CONTROL else 4 if t in USER_DEFINED else 1 for t in tokens]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": kind,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in json.loads(fast.to_str())["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+    }
+    return hf, metadata
+
+
+def scored(seed: int, add_space_prefix: bool, byte_fallback: bool = True) -> tuple[LlamaTokenizer, dict[str, Any]]:
+    """A SentencePiece-style tokenizer with random scores, some equal: (transformers tokenizer, GGUF metadata)."""
+    rng = random.Random(seed)
+    texts = [text.replace(" ", "▁") for text in corpus(seed=seed)]
+    pieces = set()
+    for text in texts:
+        for size in (1, 2, 3, 4, 6, 8):
+            for _ in range(2):
+                start = rng.randrange(max(1, len(text) - size + 1))
+                pieces.add(text[start : start + size])
+    # Every part of a piece as well, so that merging can reach it.
+    pieces |= {piece[:n] for piece in pieces for n in range(1, len(piece)) if rng.random() < 0.8}
+    pieces |= {piece[n:] for piece in pieces for n in range(1, len(piece)) if rng.random() < 0.5}
+    pieces |= set("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'\"()<>|/")
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+    control, user = ["<s>", "</s>"], ["<think>", "</think>"]
+    # transformers may merge an unknown character with its neighbours where a token spells "<unk>" out.
+    ordinary = sorted({p for p in pieces if "<unk>" not in p} - {"", *control, *user, *byte_tokens})
+    rng.shuffle(ordinary)
+    tokens = ["<unk>", *control, *byte_tokens, *user, *ordinary]
+    types = [2] + [3] * 2 + [6] * len(byte_tokens) + [4] * 2 + [1] * len(ordinary)
+    scores = [0.0] * (len(tokens) - len(ordinary)) + [-float(rng.randrange(len(ordinary))) for _ in ordinary]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+    }
+    return _llama_oracle(metadata, add_space_prefix), metadata
+
+
+def _llama_oracle(metadata: dict[str, Any], add_space_prefix: bool) -> LlamaTokenizer:
+    """transformers' tokenizer for Llama 2, with the merges that the scores imply written out."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    vocab = {token: n for n, token in enumerate(tokens)}
+    merges = []
+    for n, token in enumerate(tokens):
+        if metadata["tokenizer.ggml.token_type"][n] in (2, 3, 6):
+            continue  # SentencePiece never merges into these
+        for cut in range(1, len(token)):
+            if token[:cut] in vocab and token[cut:] in vocab:
+                merges.append((scores[n], cut, n, token[:cut], token[cut:]))
+    merges.sort(key=lambda merge: (-merge[0], -merge[1], merge[1] - len(tokens[merge[2]]), merge[2]))
+    hf = LlamaTokenizer(
+        vocab=vocab, merges=[merge[3:] for merge in merges], add_prefix_space=add_space_prefix, add_bos_token=True
+    )
+    if not any(kind == 6 for kind in metadata["tokenizer.ggml.token_type"]):
+        hf.backend_tokenizer.model.byte_fallback = False
+        hf.backend_tokenizer.model.unk_token = "<unk>"
+    hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("<think>", "</think>")])
+    return hf
