@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -52,7 +52,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one prompt, yielding as tokens come; `output_kind` says whether all so far, only what is new, or the
         final state.
 
@@ -95,7 +95,7 @@ class AsyncLLM:
         priority: int = 0,
         chat_template: str | None = None,
         **options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation through the model's chat template; see `generate` and `LLM.chat_prompt`."""
         prompt = await asyncio.to_thread(self._frontend.chat_prompt, messages, chat_template, options)
         answer = self.generate(prompt, sampling_params, request_id, priority=priority)
@@ -103,7 +103,7 @@ class AsyncLLM:
             async for output in answer:
                 yield output
         finally:
-            await answer.aclose()  # type: ignore[attr-defined]
+            await answer.aclose()
 
     def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
         """The prompt that `chat` answers: see `LLM.chat_prompt`. Not for the event loop: a long one takes a while."""
@@ -169,10 +169,9 @@ class _EngineLoop:
 
     def close(self) -> None:
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._commands.put(None)
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

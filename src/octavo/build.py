@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,45 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
 
 
 def _make_ops(config: EngineConfig) -> Ops:
+    """The backend asked for, or the best there is. Raises ConfigError saying why one cannot serve the settings."""
+    refused = []
+    for name in ("cpu", "reference") if config.backend == "auto" else (config.backend,):
+        make = _make_cpu if name == "cpu" else _make_reference
+        try:
+            ops = make(config)
+        except ConfigError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        for reason in refused:
+            log.warning("backend %s", reason)
+        return ops
+    raise ConfigError("no backend fits; " + "; ".join(refused))
+
+
+def _make_cpu(config: EngineConfig) -> Ops:
+    try:
+        from octavo.backends.cpu import CpuOps
+    except ImportError as error:
+        raise ConfigError(f"its extension does not load: {error}") from None
+    if config.compute_dtype == "float64":
+        raise ConfigError("compute_dtype float64 is of the reference backend")
+    if config.block_size == 1:
+        raise ConfigError("block_size 1 is of the reference backend")
+    kv_dtype = "float16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    instruction_set = os.environ.get("OCTAVO_INSTRUCTION_SET") or None
+    try:
+        return CpuOps(instruction_set, config.threads, kv_dtype, config.compute_dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _make_reference(config: EngineConfig) -> Ops:
     from octavo.backends.reference import ReferenceOps
 
     dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    if kv_dtype == "int8":
+        raise ConfigError("kv_cache_dtype int8 is of the cpu backend")
     return ReferenceOps(dtype, kv_dtype)
 
 

@@ -16,8 +16,8 @@ from octavo.core.errors import ConfigError
 DEFAULT_MODEL = "smollm2"
 ENV_PREFIX = "OCTAVO_"
 
-BACKENDS = ("auto", "reference")
-KV_DTYPES = ("auto", "float32", "float16")
+BACKENDS = ("auto", "cpu", "reference")
+KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")
 BLOCK_SIZES = (1, 16, 32, 64)
 MAX_TOKENS = 2**31 - 1
@@ -33,6 +33,7 @@ class EngineConfig:
 
     model: str = _setting(DEFAULT_MODEL, "alias, Hugging Face name, .gguf file or model folder")
     backend: str = _setting("auto", "what computes", choices=BACKENDS)
+    threads: int | None = _setting(None, "threads of the cpu backend", low=1, high=1024)
     max_model_len: int | None = _setting(None, "most tokens of prompt and output together", low=2, high=MAX_TOKENS)
     max_num_seqs: int = _setting(32, "most sequences in a step", low=1, high=4096)
     max_num_batched_tokens: int | None = _setting(None, "most tokens in a step", low=1, high=MAX_TOKENS)

@@ -218,9 +218,9 @@ def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
     if values is None or len(values) != count:
         got = f"{len(values)} of them" if values is not None else type(value).__name__
         raise InvalidRequestError(name, f"must be one for all prompts or one for each of the {count}, not {got}")
-    wrong = next((one for one in values if not isinstance(one, kind)), None)
-    if wrong is not None:
-        raise InvalidRequestError(name, f"must be of type {kind.__name__}, not {type(wrong).__name__}")
+    for one in values:
+        if not isinstance(one, kind):
+            raise InvalidRequestError(name, f"must be of type {kind.__name__}, not {type(one).__name__}")
     return values
 
 

@@ -245,25 +245,21 @@ def test_nested_beyond_reason() -> None:
             ChatTemplate(CHATML).render([{"role": "user", "content": "x", "extra": value}])
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "tokenize",
-        "chat_template",
-        "bos_token",
-        "raise_exception",
-        "namespace",
-        "loop",
-        "self",
-        "__class__",
-        "_x",
-        "range",
-    ],
-)
+RESERVED = ["messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "bos_token", "raise_exception"]
+
+
+@pytest.mark.parametrize("key", [*RESERVED, "namespace", "loop", "self", "__class__", "_x", "range"])
 def test_reserved_arguments(key: str) -> None:
+    """A request must not replace what the engine or the template language means by a name."""
     with pytest.raises(InvalidRequestError) as caught:
-        ChatTemplate(CHATML, **SPECIAL)._arguments({key: True})
+        ChatTemplate(CHATML, **SPECIAL).render(CHAT, chat_template_kwargs={key: True})
     assert caught.value.field == f"chat_template_kwargs.{key}"
+
+
+def test_reserved_keyword_arguments() -> None:
+    for key in ("messages", "self", "tokenize"):
+        with pytest.raises(InvalidRequestError, match=rf"^chat_template_kwargs\.{key}: "):
+            ChatTemplate(CHATML).render(CHAT, **{key: True})
 
 
 def test_arguments_are_plain_data() -> None:

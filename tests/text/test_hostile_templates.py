@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
-import tracemalloc
 
 import pytest
 
@@ -144,14 +144,15 @@ def test_endless(source: str) -> None:
 def test_too_large(source: str) -> None:
     """Memory is watched: the limit of time alone would let gigabytes through."""
     started = time.perf_counter()
-    tracemalloc.start()
-    try:
-        _refused(source, time_limit=5)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 400 << 20
+    before = _peak_bytes()
+    _refused(source, time_limit=5)
+    assert _peak_bytes() - before < 400 << 20
     assert time.perf_counter() - started < 8
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize("source", ESCAPES)
@@ -160,13 +161,16 @@ def test_escapes(source: str) -> None:
     assert MESSAGES == [{"role": "user", "content": "hi"}]
 
 
-def test_time_limit_is_five_seconds_and_reported() -> None:
-    message = _refused("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", time_limit=0.2)
-    assert "more than 0.2 s" in message
-    started = time.perf_counter()
+def test_time_limit_is_reported() -> None:
     source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert "more than 0.2 s" in _refused(source, time_limit=0.2)
+
+
+@pytest.mark.slow
+def test_time_limit_is_five_seconds() -> None:
+    started = time.perf_counter()
     with pytest.raises(InvalidRequestError, match="more than 5 s"):
-        ChatTemplate(source).render(MESSAGES)
+        ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").render(MESSAGES)
     assert 4.5 < time.perf_counter() - started < 8
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -47,14 +51,50 @@ def test_smollm2_equals_transformers(smollm2: Tokenizer, smollm2_path: Path) -> 
     assert smollm2.special_token_ids == special_ids(theirs)
 
 
+GEMMA3_SPECIALS = ("<bos>", "<eos>", "<start_of_turn>", "<unused7>", "<h1>", "[multimodal]")
+GEMMA3_DIGESTS = Path(__file__).parent / "gemma3_digests.json"
+
+
+def digests(encode: Callable[[str], list[int]], strings: list[str]) -> list[str]:
+    """A short digest of the ids of each string."""
+    return [hashlib.sha256(repr(encode(text)).encode()).hexdigest()[:10] for text in strings]
+
+
+def gemma3_strings() -> list[str]:
+    long = " ".join(corpus(seed=3))  # one text of many thousand tokens, with everything in it
+    return [*corpus(specials=GEMMA3_SPECIALS), long]
+
+
+@pytest.mark.gemma3
+def test_gemma3_equals_what_transformers_gave(gemma3: Tokenizer) -> None:
+    """transformers takes some 15 s to load this vocabulary, so its results are on file; see the slow test below."""
+    strings = gemma3_strings()
+    assert len(set(strings)) >= 1000
+    expected = json.loads(GEMMA3_DIGESTS.read_text())["digests"]
+    wrong = [
+        text
+        for text, ours, theirs in zip(strings, digests(gemma3.encode, strings), expected, strict=True)
+        if ours != theirs
+    ]
+    assert not wrong, f"{len(wrong)} strings differ, such as {wrong[:3]!r}"
+    for text in strings:
+        if "<" not in text:
+            assert gemma3.decode(gemma3.encode(text)) == text.replace("▁", " ")
+
+
+@pytest.mark.slow
 @pytest.mark.gemma3
 def test_gemma3_equals_transformers(gemma3: Tokenizer, gemma3_path: Path) -> None:
+    """Also writes the file for the test above anew."""
     theirs = AutoTokenizer.from_pretrained(gemma3_path.parent, gguf_file=gemma3_path.name)
-    specials = ("<bos>", "<eos>", "<start_of_turn>", "<unused7>", "<h1>", "[multimodal]")
-    long = " ".join(corpus(seed=3))  # one text of many thousand tokens, with everything in it
-    assert_equal(gemma3, theirs, [*corpus(specials=specials), long])
+    strings = gemma3_strings()
+    assert_equal(gemma3, theirs, strings)
     assert gemma3.vocab_size == len(theirs) == 262144
     assert gemma3.special_token_ids == special_ids(theirs)
+    made_by = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__, "seeds": [20, 3]}
+    GEMMA3_DIGESTS.write_text(
+        json.dumps({"made_by": made_by, "digests": digests(theirs.encode, strings)}, indent=0) + "\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["smollm", "qwen2", "llama-bpe", "gpt-2", "default"])

@@ -6,7 +6,7 @@ product of NumPy's BLAS may round differently for another number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,9 @@ class ReferenceOps:
             layers.append(KVLayer(np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype), spec.window))
         return layers
 
+    def capture(self, function: Callable[[Batch], Floats]) -> Callable[[Batch], Floats]:
+        return function
+
     # --- ops ---
 
     def embed(self, batch: Batch, weight: Linear, scale: float = 1.0) -> Floats:
@@ -109,8 +112,8 @@ class ReferenceOps:
         if rope not in self._frequencies:
             self._frequencies[rope] = rope.inverse_frequencies()
         # Angles in float32, as the models were trained; [T, 1, dim / 2].
-        angles = batch.positions.astype(np.float32)[:, None, None] * self._frequencies[rope]
-        cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
+        angles = (batch.positions.astype(np.float32)[:, None, None] * self._frequencies[rope]).astype(self.dtype)
+        cos, sin = np.cos(angles), np.sin(angles)
         half = rope.dim // 2
         first, second, rest = x[..., :half], x[..., half : rope.dim], x[..., rope.dim :]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

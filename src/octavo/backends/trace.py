@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,9 @@ class TraceOps:
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVSpec]:
         return list(specs)
+
+    def capture(self, function: Callable[[Batch], TraceArray]) -> Callable[[Batch], TraceArray]:
+        return function
 
     # --- ops ---
 

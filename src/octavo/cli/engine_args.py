@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from octavo.config import DEFAULT_MODEL, ENV_PREFIX, EngineConfig, parse_setting
+from octavo.config import ENV_PREFIX, EngineConfig, parse_setting
 from octavo.core.errors import ConfigError
 
 _ALIASES = {"model": ("-m", "-hf")}
@@ -60,6 +60,3 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if (text := getattr(args, setting.name, None)) is not None
     }
     return EngineConfig.resolve(given)
-
-
-__all__ = ["DEFAULT_MODEL", "add_engine_arguments", "engine_config", "flag"]

@@ -56,7 +56,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collec
         if hints[field.name] is bool:
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
         else:
-            action = "append" if field.name in _REPEATED else "store"
+            action = "append" if _READERS[hints[field.name]] in (_strings, _integers) else "store"
             group.add_argument(flag(field.name), action=action, metavar=metavar, **options)
 
 
@@ -67,8 +67,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     for field in fields(SamplingParams):
         given = getattr(args, field.name, None)
         if given is not None:
-            read = bool if hints[field.name] is bool else _REPEATED.get(field.name) or _READERS[hints[field.name]]
-            values[field.name] = read(flag(field.name), given) if read is not bool else given
+            is_flag = isinstance(given, bool)
+            values[field.name] = given if is_flag else _READERS[hints[field.name]](flag(field.name), given)
     return SamplingParams(**values)
 
 
@@ -104,16 +104,12 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
-_REPEATED: dict[str, Callable[[str, list[str]], Any]] = {
-    "stop": _strings,
-    "bad_words": _strings,
-    "stop_token_ids": _integers,
-    "allowed_token_ids": _integers,
-}
-_READERS: dict[Any, Callable[[str, str], Any]] = {
+_READERS: dict[Any, Callable[[str, Any], Any]] = {
     int: _integer,
     int | None: _integer,
     float: _number,
+    str | Sequence[str] | None: _strings,
+    Sequence[str] | None: _strings,
+    Sequence[int] | None: _integers,
     Mapping[int, float] | None: _json_object,
 }
-__all__ = ["Sequence", "add_sampling_arguments", "sampling_params"]

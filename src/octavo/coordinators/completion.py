@@ -94,6 +94,7 @@ class Completion:
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
+                stop_after=params.min_tokens,
             )
 
     @property
@@ -129,8 +130,7 @@ class Completion:
             self.finish("stop", None if drawn.token_id in self.request.eos_token_ids else drawn.token_id)
             return
         sequence.extend((drawn.token_id,), want=Sample((self.draw,)))
-        enough = len(self.token_ids) >= self.request.params.min_tokens
-        if enough and self.text_stream is not None and self.text_stream.stop_reason is not None:
+        if self.text_stream is not None and self.text_stream.stop_reason is not None:
             self.finish("stop", self.text_stream.stop_reason)
         elif len(self.token_ids) >= self.request.max_tokens:
             self.finish("length")

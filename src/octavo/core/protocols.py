@@ -77,7 +77,10 @@ class TextCodec(Protocol):
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
-    ) -> TextStream: ...
+        stop_after: int = 0,
+    ) -> TextStream:
+        """`stop_after`: stop strings are not looked for in the text of that many first tokens (min_tokens)."""
+        ...
 
 
 class Handle(Protocol):

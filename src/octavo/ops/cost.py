@@ -1,7 +1,8 @@
 """The cost table: FLOPs and bytes of each op from shapes alone.
 
 A multiply-add is two FLOPs; exp, tanh, division and square root are one each. Bytes are those that a step must move
-between memory and processor if each array is read or written once: weights as packed, KV as stored, a key or value of a sequence once per layer however many rows and heads share it. Activations have `Widths.activation` bytes an element.
+between memory and processor if each array is read or written once: weights as packed, KV as stored, and a key or value
+of a sequence once per layer, however many rows and heads share it.
 """
 
 from __future__ import annotations

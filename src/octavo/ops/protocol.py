@@ -7,7 +7,7 @@ inputs, except `store_kv` and `copy_blocks`, which write KV.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,14 @@ class RawTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """[rows, bytes_per_row], as the file has them."""
+        ...
+    @property
+    def dtype(self) -> Any:
+        """`.name` is the format's, such as "Q4_1"."""
+        ...
     @property
     def size(self) -> int:
         """Number of values."""
@@ -88,6 +96,11 @@ class Ops(Protocol):
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVLayer]:
         """K and V of `num_blocks` blocks for each layer; nothing is read before it was written."""
+        ...
+
+    def capture(self, function: Callable[[Batch], Array]) -> Callable[[Batch], Array]:
+        """The same function, perhaps faster: a backend may record the ops it calls once and replay them for each batch.
+        So `function` must call the same ops whatever the batch holds."""
         ...
 
     # --- the model's ops ---

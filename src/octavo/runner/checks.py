@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from octavo.core.errors import ModelFormatError
-from octavo.ops import ModelConfig
+from octavo.ops import ModelConfig, RopeScaling
 
 _LIMITS = {
     "vocab_size": 1 << 24,
@@ -38,8 +38,21 @@ def check_config(config: ModelConfig, path: object) -> None:
             )
         if not (math.isfinite(rope.theta) and rope.theta > 0):
             raise ModelFormatError(path, "rope theta", f"must be more than 0, not {rope.theta}")
-        factors = rope.scaling.factors if rope.scaling is not None else ()
-        if factors and (len(factors) != rope.dim // 2 or not all(math.isfinite(f) and f > 0 for f in factors)):
-            raise ModelFormatError(path, "rope_freqs.weight", f"must be {rope.dim // 2} numbers of more than 0")
+        if rope.scaling is not None:
+            _check_scaling(rope.scaling, rope.dim, path)
         if layer.window is not None and layer.window < 1:
             raise ModelFormatError(path, "sliding window", f"must be at least 1, not {layer.window}")
+
+
+def _check_scaling(scaling: RopeScaling, dim: int, path: object) -> None:
+    factors = scaling.factors
+    if scaling.kind == "factors" and (len(factors) != dim // 2 or not all(math.isfinite(f) and f > 0 for f in factors)):
+        raise ModelFormatError(path, "rope_freqs.weight", f"must be {dim // 2} numbers of more than 0")
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if not all(math.isfinite(value) and value > 0 for value in (scaling.factor, low, high)) or low >= high:
+        raise ModelFormatError(
+            path,
+            "rope scaling",
+            "its factors must be more than 0, and low_freq_factor less than high_freq_factor, not "
+            f"factor={scaling.factor}, low_freq_factor={low}, high_freq_factor={high}",
+        )

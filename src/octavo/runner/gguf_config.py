@@ -18,6 +18,7 @@ SUPPORTED = ("gemma3", "llama")
 # Gemma 3 files name neither: every sixth layer sees everything, the others rotate with a base of their own.
 _GEMMA3_WINDOW_PERIOD = 6
 _GEMMA3_LOCAL_ROPE_THETA = 10_000.0
+_GEMMA3_27B_LAYERS = 62
 
 
 class _Metadata:
@@ -92,10 +93,17 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         activation=Activation.GELU_TANH if gemma else Activation.SILU,
         layers=_layers(keys, rope, gemma),
         tie_embeddings="output.weight" not in file.tensors,
+        attention_scale=_attention_scale(keys, hidden_size, num_heads),
         embedding_scale=float(np.sqrt(np.float32(hidden_size))) if gemma else 1.0,
     )
     check_config(config, file.path)
     return config
+
+
+def _attention_scale(keys: _Metadata, hidden_size: int, num_heads: int) -> float:
+    """0 where it is 1 / sqrt(head_dim). Files of Gemma 3 27B, the only one where it is not, do not say so."""
+    is_27b = keys.architecture == "gemma3" and keys.integer("block_count") == _GEMMA3_27B_LAYERS
+    return (hidden_size // num_heads) ** -0.5 if is_27b and 1 <= num_heads <= hidden_size else 0.0
 
 
 def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig, ...]:
@@ -110,7 +118,10 @@ def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig
     theta = keys.number("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA)
     local = LayerConfig(RopeConfig(theta, rope.dim), window)
     everything = LayerConfig(rope)
-    return tuple(everything if (i + 1) % _GEMMA3_WINDOW_PERIOD == 0 else local for i in range(count))
+    period = keys.integer("attention.sliding_window_pattern", _GEMMA3_WINDOW_PERIOD)
+    if period < 1:
+        raise ModelFormatError(keys.path, "gemma3.attention.sliding_window_pattern", f"must be at least 1, not {period}")
+    return tuple(everything if (i + 1) % period == 0 else local for i in range(count))
 
 
 def _rope_scaling(keys: _Metadata, file: GGUFFile) -> RopeScaling | None:

@@ -56,8 +56,8 @@ def plan_memory(
         num_blocks = kv_cache_memory_bytes // block_bytes
         if num_blocks < needed:
             raise OutOfMemoryError(
-                f"kv_cache_memory_bytes: {size(kv_cache_memory_bytes)} hold {num_blocks} blocks of {size(block_bytes)}; "
-                f"a sequence of max_model_len={max_model_len} tokens needs {needed} ({size(needed * block_bytes)}). "
+                f"kv_cache_memory_bytes: {size(kv_cache_memory_bytes)} are {num_blocks} blocks of {size(block_bytes)}, "
+                f"and a sequence of max_model_len={max_model_len} tokens needs {needed} ({size(needed * block_bytes)}). "
                 "Give more memory or a smaller max_model_len"
             )
     else:

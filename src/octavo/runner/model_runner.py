@@ -36,6 +36,7 @@ class ModelRunner:
         self._block_size = block_size
         self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
+        self._trunk = ops.capture(self._run_trunk)
         self._sampler = Sampler()
         self._rows_per_slice = rows_per_slice(vocab_size)
 
@@ -58,6 +59,8 @@ class ModelRunner:
         wanted = {layer for grant in grants if isinstance(grant.want, Hidden) for layer in grant.want.layers}
         ends = batch.query_start_loc[1:] - 1
         hidden: dict[int, NDArray[np.floating]] = {}
+        if not wanted:
+            return self._trunk(batch), hidden
         x = self._model.embed(self._ops, batch)
         for index in range(self._num_layers + 1):
             if index in wanted:
@@ -65,6 +68,12 @@ class ModelRunner:
             if index < self._num_layers:
                 x = self._model.layer(self._ops, index, x, batch, self._kv[index])
         return x, hidden
+
+    def _run_trunk(self, batch: Batch) -> Array:
+        x = self._model.embed(self._ops, batch)
+        for index, kv in enumerate(self._kv):
+            x = self._model.layer(self._ops, index, x, batch, kv)
+        return x
 
     def _answer(
         self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: dict[int, NDArray[np.floating]]

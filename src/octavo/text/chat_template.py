@@ -72,11 +72,13 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
         """The prompt for `messages`, each ``{"role": str, "content": str}`` or with a list of text parts, which are
@@ -84,8 +86,11 @@ class ChatTemplate:
 
         `add_generation_prompt`: end with the opening of the assistant's turn; on unless the final message is
         continued. `continue_final_message`: end inside the final message instead, for the model to carry it on.
-        `kwargs` are variables for the template. Raises InvalidRequestError naming ``messages`` (also where the
-        template refuses them or exceeds its limits), ``chat_template_kwargs.<key>`` or ``continue_final_message``.
+        `chat_template_kwargs` and `kwargs` are variables for the template; what a request brings belongs in the former,
+        where it cannot be taken for an argument of this method.
+
+        Raises InvalidRequestError naming ``messages`` (also where the template refuses them or exceeds its limits),
+        ``chat_template_kwargs.<key>`` (a reserved name, or no JSON value) or ``continue_final_message``.
         """
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -94,7 +99,7 @@ class ChatTemplate:
         chat = [_message(index, message) for index, message in enumerate(_as_list("messages", messages))]
         if not chat:
             raise InvalidRequestError("messages", "at least one message is needed")
-        variables = {**self._special_tokens, **self._arguments(kwargs)}
+        variables = {**self._special_tokens, **self._arguments({**kwargs, **(chat_template_kwargs or {})})}
         final = None
         if continue_final_message:
             final = chat[-1]["content"]
@@ -110,7 +115,7 @@ class ChatTemplate:
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         for key in kwargs:
-            if key in _RESERVED or key in self._special_tokens or key.startswith("_"):
+            if not isinstance(key, str) or key in _RESERVED or key in self._special_tokens or key.startswith("_"):
                 raise InvalidRequestError(f"chat_template_kwargs.{key}", "this name is reserved")
         return {key: _plain(f"chat_template_kwargs.{key}", value) for key, value in kwargs.items()}
 

@@ -124,7 +124,7 @@ class ScoreBPE:
             offer(left, left + 1)
         while heap:
             _, left_size, right_size, merged, left, right = heapq.heappop(heap)
-            if len(texts[left]) != -left_size or len(texts[right]) != -right_size or after[left] != right:
+            if len(texts[left]) != -left_size or len(texts[right]) != -right_size:
                 continue  # one of the two has been merged since
             texts[left] += texts[right]
             ids[left] = merged

@@ -82,7 +82,7 @@ class StopMatcher:
 class _State:
     """The stream after one token. Never changed once made."""
 
-    __slots__ = ("length", "node", "parent", "pending", "released", "stop_reason", "strip")
+    __slots__ = ("length", "node", "parent", "pending", "released", "stop_reason", "strip", "tokens")
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class _State:
         stop_reason: str | None,
     ) -> None:
         self.parent = parent
+        self.tokens = 0 if parent is None else parent.tokens + 1  # taken in; `finish` counts as one
         self.pending = pending  # bytes of a character not yet complete
         self.strip = strip  # nothing was decoded yet, and one leading space is to be dropped
         self.length = length  # characters decoded
@@ -120,14 +121,16 @@ class IncrementalText:
         prompt_token_ids: Sequence[int],
         stop: StopMatcher | None,
         include_stop: bool,
+        stop_after: int = 0,
     ) -> None:
-        """`skipped`: tokens without text. `strip_leading_space`: the first character of the whole text is dropped if a
-        space.
+        """`skipped`: tokens without text. `stop_after`: first tokens in whose text stop strings are not looked for.
+        `strip_leading_space`: the first character of the whole text is dropped if a space.
         """
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._stop = stop
         self._include_stop = include_stop
+        self._stop_after = stop_after
         strip = strip_leading_space and not any(map(self._bytes_of, prompt_token_ids))
         self._state = _State(None, self._unfinished(prompt_token_ids), strip, 0, 0, 0, None)
         self._text = ""  # decoded text, of which the last characters may still be in `_pieces`
@@ -220,7 +223,7 @@ class IncrementalText:
         data = state.pending + data
         piece, read = codecs.utf_8_decode(data, "replace", final)
         node, found, kept = state.node, None, len(piece)
-        if self._stop is not None:
+        if self._stop is not None and state.tokens >= self._stop_after:
             node, found, kept = self._stop.feed(node, piece)
             piece = piece[:kept]
         length = released = state.length + kept

@@ -151,6 +151,7 @@ class Tokenizer:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        stop_after: int = 0,
     ) -> IncrementalText:
         """Incremental text of one output that follows `prompt_token_ids`; see `IncrementalText`.
 
@@ -165,4 +166,5 @@ class Tokenizer:
             prompt_token_ids=prompt_token_ids,
             stop=StopMatcher(stop) if stop else None,
             include_stop=include_stop_str_in_output,
+            stop_after=stop_after,
         )

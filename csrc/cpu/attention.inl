@@ -1,0 +1,378 @@
+// Attention of rows of one sequence over its stored K and V, for one KV head and the query heads that share it.
+//
+// Keys are visited in tiles of 64 by logical position. A tile starts from the empty state and gives (max, sum, out); a row
+// folds its tiles left to right. Scores sum over head_dim ascending with keys in lanes, out sums over keys ascending, the
+// denominator by a fixed tree. A key that a row may not see has score -inf and its V is never multiplied. So a row's result
+// depends on its query and the keys it sees, not on other rows, on block size or on who computes which tile.
+#pragma once
+
+#include <algorithm>
+
+#include "elementwise.inl"
+#include "kernels.h"
+#include "math.inl"
+
+namespace octavo::OCTAVO_ISA {
+
+#if defined(__AVX512F__)
+constexpr std::size_t kQueryTile = 8;   // query vectors at a time, when there are many
+constexpr std::size_t kChunksMany = 2;  // of 16 columns, with so many queries
+constexpr std::size_t kChunksFew = 4;
+#elif defined(__AVX2__)
+constexpr std::size_t kQueryTile = 4;
+constexpr std::size_t kChunksMany = 1;
+constexpr std::size_t kChunksFew = 2;
+#else
+constexpr std::size_t kQueryTile = 2;
+constexpr std::size_t kChunksMany = 1;
+constexpr std::size_t kChunksFew = 1;
+#endif
+alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr std::size_t kRowBlock = 8;         // rows that share one conversion of K and V
+constexpr std::size_t kChunks = kTile / kLanes;
+
+// B of the product below: rows of floats or halves.
+struct Floats {
+  const float* p;
+  std::size_t stride;
+  OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load(p + i * stride + c); }
+  OCTAVO_INLINE Floats columns(std::size_t c) const { return {p + c, stride}; }
+};
+struct Halves {
+  const uint16_t* p;
+  std::size_t stride;
+  OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load_half(p + i * stride + c); }
+  OCTAVO_INLINE Halves columns(std::size_t c) const { return {p + c, stride}; }
+};
+// Rows whose every 16 columns lie elsewhere: K of a tile, whose keys are in several blocks.
+struct ScatteredHalves {
+  const uint16_t* const* p;
+  std::size_t stride;
+  OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load_half(p[c / kLanes] + i * stride); }
+  OCTAVO_INLINE ScatteredHalves columns(std::size_t c) const { return {p + c / kLanes, stride}; }
+};
+
+// C[q][0 .. 16 * Chunks) (+)= sum over i in [begin, end), ascending, of a[q][i] * B[i].
+template <std::size_t Queries, std::size_t Chunks, class B>
+OCTAVO_INLINE void product(const float* const* a, const B& b, std::size_t begin, std::size_t end, bool go_on, float* const* c,
+                           std::size_t column) {
+  F acc[Queries][Chunks];
+  for (std::size_t q = 0; q < Queries; ++q) {
+    for (std::size_t j = 0; j < Chunks; ++j) acc[q][j] = go_on ? load(c[q] + column + kLanes * j) : zero();
+  }
+  for (std::size_t i = begin; i < end; ++i) {
+    F row[Chunks];
+    for (std::size_t j = 0; j < Chunks; ++j) row[j] = b.at(i, kLanes * j);
+    for (std::size_t q = 0; q < Queries; ++q) {
+      const F weight = set1(a[q][i]);
+      for (std::size_t j = 0; j < Chunks; ++j) acc[q][j] = fma(weight, row[j], acc[q][j]);
+    }
+  }
+  for (std::size_t q = 0; q < Queries; ++q) {
+    for (std::size_t j = 0; j < Chunks; ++j) store(c[q] + column + kLanes * j, acc[q][j]);
+  }
+}
+
+template <std::size_t Queries, class B>
+OCTAVO_INLINE void product_columns(const float* const* a, const B& b, std::size_t begin, std::size_t end, bool go_on,
+                                   float* const* c, std::size_t from, std::size_t columns) {
+  constexpr std::size_t kMany = Queries > 4 ? kChunksMany : kChunksFew;
+  std::size_t at = 0;
+  for (; at + kMany * kLanes <= columns; at += kMany * kLanes) {
+    product<Queries, kMany>(a, b.columns(at), begin, end, go_on, c, from + at);
+  }
+  for (; at < columns; at += kLanes) product<Queries, 1>(a, b.columns(at), begin, end, go_on, c, from + at);
+}
+
+// Columns are a multiple of 16.
+template <class B>
+void product_all(const float* const* a, std::size_t queries, const B& b, std::size_t begin, std::size_t end, bool go_on,
+                 float* const* c, std::size_t from, std::size_t columns) {
+  std::size_t q = 0;
+  for (; q + kQueryTile <= queries; q += kQueryTile) {
+    product_columns<kQueryTile>(a + q, b, begin, end, go_on, c + q, from, columns);
+  }
+  switch (queries - q) {
+    case 7: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
+    case 3: product_columns<3>(a + q, b, begin, end, go_on, c + q, from, columns); break;
+    case 6: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
+    case 2: product_columns<2>(a + q, b, begin, end, go_on, c + q, from, columns); break;
+    case 5: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
+    case 1: product_columns<1>(a + q, b, begin, end, go_on, c + q, from, columns); break;
+    case 4: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); break;
+    default: break;
+  }
+}
+
+// One tile of keys of one sequence.
+struct Tile {
+  std::size_t start;  // position of its first key
+  std::size_t keys;   // how many of its 64 keys are there
+  std::size_t lanes;  // keys, rounded up to 16: so many are readable
+};
+
+// Addresses and conversions of one tile's K and V.
+struct TileReader {
+  const KVView& kv;
+  const int32_t* table;
+  std::size_t kv_head;
+  std::size_t head_bytes;
+
+  OCTAVO_INLINE std::size_t base(std::size_t position) const {
+    const std::size_t block = static_cast<std::size_t>(table[position / kv.block_size]);
+    return (block * kv.kv_heads + kv_head) * head_bytes;
+  }
+  // Where 16 keys from `position` on begin inside a block.
+  OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
+
+  // K of the tile as float32 [D][64].
+  void keys(const Tile& tile, float* out) const {
+    for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
+      const std::size_t at = offset(tile.start + key);
+      const uint8_t* head = kv.k + base(tile.start + key);
+      const F scale = kv.type == KVType::I8 ? scales(head, at) : zero();
+      for (std::size_t d = 0; d < kv.head_dim; ++d) {
+        store(out + d * kTile + key, sixteen(head, d * kv.block_size + at, scale));
+      }
+    }
+  }
+  // V of the tile as float32 [64][D].
+  void values(const Tile& tile, float* out) const {
+    for (std::size_t key = 0; key < tile.keys; ++key) {
+      const std::size_t at = offset(tile.start + key);
+      const uint8_t* head = kv.v + base(tile.start + key);
+      float scale = 0.0f;
+      if (kv.type == KVType::I8) std::memcpy(&scale, head + kv.block_size * kv.head_dim + at * sizeof(float), sizeof scale);
+      for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
+        store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d, set1(scale)));
+      }
+    }
+  }
+
+ private:
+  OCTAVO_INLINE F scales(const uint8_t* head, std::size_t at) const {
+    return load(reinterpret_cast<const float*>(head + kv.block_size * kv.head_dim) + at);
+  }
+  OCTAVO_INLINE F sixteen(const uint8_t* head, std::size_t index, F scale) const {
+    if (kv.type == KVType::F32) return load(reinterpret_cast<const float*>(head) + index);
+    if (kv.type == KVType::F16) return load_half(reinterpret_cast<const uint16_t*>(head) + index);
+    return mul(load_i8(reinterpret_cast<const int8_t*>(head) + index), scale);
+  }
+};
+
+// What one query vector has so far, and its place in a block of rows.
+struct Query {
+  const float* q;
+  std::size_t lowest, limit;  // it sees positions [lowest, limit)
+  float* state;               // max, sum, out [D]
+  bool begun;
+};
+
+// Keys [first, last) of a tile that a query sees.
+OCTAVO_INLINE void seen(const Query& query, const Tile& tile, std::size_t& first, std::size_t& last) {
+  first = query.lowest > tile.start ? query.lowest - tile.start : 0;
+  last = query.limit > tile.start ? std::min(query.limit - tile.start, tile.keys) : 0;
+}
+
+// Scores [64] to weights in place; max and sum of the tile.
+OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum) {
+  F chunk[kChunks];
+  F top = set1(-INFINITY);
+  F lane = load(kLaneNumbers);
+  for (std::size_t c = 0; c < kChunks; ++c) {
+    const F number = add(lane, set1(static_cast<float>(c * kLanes)));
+    F s = mul(load(scores + c * kLanes), set1(scale));
+    s = select_less(number, set1(static_cast<float>(first)), set1(-INFINITY), s);
+    chunk[c] = select_less(number, set1(static_cast<float>(last)), s, set1(-INFINITY));
+    top = max(chunk[c], top);
+  }
+  const float highest_score = highest(top);
+  for (std::size_t c = 0; c < kChunks; ++c) {
+    chunk[c] = exp(sub(chunk[c], set1(highest_score)));
+    store(scores + c * kLanes, chunk[c]);
+  }
+  max_and_sum[0] = highest_score;
+  max_and_sum[1] = sum_lanes(add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3])));
+}
+
+// state <- state folded with the tile's (max, sum, out).
+OCTAVO_INLINE void fold_one(float* state, const float* tile, std::size_t head_dim) {
+  const float top = tile[0] > state[0] ? tile[0] : state[0];
+  float weights[kLanes] = {};
+  weights[0] = state[0] - top;
+  weights[1] = tile[0] - top;
+  store(weights, exp(load(weights)));
+  const F old = set1(weights[0]);
+  const F now = set1(weights[1]);
+  state[0] = top;
+  state[1] = std::fma(tile[1], weights[1], state[1] * weights[0]);
+  for (std::size_t d = 0; d < head_dim; d += kLanes) {
+    store(state + 2 + d, fma(load(tile + 2 + d), now, mul(load(state + 2 + d), old)));
+  }
+}
+
+OCTAVO_INLINE void finish_state(const float* state, std::size_t head_dim, float* out) {
+  const F sum = set1(state[1]);
+  for (std::size_t d = 0; d < head_dim; d += kLanes) store(out + d, div(load(state + 2 + d), sum));
+}
+
+void fold(const float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out) {
+  const std::size_t size = 2 + head_dim;
+  float state[2 + 1024];
+  for (std::size_t g = 0; g < group; ++g) {
+    std::memcpy(state, states + g * size, size * sizeof(float));
+    for (std::size_t t = 1; t < tiles; ++t) fold_one(state, states + (t * group + g) * size, head_dim);
+    finish_state(state, head_dim, out + g * head_dim);
+  }
+}
+
+std::size_t attention_scratch(std::size_t head_dim, std::size_t group) {
+  const std::size_t queries = kRowBlock * group;
+  return 2 * kTile * head_dim + queries * (kTile + 2 * (2 + head_dim));
+}
+
+// One tile for a block of queries: scores, weights and out of each query that sees some of it, into tile_states.
+template <bool Convert>
+void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile& tile, const Query* queries,
+              std::size_t count, float* keys, float* values, float* scores, float* tile_states) {
+  const std::size_t dim = piece.kv.head_dim;
+  const std::size_t size = 2 + dim;
+  const float* a[kRowBlock * 64] = {};
+  float* c[kRowBlock * 64] = {};
+  for (std::size_t i = 0; i < count; ++i) {
+    a[i] = queries[i].q;
+    c[i] = scores + i * kTile;
+  }
+  if constexpr (Convert) {
+    reader.keys(tile, keys);
+    product_all(a, count, Floats{keys, kTile}, 0, dim, false, c, 0, tile.lanes);
+  } else {
+    const uint16_t* chunks[kChunks];
+    for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
+      const auto* head = reinterpret_cast<const uint16_t*>(piece.kv.k + reader.base(tile.start + key));
+      chunks[key / kLanes] = head + reader.offset(tile.start + key);
+    }
+    product_all(a, count, ScatteredHalves{chunks, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
+  }
+  std::size_t common_first = 0;
+  std::size_t common_last = tile.keys;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t first, last;
+    seen(queries[i], tile, first, last);
+    if (first >= last) {
+      common_last = 0;
+      continue;
+    }
+    std::fill(c[i] + tile.lanes, c[i] + kTile, 0.0f);
+    soften(c[i], first, last, piece.scale, tile_states + i * size);
+    common_first = std::max(common_first, first);
+    common_last = std::min(common_last, last);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    a[i] = scores + i * kTile;
+    c[i] = tile_states + i * size + 2;
+  }
+  // Keys that every query sees are done together; what only some see, before and after, one query at a time.
+  const auto span = [&](std::size_t from, std::size_t queries_here, std::size_t begin, std::size_t end, bool go_on) {
+    if constexpr (Convert) {
+      product_all(a + from, queries_here, Floats{values, dim}, begin, end, go_on, c + from, 0, dim);
+    } else {
+      for (std::size_t key = begin; key < end;) {
+        const std::size_t at = reader.offset(tile.start + key);
+        const std::size_t run = std::min(piece.kv.block_size - at, end - key);
+        const auto* head = reinterpret_cast<const uint16_t*>(piece.kv.v + reader.base(tile.start + key));
+        // Row i of the product is key i: move the base so that key `key` lies at its place in the block.
+        product_all(a + from, queries_here, Halves{head + at * dim - key * dim, dim}, key, key + run, go_on || key > begin,
+                    c + from, 0, dim);
+        key += run;
+      }
+    }
+  };
+  if constexpr (Convert) reader.values(tile, values);
+  const bool together = common_first < common_last;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t first, last;
+    seen(queries[i], tile, first, last);
+    if (first >= last) continue;
+    if (!together) {
+      span(i, 1, first, last, false);
+    } else if (first < common_first) {
+      span(i, 1, first, common_first, false);
+    } else {
+      std::fill(c[i], c[i] + dim, 0.0f);
+    }
+  }
+  if (!together) return;
+  span(0, count, common_first, common_last, true);
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t first, last;
+    seen(queries[i], tile, first, last);
+    if (last > common_last) span(i, 1, common_last, last, true);
+  }
+}
+
+void attention(const AttentionPiece& piece, float* scratch) {
+  const std::size_t dim = piece.kv.head_dim;
+  const std::size_t size = 2 + dim;
+  const std::size_t group = piece.heads / piece.kv.kv_heads;
+  float* keys = scratch;
+  float* values = keys + kTile * dim;
+  float* scores = values + kTile * dim;
+  float* states = scores + kRowBlock * group * kTile;
+  float* tile_states = states + kRowBlock * group * size;
+  const TileReader reader{piece.kv, piece.block_table, piece.kv_head, kv_head_bytes(piece.kv)};
+  Query queries[kRowBlock * 64];
+  for (std::size_t row = piece.first_row; row < piece.first_row + piece.num_rows; row += kRowBlock) {
+    const std::size_t rows = std::min(kRowBlock, piece.first_row + piece.num_rows - row);
+    const std::size_t count = rows * group;
+    std::size_t lowest = SIZE_MAX;
+    std::size_t limit = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t r = row + i / group;
+      const auto position = static_cast<std::size_t>(piece.positions[r]);
+      const auto window = static_cast<std::size_t>(piece.window);
+      const std::size_t head = piece.kv_head * group + i % group;
+      queries[i] = {piece.q + r * piece.q_stride + head * dim, window != 0 && position >= window ? position - window + 1 : 0,
+                    position + 1, states + i * size, false};
+      lowest = std::min(lowest, queries[i].lowest);
+      limit = std::max(limit, queries[i].limit);
+    }
+    std::size_t first_tile = lowest / kTile;
+    std::size_t last_tile = (limit + kTile - 1) / kTile;
+    const bool split = piece.last_tile != 0;
+    if (split) {
+      first_tile = std::max(first_tile, piece.first_tile);
+      last_tile = std::min(last_tile, piece.last_tile);
+    }
+    const bool convert = piece.kv.type != KVType::F16 || count > kQueryTile;
+    for (std::size_t t = first_tile; t < last_tile; ++t) {
+      Tile tile{t * kTile, std::min(kTile, limit - t * kTile), 0};
+      tile.lanes = (tile.keys + kLanes - 1) / kLanes * kLanes;
+      float* into = split ? piece.states + (t - lowest / kTile) * group * size : tile_states;
+      if (convert) {
+        one_tile<true>(piece, reader, tile, queries, count, keys, values, scores, into);
+      } else {
+        one_tile<false>(piece, reader, tile, queries, count, keys, values, scores, into);
+      }
+      if (split) continue;
+      for (std::size_t i = 0; i < count; ++i) {
+        std::size_t first, last;
+        seen(queries[i], tile, first, last);
+        if (first >= last) continue;
+        if (queries[i].begun) {
+          fold_one(queries[i].state, tile_states + i * size, dim);
+        } else {
+          std::memcpy(queries[i].state, tile_states + i * size, size * sizeof(float));
+          queries[i].begun = true;
+        }
+      }
+    }
+    if (split) continue;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t head = piece.kv_head * group + i % group;
+      finish_state(queries[i].state, dim, piece.out + (row + i / group) * piece.heads * dim + head * dim);
+    }
+  }
+}
+
+}  // namespace octavo::OCTAVO_ISA

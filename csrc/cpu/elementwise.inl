@@ -1,0 +1,113 @@
+// Ops on rows: norms, gates, rotations, embedding, storing K and V.
+#pragma once
+
+#include "kernels.h"
+#include "math.inl"
+
+namespace octavo::OCTAVO_ISA {
+
+// Loads and stores of what is left of a row at its end, with zeros in the other lanes.
+OCTAVO_INLINE F load_some(const float* p, std::size_t count) {
+  if (count >= static_cast<std::size_t>(kLanes)) return load(p);
+  float v[kLanes] = {};
+  std::memcpy(v, p, count * sizeof(float));
+  return load(v);
+}
+OCTAVO_INLINE void store_some(float* p, F a, std::size_t count) {
+  if (count >= static_cast<std::size_t>(kLanes)) return store(p, a);
+  float v[kLanes];
+  store(v, a);
+  std::memcpy(p, v, count * sizeof(float));
+}
+
+// The sum of squares is made of 16 partial sums (element i goes to sum i mod 16) folded by a fixed tree.
+void rms_norm(const float* x, const float* weight, const float* residual, std::size_t n, float eps, float* y) {
+  F squares = zero();
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    const F a = load_some(x + i, n - i);
+    squares = fma(a, a, squares);
+  }
+  const float mean = sum_lanes(squares) / static_cast<float>(n);
+  const F scale = set1(1.0f / std::sqrt(mean + eps));
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    F a = mul(mul(load_some(x + i, n - i), scale), load_some(weight + i, n - i));
+    if (residual != nullptr) a = add(a, load_some(residual + i, n - i));
+    store_some(y + i, a, n - i);
+  }
+}
+
+void gated(const float* x, std::size_t n, Gate gate, float* y) {
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    const F a = load_some(x + i, n - i);
+    const F up = load_some(x + n + i, n - i);
+    store_some(y + i, mul(gate == Gate::Silu ? silu(a) : gelu_tanh(a), up), n - i);
+  }
+}
+
+void rope(const float* x, const float* cosines, const float* sines, std::size_t dim, std::size_t head_dim, float* y) {
+  const std::size_t half = dim / 2;
+  for (std::size_t i = 0; i < half; i += kLanes) {
+    const std::size_t left = half - i;
+    const F first = load_some(x + i, left);
+    const F second = load_some(x + half + i, left);
+    const F c = load_some(cosines + i, left);
+    const F s = load_some(sines + i, left);
+    store_some(y + i, sub(mul(first, c), mul(second, s)), left);
+    store_some(y + half + i, add(mul(second, c), mul(first, s)), left);
+  }
+  if (y != x) std::memcpy(y + dim, x + dim, (head_dim - dim) * sizeof(float));
+}
+
+void embed(Format format, const uint8_t* packed, std::size_t inputs, std::size_t column, float scale, float* out) {
+  unpack_row(format, packed, inputs, column, out);
+  if (scale == 1.0f) return;
+  for (std::size_t i = 0; i < inputs; i += kLanes) {
+    store_some(out + i, mul(load_some(out + i, inputs - i), set1(scale)), inputs - i);
+  }
+}
+
+// --- K and V as stored ---
+
+// int8 values have a float32 scale for each token, KV head, and K or V, kept behind the block's codes of that head.
+OCTAVO_INLINE std::size_t kv_value_bytes(KVType type) { return type == KVType::F32 ? 4 : type == KVType::F16 ? 2 : 1; }
+
+OCTAVO_INLINE std::size_t kv_head_bytes(const KVView& kv) {
+  const std::size_t values = kv.block_size * kv.head_dim * kv_value_bytes(kv.type);
+  return kv.type == KVType::I8 ? values + kv.block_size * sizeof(float) : values;
+}
+
+OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, float value, float inverse) {
+  if (type == KVType::F32) {
+    reinterpret_cast<float*>(base)[index] = value;
+  } else if (type == KVType::F16) {
+    uint16_t eight[kLanes];
+    store_half(eight, set1(value));
+    reinterpret_cast<uint16_t*>(base)[index] = eight[0];
+  } else {
+    reinterpret_cast<int8_t*>(base)[index] = static_cast<int8_t>(std::nearbyintf(value * inverse));
+  }
+}
+
+// Scale of an int8 row, stored; 1 / scale is given back.
+OCTAVO_INLINE float put_scale(const KVView& kv, uint8_t* base, std::size_t offset, const float* row) {
+  if (kv.type != KVType::I8) return 0.0f;
+  float top = 0.0f;
+  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::fabs(row[d]) > top ? std::fabs(row[d]) : top;
+  const float scale = top / 127.0f;
+  std::memcpy(base + kv.block_size * kv.head_dim + offset * sizeof(float), &scale, sizeof scale);
+  return top > 0.0f ? 127.0f / top : 0.0f;
+}
+
+void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot) {
+  const std::size_t block = static_cast<std::size_t>(slot) / kv.block_size;
+  const std::size_t offset = static_cast<std::size_t>(slot) % kv.block_size;
+  const std::size_t head = (block * kv.kv_heads + kv_head) * kv_head_bytes(kv);
+  const float k_inverse = put_scale(kv, kv.k + head, offset, k);
+  const float v_inverse = put_scale(kv, kv.v + head, offset, v);
+  for (std::size_t d = 0; d < kv.head_dim; ++d) {
+    put_value(kv.type, kv.k + head, d * kv.block_size + offset, k[d], k_inverse);
+    put_value(kv.type, kv.v + head, offset * kv.head_dim + d, v[d], v_inverse);
+  }
+}
+
+}  // namespace octavo::OCTAVO_ISA

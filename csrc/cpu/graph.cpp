@@ -1,0 +1,472 @@
+#include "graph.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace octavo {
+
+// --- memory ---
+
+Bytes::Bytes(std::size_t size, bool zeroed) : size_(size) {
+  if (size == 0) return;
+  if (zeroed) {
+    // Straight from the system: zeros that cost nothing until they are touched.
+    void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<uint8_t*>(pages);
+    mapped_ = true;
+    return;
+  }
+  const std::size_t rounded = (size + 63) / 64 * 64;
+  if (rounded < size) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(std::aligned_alloc(64, rounded));
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Bytes::Bytes(Bytes&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), mapped_(other.mapped_) {}
+
+Bytes& Bytes::operator=(Bytes&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  std::swap(mapped_, other.mapped_);
+  return *this;
+}
+
+Bytes::~Bytes() {
+  if (mapped_) {
+    munmap(data_, size_);
+  } else {
+    std::free(data_);
+  }
+}
+
+void Bytes::grow(std::size_t size) {
+  if (size > size_) *this = Bytes(size);
+}
+
+Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs) : inputs(inputs) {
+  if (parts.empty() || inputs == 0) throw std::invalid_argument("a weight has at least one output and one input");
+  for (const auto& [format, part] : parts) {
+    if (part == 0) throw std::invalid_argument("a weight has at least one output");
+    if (!is_float(format)) {
+      const std::size_t multiple = kGroup * static_cast<std::size_t>(layout_of(format).groups_per_super);
+      if (inputs % multiple != 0) throw std::invalid_argument("inputs must be a multiple of the format's block");
+    }
+    segments.push_back({format, outputs, part, Bytes(panels_of(part) * panel_bytes(format, inputs), true)});
+    outputs += part;
+  }
+}
+
+bool Weight::any_codes() const {
+  return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return !is_float(s.format); });
+}
+
+bool Weight::any_floats() const {
+  return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return is_float(s.format); });
+}
+
+std::size_t Weight::nbytes() const {
+  std::size_t sum = 0;
+  for (const Segment& segment : segments) sum += segment.packed.size();
+  return sum;
+}
+
+KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::size_t kv_heads, std::size_t head_dim,
+                 long window)
+    : view{type, nullptr, nullptr, kv_heads, head_dim, block_size}, window(window), num_blocks(blocks) {
+  if (block_size % 16 != 0 || block_size == 0 || block_size > kTile || kTile % block_size != 0) {
+    throw std::invalid_argument("block_size must be 16, 32 or 64");
+  }
+  if (head_dim % 16 != 0 || head_dim == 0 || head_dim > 1024) {
+    throw std::invalid_argument("head_dim must be a multiple of 16 and at most 1024");
+  }
+  k = Bytes(num_blocks * block_bytes(), true);
+  v = Bytes(num_blocks * block_bytes(), true);
+  view.k = k.data();
+  view.v = v.data();
+}
+
+std::size_t KVLayer::block_bytes() const {
+  const std::size_t values = view.block_size * view.head_dim;
+  switch (view.type) {
+    case KVType::F32: return view.kv_heads * values * 4;
+    case KVType::F16: return view.kv_heads * values * 2;
+    default: return view.kv_heads * (values + view.block_size * sizeof(float));
+  }
+}
+
+// --- recording ---
+
+int Graph::bind(std::size_t columns) {
+  buffers_.push_back({columns, num_bound_++, -1, 0});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Graph::add(Node node, std::size_t columns) {
+  for (const View& view : {node.x, node.residual}) {
+    if (view.buffer < 0) continue;
+    Buffer& buffer = buffers_.at(static_cast<std::size_t>(view.buffer));
+    if (view.first + view.columns > buffer.columns) throw std::invalid_argument("a view reaches past its buffer");
+    buffer.last_use = static_cast<int>(nodes_.size());
+  }
+  if (columns > 0) {
+    buffers_.push_back({columns, -1, static_cast<int>(nodes_.size()), 0});
+    node.out = static_cast<int>(buffers_.size()) - 1;
+  }
+  nodes_.push_back(std::move(node));
+  planned_ = false;
+  return nodes_.back().out;
+}
+
+int Graph::embed(std::shared_ptr<Weight> weight, float scale) {
+  const std::size_t columns = weight->inputs;
+  return add({.op = Op::Embed, .weight = std::move(weight), .number = scale}, columns);
+}
+
+int Graph::rms_norm(View x, std::vector<float> weight, float eps, View residual) {
+  if (weight.empty() || x.columns % weight.size() != 0) throw std::invalid_argument("rms_norm: the weight does not fit x");
+  if (residual.buffer >= 0 && residual.columns != x.columns) throw std::invalid_argument("rms_norm: the residual does not fit x");
+  return add({.op = Op::RmsNorm, .x = x, .residual = residual, .vector = std::move(weight), .number = eps}, x.columns);
+}
+
+int Graph::linear(View x, std::shared_ptr<Weight> weight, View residual) {
+  if (x.columns != weight->inputs) throw std::invalid_argument("linear: x does not have the weight's number of inputs");
+  if (residual.buffer >= 0 && residual.columns != weight->outputs) {
+    throw std::invalid_argument("linear: the residual does not have the weight's number of outputs");
+  }
+  if (weight->any_codes()) quantized_inputs_ = std::max(quantized_inputs_, weight->inputs);
+  const std::size_t columns = weight->outputs;
+  return add({.op = Op::Linear, .x = x, .residual = residual, .weight = std::move(weight)}, columns);
+}
+
+int Graph::rope(View x, std::size_t head_dim, std::size_t dim, std::vector<float> inverse_frequencies) {
+  if (head_dim == 0 || x.columns % head_dim != 0 || dim > head_dim || inverse_frequencies.size() * 2 != dim) {
+    throw std::invalid_argument("rope: shapes do not fit");
+  }
+  auto found = std::find(tables_.begin(), tables_.end(), inverse_frequencies);
+  if (found == tables_.end()) found = tables_.insert(tables_.end(), std::move(inverse_frequencies));
+  const int table = static_cast<int>(found - tables_.begin());
+  return add({.op = Op::Rope, .x = x, .head_dim = head_dim, .dim = dim, .table = table}, x.columns);
+}
+
+void Graph::store_kv(View k, View v, std::shared_ptr<KVLayer> layer) {
+  const std::size_t columns = layer->view.kv_heads * layer->view.head_dim;
+  if (k.columns != columns || v.columns != columns) throw std::invalid_argument("store_kv: K and V do not fit the layer");
+  add({.op = Op::StoreKV, .x = k, .residual = v, .layer = std::move(layer)}, 0);
+}
+
+int Graph::attention(View q, std::shared_ptr<KVLayer> layer, float scale) {
+  const std::size_t per_group = layer->view.kv_heads * layer->view.head_dim;
+  if (q.columns % per_group != 0 || q.columns / per_group > 64) throw std::invalid_argument("attention: q does not fit the layer");
+  return add({.op = Op::Attention, .x = q, .layer = std::move(layer), .number = scale}, q.columns);
+}
+
+int Graph::gated(View x, Gate gate) {
+  if (x.columns % 2 != 0) throw std::invalid_argument("gated: an odd number of columns");
+  return add({.op = Op::Gated, .x = x, .gate = gate}, x.columns / 2);
+}
+
+// Gives buffers places in the arena; a place is used again once its buffer was read for the last time.
+void Graph::plan() {
+  struct Place {
+    std::size_t at, columns;
+  };
+  std::vector<Place> free;
+  arena_columns_ = 0;
+  const int result = nodes_.empty() ? -1 : nodes_.back().out;
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    const int out = nodes_[n].out;
+    if (out >= 0 && out != result) {
+      Buffer& buffer = buffers_[static_cast<std::size_t>(out)];
+      const auto fits = std::find_if(free.begin(), free.end(), [&](const Place& p) { return p.columns == buffer.columns; });
+      if (fits != free.end()) {
+        buffer.at = fits->at;
+        free.erase(fits);
+      } else {
+        buffer.at = arena_columns_;
+        arena_columns_ += buffer.columns;
+      }
+    }
+    for (std::size_t b = 0; b < buffers_.size(); ++b) {
+      Buffer& buffer = buffers_[b];
+      if (buffer.last_use == static_cast<int>(n) && buffer.bound < 0 && static_cast<int>(b) != result) {
+        free.push_back({buffer.at, buffer.columns});
+        buffer.last_use = -2;
+      }
+    }
+  }
+  planned_ = true;
+}
+
+// --- running ---
+
+struct Graph::Work {
+  const BatchView& batch;
+  std::size_t rows;
+  const std::vector<float*>& bound;
+  struct Item {
+    std::size_t seq, kv_head, first_row, num_rows, first_tile, last_tile, state;
+  };
+  struct Fold {
+    std::size_t row, kv_head, tiles, state;
+  };
+  // Cut once for all layers with the same window and heads.
+  struct Cut {
+    long window;
+    std::size_t kv_heads;
+    std::vector<Item> items;
+    std::vector<Fold> folds;
+    std::size_t states;
+  };
+  std::vector<Cut> cuts;
+};
+
+namespace {
+
+struct Place {
+  float* data;
+  std::size_t stride;
+};
+
+std::size_t grain_of(std::size_t count, int threads) {
+  return std::max<std::size_t>(1, count / (static_cast<std::size_t>(threads) * 8));
+}
+
+}  // namespace
+
+void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound) {
+  if (nodes_.empty() || rows == 0) return;
+  if (!planned_) plan();
+  Pool::Session session(machine_->pool);
+  arena_.grow(arena_columns_ * rows * sizeof(float));
+  codes_.grow(quantized_inputs_ * rows);
+  scales_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
+  sums_.grow(quantized_inputs_ / kGroup * rows * sizeof(int32_t));
+  std::size_t angles = 0;
+  for (const auto& table : tables_) angles += 2 * table.size() * rows;
+  angles_.grow(angles * sizeof(float));
+  float* at = angles_.as<float>();
+  for (const auto& table : tables_) {
+    const std::size_t half = table.size();
+    machine_->pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t t = begin; t < end; ++t) {
+        for (std::size_t i = 0; i < half; ++i) {
+          const float angle = static_cast<float>(batch.positions[t]) * table[i];
+          at[2 * half * t + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+          at[2 * half * t + half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+        }
+      }
+    });
+    at += 2 * half * rows;
+  }
+  Work work{batch, rows, bound, {}};
+  for (const Node& node : nodes_) run_node(node, work);
+}
+
+void Graph::run_node(const Node& node, Work& work) {
+  const Kernels& kernels = machine_->kernels;
+  Pool& pool = machine_->pool;
+  const std::size_t rows = work.rows;
+  const int result = nodes_.back().out;
+  const auto place = [&](const View& view) -> Place {
+    if (view.buffer < 0) return {nullptr, 0};
+    const Buffer& buffer = buffers_[static_cast<std::size_t>(view.buffer)];
+    float* base = view.buffer == result ? work.bound.back()
+                  : buffer.bound >= 0   ? work.bound[static_cast<std::size_t>(buffer.bound)]
+                                        : arena_.as<float>() + buffer.at * rows;
+    return {base + view.first, buffer.columns};
+  };
+  const Place x = place(node.x);
+  const Place residual = place(node.residual);
+  const Place y = place({node.out, 0, 0});
+  switch (node.op) {
+    case Op::Embed:
+      pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t t = begin; t < end; ++t) {
+          kernels.embed(node.weight->segments[0].format, node.weight->segments[0].packed.data(), node.weight->inputs,
+                        static_cast<std::size_t>(work.batch.input_ids[t]), node.number, y.data + t * y.stride);
+        }
+      });
+      return;
+    case Op::RmsNorm: {
+      const std::size_t n = node.vector.size();
+      const std::size_t heads = node.x.columns / n;
+      pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t t = begin; t < end; ++t) {
+          for (std::size_t h = 0; h < heads; ++h) {
+            const float* r = residual.data == nullptr ? nullptr : residual.data + t * residual.stride + h * n;
+            kernels.rms_norm(x.data + t * x.stride + h * n, node.vector.data(), r, n, node.number,
+                             y.data + t * y.stride + h * n);
+          }
+        }
+      });
+      return;
+    }
+    case Op::Rope: {
+      const float* angles = angles_.as<float>();
+      for (int i = 0; i < node.table; ++i) angles += 2 * tables_[static_cast<std::size_t>(i)].size() * rows;
+      pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t t = begin; t < end; ++t) {
+          const float* angle = angles + node.dim * t;
+          for (std::size_t c = 0; c < node.x.columns; c += node.head_dim) {
+            kernels.rope(x.data + t * x.stride + c, angle, angle + node.dim / 2, node.dim, node.head_dim,
+                         y.data + t * y.stride + c);
+          }
+        }
+      });
+      return;
+    }
+    case Op::StoreKV: {
+      const KVView& kv = node.layer->view;
+      pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t t = begin; t < end; ++t) {
+          for (std::size_t h = 0; h < kv.kv_heads; ++h) {
+            kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim, residual.data + t * residual.stride + h * kv.head_dim,
+                             h, work.batch.slot_mapping[t]);
+          }
+        }
+      });
+      return;
+    }
+    case Op::Gated: {
+      const std::size_t n = node.x.columns / 2;
+      pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t t = begin; t < end; ++t) kernels.gated(x.data + t * x.stride, n, node.gate, y.data + t * y.stride);
+      });
+      return;
+    }
+    case Op::Linear: return run_linear(node, work);
+    case Op::Attention: return run_attention(node, work);
+  }
+}
+
+void Graph::run_linear(const Node& node, Work& work) {
+  const Kernels& kernels = machine_->kernels;
+  Pool& pool = machine_->pool;
+  const std::size_t rows = work.rows;
+  const int result = nodes_.back().out;
+  const auto base = [&](int index) -> float* {
+    const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
+    return index == result     ? work.bound.back()
+           : buffer.bound >= 0 ? work.bound[static_cast<std::size_t>(buffer.bound)]
+                               : arena_.as<float>() + buffer.at * rows;
+  };
+  const Weight& weight = *node.weight;
+  const float* x = base(node.x.buffer) + node.x.first;
+  const std::size_t x_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
+  const std::size_t groups = weight.inputs / kGroup;
+  if (weight.any_codes()) {
+    pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t t = begin; t < end; ++t) {
+        kernels.quantize(x + t * x_stride, weight.inputs, codes_.as<int8_t>() + t * weight.inputs,
+                         scales_.as<float>() + t * groups, sums_.as<int32_t>() + t * groups);
+      }
+    });
+  }
+  if (weight.any_floats() && x_stride != weight.inputs) {
+    throw std::logic_error("linear: float weights need x without gaps");
+  }
+  const float* residual = node.residual.buffer < 0 ? nullptr : base(node.residual.buffer) + node.residual.first;
+  if (residual != nullptr && buffers_[static_cast<std::size_t>(node.residual.buffer)].columns != weight.outputs) {
+    throw std::logic_error("linear: the residual has gaps");
+  }
+  for (const Weight::Segment& segment : weight.segments) {
+    LinearPiece piece{segment.format, segment.packed.data(), segment.outputs, weight.inputs, 0, 0, rows, x,
+                      {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>()},
+                      residual == nullptr ? nullptr : residual + segment.first, base(node.out) + segment.first,
+                      weight.outputs};
+    const std::size_t panels = panels_of(segment.outputs);
+    pool.parallel(panels, grain_of(panels, pool.threads()), [&](std::size_t begin, std::size_t end) {
+      LinearPiece mine = piece;
+      mine.first_panel = begin;
+      mine.last_panel = end;
+      kernels.linear(mine);
+    });
+  }
+}
+
+void Graph::run_attention(const Node& node, Work& work) {
+  constexpr std::size_t kRowsPerItem = 8;   // the kernel's row block
+  constexpr std::size_t kTilesPerItem = 4;  // when one row's tiles are spread over threads
+  const Kernels& kernels = machine_->kernels;
+  Pool& pool = machine_->pool;
+  const KVLayer& layer = *node.layer;
+  const BatchView& batch = work.batch;
+  const std::size_t dim = layer.view.head_dim;
+  const std::size_t heads = node.x.columns / dim;
+  const std::size_t group = heads / layer.view.kv_heads;
+  auto cut = std::find_if(work.cuts.begin(), work.cuts.end(), [&](const Work::Cut& c) {
+    return c.window == layer.window && c.kv_heads == layer.view.kv_heads;
+  });
+  if (cut == work.cuts.end()) {
+    work.cuts.push_back({layer.window, layer.view.kv_heads, {}, {}, 0});
+    cut = work.cuts.end() - 1;
+    const bool spread = batch.seqs * layer.view.kv_heads < 4 * static_cast<std::size_t>(pool.threads());
+    for (std::size_t s = 0; s < batch.seqs; ++s) {
+      const auto first = static_cast<std::size_t>(batch.query_start_loc[s]);
+      const auto last = static_cast<std::size_t>(batch.query_start_loc[s + 1]);
+      for (std::size_t h = 0; h < layer.view.kv_heads; ++h) {
+        if (last - first == 1 && spread && pool.threads() > 1) {
+          const auto position = static_cast<std::size_t>(batch.positions[first]);
+          const auto window = static_cast<std::size_t>(layer.window);
+          const std::size_t lowest = (window != 0 && position >= window ? position - window + 1 : 0) / kTile;
+          const std::size_t stop = position / kTile + 1;
+          if (stop - lowest > kTilesPerItem) {
+            cut->folds.push_back({first, h, stop - lowest, cut->states});
+            for (std::size_t t = lowest; t < stop; t += kTilesPerItem) {
+              cut->items.push_back({s, h, first, 1, t, std::min(t + kTilesPerItem, stop), cut->states});
+            }
+            cut->states += stop - lowest;
+            continue;
+          }
+        }
+        for (std::size_t row = first; row < last; row += kRowsPerItem) {
+          cut->items.push_back({s, h, row, std::min(kRowsPerItem, last - row), 0, 0, 0});
+        }
+      }
+    }
+  }
+  const std::size_t state_size = group * (2 + dim);
+  states_.grow(cut->states * state_size * sizeof(float));
+  const std::size_t scratch = (kernels.attention_scratch(dim, group) + 15) / 16 * 16;
+  const std::size_t pieces = cut->items.size();
+  const std::size_t grain = std::max<std::size_t>(1, pieces / (static_cast<std::size_t>(pool.threads()) * 16));
+  scratch_.grow(scratch * static_cast<std::size_t>(pool.threads()) * sizeof(float));
+  const int result = nodes_.back().out;
+  const auto base = [&](int index) -> float* {
+    const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
+    return index == result     ? work.bound.back()
+           : buffer.bound >= 0 ? work.bound[static_cast<std::size_t>(buffer.bound)]
+                               : arena_.as<float>() + buffer.at * work.rows;
+  };
+  const float* q = base(node.x.buffer) + node.x.first;
+  const std::size_t q_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
+  float* out = base(node.out);
+  pool.parallel(pieces, grain, [&](std::size_t begin, std::size_t end, std::size_t thread) {
+    for (std::size_t i = begin; i < end; ++i) {
+      const Work::Item& item = cut->items[i];
+      AttentionPiece piece{layer.view, q, q_stride, heads, node.number, layer.window, batch.positions,
+                           batch.block_tables + item.seq * batch.table_width, item.first_row, item.num_rows, item.kv_head,
+                           out, item.first_tile, item.last_tile, states_.as<float>() + item.state * state_size};
+      kernels.attention(piece, scratch_.as<float>() + thread * scratch);
+    }
+  });
+  if (!cut->folds.empty()) {
+    pool.parallel(cut->folds.size(), 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) {
+        const Work::Fold& fold = cut->folds[i];
+        kernels.fold(states_.as<float>() + fold.state * state_size, fold.tiles, group, dim,
+                     out + fold.row * heads * dim + fold.kv_head * group * dim);
+      }
+    });
+  }
+}
+
+}  // namespace octavo

@@ -1,0 +1,149 @@
+// A step of a model as a list of ops on numbered buffers, recorded once and run with each batch's metadata.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace octavo {
+
+// Memory on 64-byte lines. Not initialised unless asked. Throws std::bad_alloc.
+class Bytes {
+ public:
+  Bytes() = default;
+  explicit Bytes(std::size_t size, bool zeroed = false);
+  Bytes(Bytes&& other) noexcept;
+  Bytes& operator=(Bytes&& other) noexcept;
+  ~Bytes();
+  uint8_t* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  void grow(std::size_t size);  // at least; what was there is lost
+
+ private:
+  uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+  bool mapped_ = false;
+};
+
+// Matrices that share their input, side by side: one segment each.
+struct Weight {
+  struct Segment {
+    Format format;
+    std::size_t first, outputs;  // columns of the result
+    Bytes packed;
+  };
+  std::size_t outputs = 0, inputs;
+  std::vector<Segment> segments;
+
+  Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs);
+  Weight(const Weight&) = delete;
+  bool any_codes() const;  // integer formats, which take quantised activations
+  bool any_floats() const;
+  std::size_t nbytes() const;
+};
+
+struct KVLayer {
+  KVView view;
+  long window;  // 0: none
+  std::size_t num_blocks;
+  Bytes k, v;
+
+  KVLayer(KVType type, std::size_t num_blocks, std::size_t block_size, std::size_t kv_heads, std::size_t head_dim, long window);
+  std::size_t block_bytes() const;  // of K, or of V
+};
+
+struct Machine {
+  const Kernels& kernels;
+  Pool pool;
+
+  Machine(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
+};
+
+// Some columns of a buffer.
+struct View {
+  int buffer = -1;
+  std::size_t first = 0;
+  std::size_t columns = 0;
+};
+
+struct BatchView {
+  std::size_t tokens = 0, seqs = 0, table_width = 0;
+  const int32_t* input_ids = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* query_start_loc = nullptr;
+  const int32_t* seq_lens = nullptr;
+  const int32_t* block_tables = nullptr;
+  const int32_t* slot_mapping = nullptr;
+};
+
+class Graph {
+ public:
+  explicit Graph(std::shared_ptr<Machine> machine) : machine_(std::move(machine)) {}
+
+  // A buffer [rows, columns] whose memory the caller of `run` gives.
+  int bind(std::size_t columns);
+
+  int embed(std::shared_ptr<Weight> weight, float scale);
+  int rms_norm(View x, std::vector<float> weight, float eps, View residual);  // over every weight.size() columns
+  int linear(View x, std::shared_ptr<Weight> weight, View residual);
+  int rope(View x, std::size_t head_dim, std::size_t dim, std::vector<float> inverse_frequencies);
+  void store_kv(View k, View v, std::shared_ptr<KVLayer> layer);
+  int attention(View q, std::shared_ptr<KVLayer> layer, float scale);
+  int gated(View x, Gate gate);
+
+  std::size_t columns_of(int buffer) const { return buffers_.at(static_cast<std::size_t>(buffer)).columns; }
+
+  // `bound` gives the memory of the bound buffers and of the last op's output, in order: inputs first.
+  void run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound);
+
+ private:
+  enum class Op { Embed, RmsNorm, Linear, Rope, StoreKV, Attention, Gated };
+  struct Buffer {
+    std::size_t columns = 0;
+    int bound = -1;       // index into `bound` of run
+    int last_use = -1;    // node
+    std::size_t at = 0;   // columns before it in the arena
+  };
+  struct Node {
+    Op op;
+    View x = {}, residual = {};
+    int out = -1;
+    std::shared_ptr<Weight> weight = {};
+    std::shared_ptr<KVLayer> layer = {};
+    std::vector<float> vector = {};
+    float number = 0.0f;  // eps, embedding scale or attention scale
+    std::size_t head_dim = 0, dim = 0;
+    Gate gate = Gate::Silu;
+    int table = -1;  // of cosines and sines
+  };
+  struct Work;  // of one run
+
+  int add(Node node, std::size_t columns);
+  void plan();
+  void run_node(const Node& node, Work& work);
+  void run_linear(const Node& node, Work& work);
+  void run_attention(const Node& node, Work& work);
+
+  std::shared_ptr<Machine> machine_;
+  std::vector<Node> nodes_;
+  std::vector<Buffer> buffers_;
+  std::vector<std::vector<float>> tables_;  // distinct inverse frequencies
+  std::size_t arena_columns_ = 0;
+  std::size_t quantized_inputs_ = 0;
+  int num_bound_ = 0;
+  bool planned_ = false;
+  Bytes arena_, codes_, scales_, sums_, angles_, scratch_, states_;
+};
+
+}  // namespace octavo

@@ -1,0 +1,371 @@
+// y = x @ W^T for packed weights. One row and many rows are instances of one template, so a row's result does not depend
+// on how many others there are: per output, acc = fma(isum, w_scale * x_scale, acc) over groups ascending, then the
+// minimum over groups ascending, then the residual.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+#include "math.inl"
+#include "simd.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// --- integer sums: exact, whatever the way ---
+
+#if defined(__AVX512F__)
+
+constexpr std::size_t kRowTile = 8;
+
+// sums[r] lane c = sum over quads [First, Last) of codes * x, for codes of at most MaxCode.
+template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
+  for (std::size_t r = 0; r < Rows; ++r) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (std::size_t j = First; j < Last; ++j) {
+      int32_t four;
+      std::memcpy(&four, x + r * stride + 4 * j, 4);
+      sum = _mm512_dpbusd_epi32(sum, codes[j].v, _mm512_set1_epi32(four));
+    }
+    sums[r].v = sum;
+  }
+}
+
+#elif defined(__AVX2__)
+
+constexpr std::size_t kRowTile = 4;
+
+OCTAVO_INLINE __m256i broadcast_four(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// One half (8 outputs) of each quad. vpmaddubsw adds two products into int16, which holds Steps quads of them before
+// it must be widened: 2 * Steps * MaxCode * 127 < 2^15.
+template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows, int Half>
+OCTAVO_INLINE void dot_half(const Q* codes, const int8_t* x, std::size_t stride, __m256i* sums) {
+  const auto part = [&](std::size_t j) { return Half == 0 ? codes[j].lo : codes[j].hi; };
+  if constexpr (MaxCode > 127) {  // bytes that fill all 8 bits: even and odd inputs as int16 pairs
+    for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
+    const __m256i low = _mm256_set1_epi16(0xff);
+    for (std::size_t j = First; j < Last; ++j) {
+      const __m256i even = _mm256_and_si256(part(j), low);
+      const __m256i odd = _mm256_srli_epi16(part(j), 8);
+      for (std::size_t r = 0; r < Rows; ++r) {
+        const __m256i four = broadcast_four(x + r * stride + 4 * j);
+        const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+        const __m256i x_odd = _mm256_srai_epi16(four, 8);
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
+        sums[r] = _mm256_add_epi32(sums[r], both);
+      }
+    }
+  } else {
+    constexpr std::size_t kSteps = 32767 / (2 * 127 * MaxCode);
+    static_assert(kSteps >= 1);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
+    for (std::size_t begin = First; begin < Last; begin += kSteps) {
+      const std::size_t end = begin + kSteps < Last ? begin + kSteps : Last;
+      __m256i words[Rows];
+      for (std::size_t r = 0; r < Rows; ++r) words[r] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+      for (std::size_t j = begin; j < end; ++j) {
+        const __m256i code = part(j);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < Rows; ++r) {
+          words[r] = _mm256_add_epi16(words[r], _mm256_maddubs_epi16(code, broadcast_four(x + r * stride + 4 * j)));
+        }
+      }
+      for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(words[r], ones));
+    }
+  }
+}
+
+template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
+  __m256i lo[Rows];
+  __m256i hi[Rows];
+  dot_half<MaxCode, First, Last, Rows, 0>(codes, x, stride, lo);
+  dot_half<MaxCode, First, Last, Rows, 1>(codes, x, stride, hi);
+  for (std::size_t r = 0; r < Rows; ++r) sums[r] = {lo[r], hi[r]};
+}
+
+#else
+
+constexpr std::size_t kRowTile = 4;
+
+template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
+  for (std::size_t r = 0; r < Rows; ++r) {
+    int32_t sum[kLanes] = {};
+    for (std::size_t j = First; j < Last; ++j) {
+      for (int c = 0; c < kLanes; ++c) {
+        for (int i = 0; i < 4; ++i) sum[c] += codes[j].v[4 * c + i] * x[r * stride + 4 * j + static_cast<std::size_t>(i)];
+      }
+    }
+    std::memcpy(sums[r].v, sum, sizeof sum);
+  }
+}
+
+#endif
+
+// --- formats ---
+
+template <Codes kind>
+OCTAVO_INLINE void unpack_codes(const uint8_t* p, Q* codes) {
+  if constexpr (kind == Codes::kTwo) {
+    for (int v = 0; v < 2; ++v) {
+      const Q packed = load_codes(p + 64 * v);
+      for (int i = 0; i < 4; ++i) codes[4 * v + i] = shift_mask(packed, 2 * i, 3);
+    }
+  } else if constexpr (kind == Codes::kBytes) {
+    for (int j = 0; j < 8; ++j) codes[j] = load_codes(p + 64 * j);
+  } else {
+    for (int j = 0; j < 4; ++j) {
+      const Q packed = load_codes(p + 64 * j);
+      codes[j] = shift_mask(packed, 0, 15);
+      codes[j + 4] = shift_mask(packed, 4, 15);
+    }
+    if constexpr (kind == Codes::kNibblesAndBit) {
+      const Q high = load_codes(p + 256);
+      for (int j = 0; j < 4; ++j) codes[j] = orq(codes[j], shift_left_mask(high, 4 - j, 16));
+      for (int j = 4; j < 8; ++j) codes[j] = orq(codes[j], shift_mask(high, j - 4, 16));
+    }
+  }
+}
+
+OCTAVO_INLINE F load_half_bytes(const uint8_t* p) { return load_half(reinterpret_cast<const uint16_t*>(p)); }
+OCTAVO_INLINE F load_low_nibbles(const uint8_t* p) {
+  uint8_t low[kLanes];
+  for (int i = 0; i < kLanes; ++i) low[i] = p[i] & 15;
+  return load_u8(low);
+}
+OCTAVO_INLINE F load_high_nibbles(const uint8_t* p) {
+  uint8_t high[kLanes];
+  for (int i = 0; i < kLanes; ++i) high[i] = p[i] >> 4;
+  return load_u8(high);
+}
+
+template <Format format>
+OCTAVO_INLINE F scale_of(const uint8_t* super, const uint8_t* group, int subgroup) {
+  if constexpr (format == Format::Q2_K) {
+    return mul(load_half_bytes(super), load_low_nibbles(group + 16 * subgroup));
+  } else if constexpr (format == Format::Q3_K || format == Format::Q6_K) {
+    return mul(load_half_bytes(super), load_i8(reinterpret_cast<const int8_t*>(group) + 16 * subgroup));
+  } else if constexpr (format == Format::Q4_K || format == Format::Q5_K) {
+    return mul(load_half_bytes(super), load_u8(group));
+  } else {
+    return load_half_bytes(group);
+  }
+}
+
+// To be added.
+template <Format format>
+OCTAVO_INLINE F minimum_of(const uint8_t* super, const uint8_t* group, int subgroup) {
+  if constexpr (format == Format::Q2_K) {
+    return sub(zero(), mul(load_half_bytes(super + 32), load_high_nibbles(group + 16 * subgroup)));
+  } else if constexpr (format == Format::Q4_K || format == Format::Q5_K) {
+    return sub(zero(), mul(load_half_bytes(super + 32), load_u8(group + 16)));
+  } else {
+    return load_half_bytes(group + 32);
+  }
+}
+
+// Visits a panel's groups in order: visit(super, group, index).
+template <Format format, class Visit>
+OCTAVO_INLINE void each_group(const uint8_t* panel, std::size_t groups, const Visit& visit) {
+  constexpr Layout layout = layout_of(format);
+  const uint8_t* p = panel;
+  if constexpr (layout.groups_per_super == 1) {
+    for (std::size_t g = 0; g < groups; ++g, p += layout.group_bytes) visit(p, p, g);
+  } else {
+    for (std::size_t g = 0; g < groups;) {
+      const uint8_t* super = p;
+      p += layout.super_bytes;
+      for (int i = 0; i < layout.groups_per_super; ++i, ++g, p += layout.group_bytes) visit(super, p, g);
+    }
+  }
+}
+
+// --- one panel, Rows rows ---
+
+// Adds the residual and stores what of the panel belongs to the matrix.
+OCTAVO_INLINE void finish_row(const LinearPiece& piece, std::size_t row, std::size_t panel, F acc) {
+  const std::size_t at = row * piece.stride + panel * kPanel;
+  const std::size_t left = piece.outputs - panel * kPanel;
+  if (left >= kPanel) {
+    if (piece.residual != nullptr) acc = add(acc, load(piece.residual + at));
+    store(piece.y + at, acc);
+    return;
+  }
+  float values[kPanel] = {};
+  if (piece.residual != nullptr) {
+    std::memcpy(values, piece.residual + at, left * sizeof(float));
+    acc = add(acc, load(values));
+  }
+  store(values, acc);
+  std::memcpy(piece.y + at, values, left * sizeof(float));
+}
+
+template <Format format, std::size_t Rows>
+OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+  constexpr Layout layout = layout_of(format);
+  constexpr std::size_t kScaleBytes = layout.group_bytes - layout.code_bytes;
+  constexpr std::size_t kPart = kQuads / layout.subgroups;
+  const std::size_t groups = piece.inputs / kGroup;
+  const uint8_t* packed = piece.packed + panel * layout.panel_bytes(piece.inputs);
+  const int8_t* x = piece.q.codes + row * piece.inputs;
+  const float* scales = piece.q.scales + row * groups;
+  const int32_t* sums = piece.q.sums + row * groups;
+  F acc[Rows];
+  for (std::size_t r = 0; r < Rows; ++r) acc[r] = zero();
+  each_group<format>(packed, groups, [&](const uint8_t* super, const uint8_t* group, std::size_t g) {
+    if constexpr (Rows == 1) __builtin_prefetch(group + 2048);
+    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 64);
+    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 128);
+    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 192);
+    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 256);
+    Q codes[kQuads];
+    unpack_codes<layout.codes>(group + kScaleBytes, codes);
+    const auto part = [&](auto subgroup) {
+      constexpr std::size_t kSub = decltype(subgroup)::value;
+      const F scale = scale_of<format>(super, group, kSub);
+      I isum[Rows];
+      dot_quads<layout.max_code, kSub * kPart, (kSub + 1) * kPart, Rows>(codes, x + g * kGroup, piece.inputs, isum);
+      for (std::size_t r = 0; r < Rows; ++r) {
+        if constexpr (layout.zero != 0) {
+          int32_t sum = sums[r * groups + g];
+          if constexpr (layout.subgroups == 2) {
+            sum = 0;
+            for (std::size_t k = 16 * kSub; k < 16 * (kSub + 1); ++k) sum += x[r * piece.inputs + g * kGroup + k];
+          }
+          isum[r] = addi(isum[r], set1i(-layout.zero * sum));
+        }
+        acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[r * groups + g])), acc[r]);
+      }
+    };
+    part(std::integral_constant<std::size_t, 0>{});
+    if constexpr (layout.subgroups == 2) part(std::integral_constant<std::size_t, 1>{});
+  });
+  if constexpr (layout.has_minimum) {
+    each_group<format>(packed, groups, [&](const uint8_t* super, const uint8_t* group, std::size_t g) {
+      for (int s = 0; s < layout.subgroups; ++s) {
+        const F minimum = minimum_of<format>(super, group, s);
+        for (std::size_t r = 0; r < Rows; ++r) {
+          int32_t sum = sums[r * groups + g];
+          if constexpr (layout.subgroups == 2) {
+            sum = 0;
+            for (int k = 16 * s; k < 16 * (s + 1); ++k) sum += x[r * piece.inputs + g * kGroup + static_cast<std::size_t>(k)];
+          }
+          acc[r] = fma(minimum, set1(scales[r * groups + g] * static_cast<float>(sum)), acc[r]);
+        }
+      }
+    });
+  }
+  for (std::size_t r = 0; r < Rows; ++r) finish_row(piece, row + r, panel, acc[r]);
+}
+
+template <Format format>
+OCTAVO_INLINE F load_weights(const uint8_t* p) {
+  if constexpr (format == Format::F32) return load(reinterpret_cast<const float*>(p));
+  if constexpr (format == Format::F16) return load_half(reinterpret_cast<const uint16_t*>(p));
+  return load_bfloat(reinterpret_cast<const uint16_t*>(p));
+}
+
+template <Format format, std::size_t Rows>
+OCTAVO_INLINE void panel_of_floats(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+  constexpr std::size_t kStep = kPanel * float_bytes(format);
+  const uint8_t* packed = piece.packed + panel * panel_bytes(format, piece.inputs);
+  const float* x = piece.x + row * piece.inputs;
+  F acc[Rows];
+  for (std::size_t r = 0; r < Rows; ++r) acc[r] = zero();
+  for (std::size_t k = 0; k < piece.inputs; ++k, packed += kStep) {
+    const F weights = load_weights<format>(packed);
+    for (std::size_t r = 0; r < Rows; ++r) acc[r] = fma(set1(x[r * piece.inputs + k]), weights, acc[r]);
+  }
+  for (std::size_t r = 0; r < Rows; ++r) finish_row(piece, row + r, panel, acc[r]);
+}
+
+template <Format format, std::size_t Rows>
+OCTAVO_INLINE void panel_of(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+  if constexpr (is_float(format)) {
+    panel_of_floats<format, Rows>(piece, panel, row);
+  } else {
+    panel_of_codes<format, Rows>(piece, panel, row);
+  }
+}
+
+template <Format format, std::size_t Rows>
+__attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+  panel_of<format, Rows>(piece, panel, row);
+}
+
+template <Format format>
+void linear_of(const LinearPiece& piece) {
+  for (std::size_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
+    std::size_t row = 0;
+    for (; row + kRowTile <= piece.rows; row += kRowTile) panel_rows<format, kRowTile>(piece, panel, row);
+    switch (piece.rows - row) {
+      case 7: panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row); break;
+      case 6: panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row); break;
+      case 5: panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row); break;
+      case 4: panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row); break;
+      case 3: panel_rows<format, 3>(piece, panel, row); break;
+      case 2: panel_rows<format, 2>(piece, panel, row); break;
+      case 1: panel_rows<format, 1>(piece, panel, row); break;
+      default: break;
+    }
+  }
+}
+
+void linear(const LinearPiece& piece) {
+  switch (piece.format) {
+    case Format::F32: return linear_of<Format::F32>(piece);
+    case Format::F16: return linear_of<Format::F16>(piece);
+    case Format::BF16: return linear_of<Format::BF16>(piece);
+    case Format::Q4_0: return linear_of<Format::Q4_0>(piece);
+    case Format::Q4_1: return linear_of<Format::Q4_1>(piece);
+    case Format::Q5_0: return linear_of<Format::Q5_0>(piece);
+    case Format::Q5_1: return linear_of<Format::Q5_1>(piece);
+    case Format::Q8_0: return linear_of<Format::Q8_0>(piece);
+    case Format::Q2_K: return linear_of<Format::Q2_K>(piece);
+    case Format::Q3_K: return linear_of<Format::Q3_K>(piece);
+    case Format::Q4_K: return linear_of<Format::Q4_K>(piece);
+    case Format::Q5_K: return linear_of<Format::Q5_K>(piece);
+    case Format::Q6_K: return linear_of<Format::Q6_K>(piece);
+  }
+}
+
+// --- activations ---
+
+OCTAVO_INLINE float highest_bits(I a) {
+  int32_t values[kLanes];
+  std::memcpy(values, &a, sizeof values);
+  int32_t best = values[0];
+  for (int i = 1; i < kLanes; ++i) best = values[i] > best ? values[i] : best;
+  float result;
+  std::memcpy(&result, &best, sizeof result);
+  return result;
+}
+
+// Symmetric, to nearest: code = round(x * 127 / max|x|). Looks at each group of the row alone. A group with NaN or
+// infinity gets a scale that is not finite either, so that damage shows in the result.
+void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
+  for (std::size_t g = 0; g < inputs / kGroup; ++g, x += kGroup, codes += kGroup) {
+    const F lo = load(x);
+    const F hi = load(x + kLanes);
+    // Compared as integers: of floats without their sign that is the same order, and NaN comes out on top.
+    const float top = highest_bits(maxi(as_int(abs(lo)), as_int(abs(hi))));
+    const F inverse = set1(top > 0.0f ? 127.0f / top : 0.0f);
+    store_bytes(codes, to_int(mul(lo, inverse)));
+    store_bytes(codes + kLanes, to_int(mul(hi, inverse)));
+    scales[g] = top / 127.0f;
+    int32_t sum = 0;
+    for (std::size_t k = 0; k < kGroup; ++k) sum += codes[k];
+    sums[g] = sum;
+  }
+}
+
+}  // namespace octavo::OCTAVO_ISA

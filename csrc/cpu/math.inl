@@ -1,0 +1,56 @@
+// exp and what is made of it, in 16 lanes. Own polynomials: a library's would differ between machines.
+#pragma once
+
+#include "simd.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// e^x for x <= 88.7: x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, after Cody and Waite), and a polynomial of
+// degree 7 for e^r with the coefficients of the Cephes library's expf. Below -87.3 the result is 0, so a score of -inf
+// weighs nothing; above 88.7 it stays at its highest finite value. NaN gives NaN: the order of the operands of max and min
+// sees to it.
+OCTAVO_INLINE F exp(F x) {
+  constexpr float kLowest = -87.33654f;
+  const F clamped = min(set1(88.37626f), max(set1(kLowest), x));  // then n is in [-126, 127]
+  const F n = round(mul(clamped, set1(1.44269504f)));
+  const F r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), clamped));
+  F p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(mul(p, r), r, add(r, set1(1.0f)));
+  const F power = as_float(shift_left(addi(to_int(n), set1i(127)), 23));  // 2^n
+  return select_less(x, set1(kLowest), zero(), mul(p, power));
+}
+
+// x / (1 + e^-x)
+OCTAVO_INLINE F silu(F x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+
+// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), by (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+OCTAVO_INLINE F gelu_tanh(F x) {
+  const F cube = mul(mul(x, x), x);
+  const F u = mul(set1(0.7978845608f), fma(set1(0.044715f), cube, x));
+  return div(x, add(set1(1.0f), exp(mul(set1(-2.0f), u))));
+}
+
+OCTAVO_INLINE float highest(F a) {  // exact in any order
+  float values[kLanes];
+  store(values, a);
+  float best = values[0];
+  for (int i = 1; i < kLanes; ++i) best = values[i] > best ? values[i] : best;
+  return best;
+}
+
+// Sum of the lanes by a fixed tree: lane i with lane i + 8, then + 4, + 2, + 1.
+OCTAVO_INLINE float sum_lanes(F a) {
+  float v[kLanes];
+  store(v, a);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+}  // namespace octavo::OCTAVO_ISA

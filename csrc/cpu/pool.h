@@ -1,0 +1,63 @@
+// A pool of threads that spins briefly between parallel regions and then sleeps.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace octavo {
+
+class Pool {
+ public:
+  // `threads` counts the caller's own; at least 1. Workers start with the first region.
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls body(begin, end) or body(begin, end, thread) for pieces of at most `grain` that cover [0, count), on any thread
+  // (numbered below threads()), in any order; returns when all are done. What a piece computes must not depend on who runs
+  // it. body must not throw.
+  template <class Body>
+  void parallel(std::size_t count, std::size_t grain, const Body& body) {
+    run(count, grain, [](const void* b, std::size_t begin, std::size_t end, std::size_t thread) {
+      if constexpr (std::is_invocable_v<const Body&, std::size_t, std::size_t, std::size_t>) {
+        (*static_cast<const Body*>(b))(begin, end, thread);
+      } else {
+        (*static_cast<const Body*>(b))(begin, end);
+      }
+    }, &body);
+  }
+
+  // Holds the pool for one caller over many regions, and the floating-point mode that kernels need.
+  class Session {
+   public:
+    explicit Session(Pool& pool);
+    ~Session();
+    Session(const Session&) = delete;
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+    unsigned saved_;
+  };
+
+ private:
+  using Piece = void (*)(const void*, std::size_t, std::size_t, std::size_t);
+  struct Shared;
+
+  void run(std::size_t count, std::size_t grain, Piece piece, const void* body);
+  void start();
+
+  int threads_;
+  std::mutex in_use_;
+  std::unique_ptr<Shared> shared_;
+  unsigned forks_seen_ = 0;
+};
+
+}  // namespace octavo

@@ -1,0 +1,273 @@
+"""The `cpu` backend: C++ kernels (csrc/), exact per request and independent of what else is in the batch.
+
+Ops called by themselves run at once. `capture` records the ops of a function into a graph instead, which then runs with
+each batch's metadata in one call: a step of a 30-layer model is some 300 ops, and Python between them would cost a
+third of a decode step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo import _C
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+
+FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_PANEL = 16  # outputs that are packed together
+_PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
+
+
+@dataclass(frozen=True, slots=True)
+class CpuWeight:
+    packed: _C.Weight
+    parts: tuple[int, ...]  # outputs of each matrix it was made of
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKV:
+    layer: _C.KVLayer
+    spec: KVSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CpuArray:
+    """Some columns of a float32 matrix [rows, ...]: of `data`, or while recording of a graph's buffer."""
+
+    data: NDArray[np.float32] | None
+    buffer: int
+    first: int
+    columns: int
+    heads: int = 0  # not 0: seen as [rows, heads, columns / heads]
+
+    @property
+    def view(self) -> tuple[int, int, int]:
+        return self.buffer, self.first, self.columns
+
+
+class CpuOps:
+    """See octavo.ops.Ops.
+
+    Args:
+        instruction_set: one of `_C.instruction_sets()`; None: the best.
+        threads: None: the processors this process may use.
+        kv_dtype: float16, float32 or int8.
+        compute_dtype: "auto" multiplies integer weights by int8 activations; "float32" all in float32.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        instruction_set: str | None = None,
+        threads: int | None = None,
+        kv_dtype: str = "float16",
+        compute_dtype: str = "auto",
+    ) -> None:
+        self.machine = _C.Machine(instruction_set or _C.instruction_sets()[0], threads or available_processors())
+        self.kv_dtype = kv_dtype
+        self.compute_dtype = compute_dtype
+        self._recording: _C.Graph | None = None
+
+    # --- memory ---
+
+    def weight_nbytes(self, tensor: RawTensor) -> int:
+        if len(tensor.shape) != 2:
+            return 4 * tensor.size
+        outputs, inputs = tensor.shape
+        return -(-outputs // _PANEL) * _C.panel_bytes(self._format(tensor), inputs)
+
+    def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
+        scale_bytes = 4 if self.kv_dtype == "int8" else 0
+        return 2 * num_tokens * spec.num_kv_heads * (spec.head_dim * KV_BYTES[self.kv_dtype] + scale_bytes)
+
+    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        widest = max(config.intermediate_size, config.hidden_size, query)
+        # The buffers of a graph, which reuses those of equal width, and the quantised input of a linear.
+        columns = 4 * config.hidden_size + 4 * query + 4 * key + 3 * config.intermediate_size + widest // 2
+        return 4 * (num_tokens * columns + 2 * num_rows * config.vocab_size)
+
+    # --- weights and KV ---
+
+    def _format(self, tensor: RawTensor) -> str:
+        name = tensor.dtype.name
+        if name not in FORMATS or (self.compute_dtype == "float32" and name.startswith("Q")):
+            return "F32"
+        return name
+
+    def linear_weight(self, parts: Sequence[RawTensor]) -> CpuWeight:
+        formats = [self._format(part) for part in parts]
+        # Neighbours of one format are packed as one matrix.
+        starts = [i for i, name in enumerate(formats) if i == 0 or name != formats[i - 1]]
+        runs = [parts[a:b] for a, b in pairwise([*starts, len(parts)])]
+        segments = [(formats[a], sum(part.shape[0] for part in run)) for a, run in zip(starts, runs, strict=True)]
+        packed = _C.Weight(segments, parts[0].shape[1])
+        for index, run in enumerate(runs):
+            at = 0
+            for part in run:
+                self._pack(packed, index, part, at)
+                at += part.shape[0]
+        return CpuWeight(packed, tuple(part.shape[0] for part in parts))
+
+    def _pack(self, packed: _C.Weight, segment: int, tensor: RawTensor, at: int) -> None:
+        if self._format(tensor) == tensor.dtype.name:
+            packed.pack(self.machine, segment, np.ascontiguousarray(tensor.data), at)
+            return
+        outputs, inputs = tensor.shape
+        step = max(_PACK_BYTES // (4 * inputs), 1)
+        for first in range(0, outputs, step):
+            rows = tensor.dequantize(slice(first, min(first + step, outputs)))
+            packed.pack(self.machine, segment, rows.view(np.uint8), at + first)
+
+    def embedding_weight(self, tensor: RawTensor) -> CpuWeight:
+        return self.linear_weight([tensor])
+
+    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> NDArray[np.float32]:
+        return tensor.dequantize() + np.float32(offset)
+
+    def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[CpuKV]:
+        return [
+            CpuKV(
+                _C.KVLayer(self.kv_dtype, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, spec.window or 0),
+                spec,
+            )
+            for spec in specs
+        ]
+
+    # --- recording and running ---
+
+    def capture(self, function: Callable[[Batch], CpuArray]) -> Callable[[Batch], CpuArray]:
+        """Record the ops that `function` calls, once; what comes back runs them with another batch."""
+        graph = _C.Graph(self.machine)
+        self._recording = graph
+        try:
+            result = function(None)  # type: ignore[arg-type] # ops record what they do with a batch, not its values
+        finally:
+            self._recording = None
+
+        def replay(batch: Batch) -> CpuArray:
+            data = np.empty((batch.num_tokens, result.columns), np.float32)
+            _run(graph, [result.buffer], [data], batch, batch.num_tokens)
+            return CpuArray(data, -1, 0, result.columns)
+
+        return replay
+
+    def _op(
+        self,
+        record: Callable[..., int],
+        inputs: Sequence[CpuArray | None],
+        columns: int,
+        batch: Batch | None = None,
+        heads: int = 0,
+    ) -> CpuArray:
+        """Record one op, or run it. `record(graph, *views)` gives its output's buffer."""
+        if self._recording is not None:
+            views = [None if x is None else x.view for x in inputs]
+            return CpuArray(None, record(self._recording, *views), 0, columns, heads)
+        graph = _C.Graph(self.machine)
+        present = [x for x in inputs if x is not None]
+        rows = batch.num_tokens if batch is not None else len(_data(present[0]))
+        ids = {id(x): graph.bind(_data(x).shape[1]) for x in present}
+        views = [None if x is None else (ids[id(x)], x.first, x.columns) for x in inputs]
+        data = np.empty((rows, columns), np.float32)
+        out = record(graph, *views)
+        bound = [_data(x) for x in {id(x): x for x in present}.values()]
+        if columns:
+            _run(graph, [*ids.values(), out], [*bound, data], batch, rows)
+        else:
+            _run(graph, list(ids.values()), bound, batch, rows)
+        return CpuArray(data, -1, 0, columns, heads)
+
+    # --- ops ---
+
+    def embed(self, batch: Batch, weight: CpuWeight, scale: float = 1.0) -> CpuArray:
+        return self._op(lambda g: g.embed(weight.packed, scale), [], weight.packed.inputs, batch)
+
+    def rms_norm(
+        self, x: CpuArray, weight: NDArray[np.float32], eps: float, residual: CpuArray | None = None
+    ) -> CpuArray:
+        return self._op(lambda g, a, r: g.rms_norm(a, weight, eps, r), [x, residual], x.columns, heads=x.heads)
+
+    def linear(self, x: CpuArray, weight: CpuWeight, residual: CpuArray | None = None) -> CpuArray:
+        return self._op(lambda g, a, r: g.linear(a, weight.packed, r), [x, residual], sum(weight.parts))
+
+    def split_heads(self, x: CpuArray, parts: Sequence[int], head_dim: int) -> list[CpuArray]:
+        firsts = [x.first + sum(parts[:i]) for i in range(len(parts))]
+        return [
+            CpuArray(x.data, x.buffer, first, part, part // head_dim) for first, part in zip(firsts, parts, strict=True)
+        ]
+
+    def rope(self, x: CpuArray, batch: Batch, rope: RopeConfig) -> CpuArray:
+        frequencies = rope.inverse_frequencies()
+        head_dim = x.columns // x.heads
+        return self._op(lambda g, a: g.rope(a, head_dim, rope.dim, frequencies), [x], x.columns, batch, x.heads)
+
+    def store_kv(self, k: CpuArray, v: CpuArray, batch: Batch, kv: CpuKV) -> None:
+        self._op(lambda g, a, b: g.store_kv(a, b, kv.layer), [k, v], 0, batch)
+
+    def attention(self, q: CpuArray, batch: Batch, kv: CpuKV, scale: float) -> CpuArray:
+        return self._op(lambda g, a: g.attention(a, kv.layer, scale), [q], q.columns, batch)
+
+    def gated(self, x: CpuArray, activation: Activation) -> CpuArray:
+        return self._op(lambda g, a: g.gated(a, str(activation)), [x], x.columns // 2)
+
+    def take_rows(self, x: CpuArray, rows: NDArray[np.int32]) -> CpuArray:
+        return CpuArray(np.ascontiguousarray(self.to_numpy(x)[rows]), -1, 0, x.columns)
+
+    def copy_blocks(self, layers: Sequence[CpuKV], copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:  # in order: a target may be the source of a later copy
+            for kv in layers:
+                kv.layer.copy_block(source, target)
+
+    def to_numpy(self, x: CpuArray) -> NDArray[np.float32]:
+        data = _data(x)[:, x.first : x.first + x.columns]
+        return data.reshape(len(data), x.heads, -1) if x.heads else data
+
+    def from_numpy(self, values: NDArray[Any]) -> CpuArray:
+        """An array of this backend from [rows, n] or [rows, heads, n] values."""
+        flat = np.ascontiguousarray(values.reshape(len(values), -1), np.float32)
+        return CpuArray(flat, -1, 0, flat.shape[1], values.shape[1] if values.ndim == 3 else 0)
+
+
+def _data(x: CpuArray) -> NDArray[np.float32]:
+    if x.data is None:
+        raise RuntimeError("this array is of a recording and has no values")
+    return x.data
+
+
+def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batch: Batch | None, rows: int) -> None:
+    if batch is None:
+        graph.run(ids, bound, None, None, None, None, None, None, rows)
+        return
+    graph.run(
+        ids,
+        bound,
+        batch.input_ids,
+        batch.positions,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_tables,
+        batch.slot_mapping,
+        rows,
+    )
+
+
+def available_processors() -> int:
+    """Processors this process may use: its affinity, and its cgroup's quota if that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        pass
+    return max(count, 1)

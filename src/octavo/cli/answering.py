@@ -1,0 +1,253 @@
+"""What `run` and `chat` share: loading a model, asking it, and telling what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from octavo.core.errors import InvalidRequestError, ModelNotFoundError, OctavoError
+from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.core.params import OutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+    from octavo.config import EngineConfig
+    from octavo.frontend import Prompt
+
+
+class Answerer:
+    """Asks one model, one question at a time.
+
+    The engine has its own thread, so Ctrl-C is answered at once and never breaks into the engine's bookkeeping.
+    """
+
+    def __init__(self, llm: AsyncLLM, model: str) -> None:
+        self.llm = llm
+        self.model = model
+        self._runner = asyncio.Runner()
+
+    def ask(
+        self, prompt: Prompt, params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> RequestOutput:
+        """The finished answer; `on_text` gets the text of its first output as it comes.
+
+        Ctrl-C ends the request and raises AnswerInterrupted.
+        """
+        outputs: list[RequestOutput] = []
+        try:
+            self._runner.run(self._collect(prompt, params, outputs, on_text))
+        except KeyboardInterrupt:
+            raise AnswerInterrupted(_combined(outputs, "abort") if outputs else None) from None
+        return _combined(outputs)
+
+    async def _collect(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        outputs: list[RequestOutput],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        kind = OutputKind.FINAL_ONLY if params.n > 1 else OutputKind.DELTA
+        async with aclosing(self.llm.generate(prompt, params.but(output_kind=kind))) as answer:
+            async for output in answer:
+                outputs.append(output)
+                if on_text is not None:
+                    on_text(output.outputs[0].text)
+
+    def close(self) -> None:
+        self._runner.close()
+        self.llm.close()
+
+
+class AnswerInterrupted(KeyboardInterrupt):
+    """Ctrl-C came while a question was being answered. `output` is what there was by then, None when nothing."""
+
+    def __init__(self, output: RequestOutput | None) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _combined(deltas: list[RequestOutput], finish_reason: str | None = None) -> RequestOutput:
+    """The state after all `deltas` of one request."""
+    last = deltas[-1]
+    if len(last.outputs) > 1:
+        return last  # final and whole: several outputs are not streamed
+    parts = [delta.outputs[0] for delta in deltas]
+    whole = replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=[token_id for part in parts for token_id in part.token_ids],
+        logprobs=None if parts[-1].logprobs is None else [row for part in parts for row in part.logprobs or ()],
+        finish_reason=parts[-1].finish_reason or finish_reason,
+    )
+    return replace(last, outputs=[whole], prompt_logprobs=deltas[0].prompt_logprobs)
+
+
+@contextmanager
+def open_model(config: EngineConfig, verbose: int) -> Iterator[Answerer]:
+    """The model, loaded; a spinner on a terminal while it loads."""
+    from octavo.async_llm import AsyncLLM
+    from octavo.hub import resolve_model
+
+    try:
+        resolve_model(config.model)  # with its own progress bars, when it has to be fetched
+        with spinner(f"loading {config.model}", shown=not verbose):
+            answerer = Answerer(AsyncLLM(**asdict(config)), config.model)
+    except OSError as error:
+        if isinstance(error, OctavoError) or error.filename is None:
+            raise
+        raise ModelNotFoundError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    try:
+        yield answerer
+    finally:
+        answerer.close()
+
+
+def spinner(text: str, *, shown: bool = True) -> Any:
+    """Shows on stderr that something is going on, when that is a terminal."""
+    if not (shown and is_terminal(sys.stderr)):
+        return nullcontext()
+    from rich.console import Console
+    from rich.text import Text
+
+    return Console(stderr=True).status(Text(text))
+
+
+def is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def check_unicode(field: str, text: str) -> str:
+    """Command line arguments that are not valid UTF-8 reach Python as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(field, f"is not valid UTF-8 at character {error.start}") from None
+    return text
+
+
+# --- output ---
+
+
+class TextWriter:
+    """Writes an answer to stdout as it comes."""
+
+    def __init__(self) -> None:
+        self._terminal = is_terminal(sys.stdout)
+        self._last = ""
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? and not an exception
+
+    @property
+    def started(self) -> bool:
+        """Whether there is text on the line."""
+        return self._last != ""
+
+    def write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(harmless(text) if self._terminal else text)
+            sys.stdout.flush()
+            self._last = text[-1]
+
+    def end_line(self) -> None:
+        """What comes next begins on a line of its own."""
+        if self._last != "\n":
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._last = ""
+
+
+def harmless(text: str) -> str:
+    """Control characters shown, not obeyed: an answer must not be able to drive the terminal."""
+    return "".join(c if c in "\n\t" or not _is_control(c) else repr(c)[1:-1] for c in text)
+
+
+def _is_control(c: str) -> bool:
+    return c < " " or "\x7f" <= c <= "\x9f"
+
+
+def speed_line(output: RequestOutput) -> str:
+    """Speed figures for people, on one line."""
+    times = timings(output)
+    parts = [
+        f"{len(output.prompt_token_ids)} prompt tokens{_rate(times['prefill_tokens_per_s'])}",
+        f"{output.metrics.num_generated_tokens} generated tokens{_rate(times['decode_tokens_per_s'])}",
+    ]
+    if times["ttft_s"] is not None:
+        parts.append(f"first token after {times['ttft_s']:.2f} s")
+    return "; ".join(parts)
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "" if tokens_per_s is None else f" ({tokens_per_s:.1f} tok/s)"
+
+
+def timings(output: RequestOutput) -> dict[str, float | None]:
+    """Seconds and tokens per second; None where there was nothing to measure."""
+    m = output.metrics
+    prefilled = len(output.prompt_token_ids) - output.num_cached_tokens
+    later = m.num_generated_tokens - len(output.outputs)  # the first tokens come out of the prompt's last row
+    decode_s = _between(m.first_token_time, m.finished_time)
+    return {
+        "queue_s": _between(m.arrival_time, m.first_scheduled_time),
+        "ttft_s": _between(m.arrival_time, m.first_token_time),
+        "tpot_s": decode_s / (later / len(output.outputs)) if decode_s and later > 0 else None,
+        "e2e_s": _between(m.arrival_time, m.finished_time),
+        "prefill_tokens_per_s": _per_second(prefilled, _between(m.first_scheduled_time, m.first_token_time)),
+        "decode_tokens_per_s": _per_second(later, decode_s),
+    }
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+def _per_second(count: int, seconds: float | None) -> float | None:
+    return count / seconds if seconds and count > 0 else None
+
+
+def to_json(output: RequestOutput, model: str) -> dict[str, Any]:
+    """An answer for machines. One output stands in the object itself, several in a list under "outputs"."""
+    completions = [_completion_json(completion) for completion in output.outputs]
+    several = {"outputs": [{"index": index, **c} for index, c in enumerate(completions)]}
+    result = {
+        "request_id": output.request_id,
+        "model": model,
+        **(completions[0] if len(completions) == 1 else several),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": output.metrics.num_generated_tokens,
+        "seed": output.seed,
+        "timings": timings(output),
+        "system_fingerprint": output.system_fingerprint,
+    }
+    if output.prompt_logprobs is not None:
+        pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        result["prompt_logprobs"] = [None if row is None else _logprobs_json(token, row) for token, row in pairs]
+    return result
+
+
+def _completion_json(completion: CompletionOutput) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if completion.logprobs is not None:
+        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        result["logprobs"] = [_logprobs_json(token_id, row) for token_id, row in pairs]
+        result["cumulative_logprob"] = completion.cumulative_logprob
+    return result
+
+
+def _logprobs_json(token_id: int, row: dict[int, Logprob]) -> dict[str, Any]:
+    best = sorted(row.items(), key=lambda item: item[1].rank)
+    return {**_logprob_json(token_id, row[token_id]), "top_logprobs": [_logprob_json(*item) for item in best]}
+
+
+def _logprob_json(token_id: int, entry: Logprob) -> dict[str, Any]:
+    return {"token_id": token_id, "token": entry.decoded_token, "logprob": entry.logprob, "rank": entry.rank}

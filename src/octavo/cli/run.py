@@ -1,0 +1,119 @@
+"""Answer one prompt; the answer goes to stdout as it comes.
+
+The prompt is the argument, or what comes in through a pipe, or both: the argument, an empty line, then the pipe's text.
+It becomes a user's message in the model's chat template where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from octavo.cli.engine_args import add_engine_arguments, engine_config
+from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
+from octavo.core.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+    from octavo.core.outputs import RequestOutput
+    from octavo.frontend import Prompt
+
+MAX_STDIN_BYTES = 64 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `octavo run`."""
+    parser.usage = "octavo run [-h] [-v] [--model MODEL] [flags] [PROMPT]"
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer")
+    parser.add_argument("-p", "--prompt", dest="prompt_flag", metavar="PROMPT", help="the same, as a flag")
+    parser.add_argument("--system", metavar="TEXT", help="system message, before the prompt")
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as it is")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, for machines")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser, leave_out=["seed"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything that can be checked without the model is checked before it is loaded."""
+    params = sampling_params(args)
+    config = engine_config(args)
+    text = _text_of(args)
+    from octavo.cli.answering import AnswerInterrupted, TextWriter, check_unicode, open_model, spinner, to_json
+
+    check_unicode("prompt", text)
+    if args.system is not None:
+        check_unicode("--system", args.system)
+        if args.raw:
+            raise InvalidRequestError("--system", "has no effect with --raw")
+    with open_model(config, args.verbose) as answerer:
+        prompt = _prompt_of(answerer.llm, text, args)
+        if args.json:
+            output = answerer.ask(prompt, params)
+            print(json.dumps(to_json(output, answerer.model)))
+        elif params.n > 1:
+            with spinner("generating"):
+                output = answerer.ask(prompt, params)
+            _print_outputs(output)
+        else:
+            writer = TextWriter()
+            try:
+                output = answerer.ask(prompt, params, writer.write)
+            except AnswerInterrupted:
+                writer.end_line()
+                raise
+            writer.end_line()
+        _report(output, args.verbose)
+    return 0
+
+
+def _text_of(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.prompt_flag is not None:
+        raise InvalidRequestError("prompt", "is given twice, as an argument and with --prompt")
+    given = args.prompt if args.prompt is not None else args.prompt_flag
+    piped = _piped_text()
+    if given is None and piped is None:
+        raise InvalidRequestError("prompt", "is missing; give one as an argument or through a pipe")
+    text = "\n\n".join(part for part in (given, piped) if part)
+    if not text.strip():
+        raise InvalidRequestError("prompt", "is empty")
+    return text
+
+
+def _piped_text() -> str | None:
+    """What comes in through a pipe or file, without its last line end; None when stdin is a terminal or closed."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise InvalidRequestError("stdin", f"holds more than {MAX_STDIN_BYTES} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError("stdin", f"is not valid UTF-8 at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _prompt_of(llm: AsyncLLM, text: str, args: argparse.Namespace) -> Prompt:
+    if args.raw or (llm.tokenizer.chat_template is None and args.system is None):
+        return text
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return llm.chat_prompt([*system, {"role": "user", "content": text}])
+
+
+def _print_outputs(output: RequestOutput) -> None:
+    from octavo.cli.answering import TextWriter
+
+    for completion in output.outputs:
+        writer = TextWriter()
+        writer.write(f"=== output {completion.index + 1} of {len(output.outputs)} ===\n")
+        writer.write(completion.text)
+        writer.end_line()
+
+
+def _report(output: RequestOutput, verbose: int) -> None:
+    from octavo.cli.answering import is_terminal, speed_line
+
+    if verbose or is_terminal(sys.stderr):
+        sys.stderr.write(speed_line(output) + "\n")

@@ -1,0 +1,311 @@
+"""`octavo chat`: history, commands, pipes, and Ctrl-C in a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, SamplingParams
+from octavo.async_llm import AsyncLLM
+from octavo.cli import answering
+from octavo.cli.answering import Answerer, AnswerInterrupted
+from octavo.cli.chat import Chat
+from octavo.core.errors import InvalidRequestError
+
+from .conftest import Invoke
+
+SOURCE = Path(__file__).parents[2] / "src"
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+LIMIT = ("--max-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama_dir: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_llama_dir)) as llm:
+        yield llm
+
+
+def conversation(llm: LLM, *questions: str, system: str | None = None) -> list[str]:
+    """The answers, each given all before it."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": llm.chat(messages, GREEDY)[0].outputs[0].text})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+# --- pipes ---
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_real_model_remembers(invoke: Invoke) -> None:
+    """Guards the default model and template with a conversation; one short answer each."""
+    stdin = b"What is the capital of France?\nWhat is the capital of Italy?\n"
+    code, out, err = invoke("chat", "--max-model-len", 512, "--max-tokens", 10, stdin=stdin)
+    assert (code, err) == (0, "")
+    assert out == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
+
+
+def test_lines_are_turns(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> None:
+    """Guards forgotten history; the input ends without a line end, has an empty line, and no prompt is printed."""
+    questions = ["hello", "and then?", "why?"]
+    stdin = b"hello\n\nand then?\r\nwhy?"
+    code, out, err = invoke("chat", "--model", tiny_llama_dir, "--json", *LIMIT, stdin=stdin)
+    assert (code, err) == (0, "")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["text"] for answer in answers] == conversation(tiny, *questions)
+    assert len({answer["request_id"] for answer in answers}) == 3
+    assert answers[0]["prompt_tokens"] < answers[1]["prompt_tokens"] < answers[2]["prompt_tokens"]
+    texts = conversation(tiny, *questions)
+    assert invoke("chat", "--model", tiny_llama_dir, *LIMIT, stdin=stdin).out == "".join(t + "\n" for t in texts)
+
+
+def test_system_message_stays(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> None:
+    expected = conversation(tiny, "a", "b", system="be brief")
+    assert expected != conversation(tiny, "a", "b")
+    code, out, _ = invoke(
+        "chat", "--model", tiny_llama_dir, "--json", "--system", "be brief", *LIMIT, stdin=b"a\nb\n/clear\na\nb\n"
+    )
+    assert code == 0
+    assert [json.loads(line)["text"] for line in out.splitlines()] == expected * 2, "/clear keeps the system message"
+
+
+@pytest.mark.parametrize("command", ["/clear", "/reset"])
+def test_clear_forgets(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path, command: str) -> None:
+    stdin = f"hello\n{command}\nhello\n".encode()
+    out = invoke("chat", "--model", tiny_llama_dir, "--json", *LIMIT, stdin=stdin).out
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first["text"] == second["text"] == conversation(tiny, "hello")[0]
+    assert first["prompt_tokens"] == second["prompt_tokens"]
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit"])
+def test_exit_leaves(invoke: Invoke, tiny_llama_dir: Path, command: str) -> None:
+    code, out, _ = invoke("chat", "--model", tiny_llama_dir, "--json", *LIMIT, stdin=f"a\n{command}\nb\n".encode())
+    assert (code, out.count("\n")) == (0, 1)
+
+
+def test_nothing_to_say(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    assert invoke("chat", "--model", tiny_llama_dir) == (0, "", "")
+    code, out, err = invoke("chat", "--model", tiny_llama_dir, stdin=b"/help\n")
+    assert (code, out) == (0, "") and "/clear" in err
+
+
+def test_speed_is_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    err = invoke("chat", "--model", tiny_llama_dir, "-v", *LIMIT, stdin=b"a\nb\n").err
+    assert err.count("12 generated tokens (") == 2
+
+
+# --- the context ---
+
+
+def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    """Guards a chat that ends with an error after some turns; the loss is told, the newest message is kept."""
+    arguments = ("chat", "--model", tiny_llama_dir, "--json", "--max-model-len", 200, "--max-tokens", 30)
+    stdin = b"".join(b"question number %d\n" % n for n in range(8))
+    code, out, err = invoke(*arguments, stdin=stdin)
+    assert code == 0
+    prompt_tokens = [json.loads(line)["prompt_tokens"] for line in out.splitlines()]
+    assert len(prompt_tokens) == 8 and max(prompt_tokens) <= 150
+    assert "octavo: the context of 200 tokens is full: the first 1 turns were dropped\n" in err
+    assert invoke(*arguments, stdin=stdin[:36]).err == ""
+
+
+def test_a_message_longer_than_the_context_is_refused(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    arguments = ("chat", "--model", tiny_llama_dir, "--json", "--max-model-len", 100, *LIMIT)
+    code, out, err = invoke(*arguments, stdin=b"hi\n" + b"x" * 500 + b"\n")
+    assert (code, out.count("\n")) == (2, 1)
+    assert err.startswith("octavo: error: prompt: the message has 5") and err.count("\n") == 1
+
+
+def test_an_answer_cut_by_the_context_says_so(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    arguments = ("chat", "--model", tiny_llama_dir, "--max-model-len", 100, "--ignore-eos")
+    code, _, err = invoke(*arguments, stdin=b"hi\n")
+    assert (code, err) == (0, "octavo: the answer ends here: the context of 100 tokens is full\n")
+
+
+def test_a_model_without_chat_template(invoke: Invoke, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    for file in tiny_llama_dir.iterdir():
+        if file.name != "tokenizer_config.json":
+            shutil.copy(file, tmp_path)
+    code, out, err = invoke("chat", "--model", tmp_path, stdin=b"hi\n")
+    assert (code, out) == (2, "")
+    assert "has no chat template and cannot chat" in err and err.count("\n") == 1
+    assert invoke("run", "--model", tmp_path, "hi", *LIMIT).code == 0
+    code, _, err = invoke("run", "--model", tmp_path, "--system", "x", "hi", *LIMIT)
+    assert code == 2 and "no chat template" in err
+
+
+# --- interrupts, in this process ---
+
+
+@pytest.fixture
+def chat(tiny_llama_dir: Path) -> Iterator[Chat]:
+    answerer = Answerer(AsyncLLM(str(tiny_llama_dir)), "tiny")
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    yield Chat(answerer, params, None, as_json=False, show_speed=False)
+    answerer.close()
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Ctrl-C when that many pieces of the answer were printed."""
+    write = answering.TextWriter.write
+    calls = iter(range(10**6))
+
+    def writing(self: Any, text: str) -> None:
+        write(self, text)
+        if next(calls) == pieces:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(answering.TextWriter, "write", writing)
+
+
+def test_a_stopped_answer_stays_and_frees_its_blocks(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards an answer that runs on unseen after Ctrl-C, and history that does not match the screen."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(AnswerInterrupted):
+            chat.answer("hello")
+    shown = capsys.readouterr().out
+    question, answer = chat._turns
+    assert question == {"role": "user", "content": "hello"}
+    assert answer["role"] == "assistant" and shown == answer["content"].removesuffix("\n") + "\n" != "\n"
+    engine = chat._answerer.llm._loop._engine
+    deadline = time.monotonic() + 20
+    while engine.num_requests or engine.kv.num_free < engine.kv.num_blocks:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    chat._params = GREEDY
+    chat.answer("go on")
+    assert [turn["role"] for turn in chat._turns] == ["user", "assistant"] * 2
+
+
+def test_an_interrupt_before_the_first_token_takes_the_question_back(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards two user's turns in a row, which many templates refuse."""
+    engine = chat._answerer.llm._loop._engine
+    step = engine.step
+
+    def slow() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow)
+    with pytest.raises(AnswerInterrupted):
+        chat.answer("hello")
+    assert chat._turns == []
+
+
+def test_a_refused_message_leaves_the_conversation_as_it_was(chat: Chat) -> None:
+    chat._params = GREEDY
+    chat.answer("hello")
+    before = list(chat._turns)
+    with pytest.raises(InvalidRequestError):
+        chat.answer("x" * 10_000)
+    assert chat._turns == before
+
+
+# --- a terminal ---
+
+
+class Terminal:
+    """`octavo chat` in a pseudo-terminal of its own, where ^C makes a signal."""
+
+    def __init__(self, *arguments: str) -> None:
+        env = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", "TERM": "dumb"}
+        command = [sys.executable, "-m", "octavo", "chat", *arguments]
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(command[0], command, env)
+        self.seen = ""
+
+    def expect(self, pattern: str, seconds: float = 30) -> str:
+        """Read up to `pattern`; what came before it."""
+        deadline = time.monotonic() + seconds
+        while (match := re.search(pattern, self.seen)) is None:
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {pattern!r} in {self.seen[-2000:]!r}"
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:
+                data = b""
+            assert data, f"ended without {pattern!r}: {self.seen[-2000:]!r}"
+            self.seen += data.decode("utf-8", "replace")
+        before, self.seen = self.seen[: match.start()], self.seen[match.end() :]
+        return before
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_code(self) -> int:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if select.select([self.fd], [], [], 0.05)[0]:
+                try:
+                    os.read(self.fd, 65536)
+                except OSError:
+                    break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def end(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(self.fd)
+
+
+@pytest.fixture
+def terminal(tiny_llama_dir: Path) -> Iterator[Terminal]:
+    terminal = Terminal("--model", str(tiny_llama_dir), "--ignore-eos")
+    yield terminal
+    terminal.end()
+
+
+def test_a_session_in_the_terminal(terminal: Terminal) -> None:
+    """Ctrl-C at the prompt hints, during an answer stops it and not the program, and the next question is answered."""
+    terminal.expect("/help lists the commands")
+    terminal.expect("> ")
+    time.sleep(0.3)  # a signal between readline's prompt and its waiting is seen at the next key only
+    terminal.send("\x03")
+    terminal.expect("Ctrl-D or /exit leaves")
+    terminal.expect("> ")
+    for _ in range(2):
+        terminal.send("hello\r")
+        terminal.expect(r"hello\r\n")
+        terminal.expect(r"[^\r\n]{10}")  # the answer is under way
+        terminal.send("\x03")
+        rest = terminal.expect("octavo: stopped")
+        assert "Traceback" not in rest
+        tokens = re.search(r"; (\d+) generated tokens", rest)
+        assert tokens is not None and int(tokens[1]) < 3500, "stopped, not ended by the context"
+        terminal.expect("> ")
+    terminal.send("/what\r")
+    terminal.expect("unknown command /what")
+    terminal.send("/clear\r")
+    terminal.expect("> ")
+    terminal.send("\x04")
+    assert terminal.exit_code() == 0
+
+
+def test_leaving_by_command(terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.send("/exit\r")
+    assert terminal.exit_code() == 0

@@ -1,0 +1,123 @@
+"""A model in a ModelRunner without an engine, with every row of logits that its head makes written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.backends.reference import ReferenceOps
+from octavo.core.params import SamplingParams
+from octavo.core.plan import Grant, GrantResult, StepPlan
+from octavo.core.sequence import Sequence
+from octavo.core.want import Draw, NextLogprobs, Sample, Want
+from octavo.formats import GGUFFile, open_weights
+from octavo.kv_cache import KVCacheManager
+from octavo.models import Model, model_class
+from octavo.ops import ModelConfig, Ops
+from octavo.runner.gguf_config import config_from_gguf
+from octavo.runner.hf_config import config_from_folder
+from octavo.runner.model_runner import ModelRunner
+from octavo.runner.weights import FileWeights
+
+Rows = NDArray[np.floating]
+GREEDY = Draw(SamplingParams(temperature=0), seed=0, stream=(0,), num_prompt_tokens=0)
+
+
+class Tap:
+    """A model that writes down the logits it makes."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.rows: list[Rows] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def head(self, ops: Ops, x: Any) -> Any:
+        logits = self._model.head(ops, x)
+        self.rows += list(np.array(ops.to_numpy(logits)))
+        return logits
+
+
+def load(path: Path, ops: Ops) -> tuple[Model, ModelConfig]:
+    """The model of a .gguf file or a folder on a backend."""
+    with open_weights(path) as file:
+        gguf = isinstance(file, GGUFFile)
+        config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
+        weights = FileWeights(ops, config, file.path, file.tensors, gguf=gguf)
+        model = model_class(config.architecture)(config, weights)
+        weights.finish()
+    return model, config
+
+
+class Probe:
+    def __init__(self, path: Path, dtype: str = "float32", block_size: int = 16, num_tokens: int = 2048) -> None:
+        self.ops = ReferenceOps(dtype, dtype)
+        model, self.config = load(path, self.ops)
+        self.tap = Tap(model)
+        self.kv = KVCacheManager(-(-num_tokens // block_size), block_size)
+        self.runner = ModelRunner(
+            self.tap,  # type: ignore[arg-type] # stands for the model by delegation
+            self.ops,
+            num_blocks=self.kv.num_blocks,
+            block_size=block_size,
+            num_layers=self.config.num_layers,
+            vocab_size=self.config.vocab_size,
+        )
+        self._ids = count()
+
+    def sequence(self, token_ids: SequenceOf[int]) -> Sequence:
+        sequence = Sequence(next(self._ids), self.kv, self._ids.__next__)
+        sequence.token_ids = list(token_ids)
+        return sequence
+
+    def step(
+        self, *parts: tuple[Sequence, int, Want | None], each_row: NextLogprobs | None = None
+    ) -> tuple[GrantResult, ...]:
+        """Compute each sequence up to a position and commit it."""
+        grants = []
+        for sequence, stop, want in parts:
+            copies = self.kv.allocate(sequence.block_table, sequence.num_computed, stop)
+            assert copies == (), "the probe's sequences share nothing and fit"
+            grants.append(
+                Grant(
+                    request_id=str(sequence.id),
+                    sequence=sequence,
+                    token_ids=sequence.token_ids,
+                    start=sequence.num_computed,
+                    stop=stop,
+                    block_table=tuple(sequence.block_table),
+                    want=want,
+                    each_row=each_row,
+                )
+            )
+        results = self.runner.run(StepPlan(0, tuple(grants))).results
+        for sequence, stop, _ in parts:
+            sequence.num_computed = stop
+        return results
+
+    def logits(self, token_ids: SequenceOf[int], chunk: int | None = None) -> Rows:
+        """Logits of all positions, [len(token_ids), vocab], computed `chunk` tokens at a time."""
+        self.tap.rows.clear()
+        sequence = self.sequence(token_ids)
+        for stop in [*range(chunk or len(token_ids), len(token_ids), chunk or 1), len(token_ids)]:
+            want = Sample((GREEDY,)) if stop == len(token_ids) else None
+            self.step((sequence, stop, want), each_row=NextLogprobs(0))
+        sequence.drop()
+        return np.array(self.tap.rows)
+
+    def greedy(self, token_ids: SequenceOf[int], num_tokens: int) -> tuple[list[int], Rows]:
+        """Greedy decoding with KV: tokens, and the logits each was chosen from, [num_tokens, vocab]."""
+        self.tap.rows.clear()
+        sequence = self.sequence(token_ids)
+        for _ in range(num_tokens):
+            (result,) = self.step((sequence, len(sequence.token_ids), Sample((GREEDY,))))
+            sequence.token_ids.append(result.draws[0].token_id)
+        tokens = sequence.token_ids[len(token_ids) :]
+        sequence.drop()
+        return tokens, np.array(self.tap.rows)

@@ -1,0 +1,323 @@
+"""The asynchronous front door, on the tiny model: concurrency, cancelling, aborting, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, SamplingParams
+from octavo.async_llm import AsyncLLM
+from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.events import Event, EventKind, Reason
+from octavo.core.outputs import RequestOutput
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture
+async def llm(tiny_llama_dir: Path) -> AsyncIterator[AsyncLLM]:
+    """Small enough that requests wait and are preempted: 8 places, blocks for one request of full length."""
+    llm = AsyncLLM(str(tiny_llama_dir), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=512)
+    yield llm
+    await asyncio.to_thread(llm.close)
+    kv = llm._loop._engine.kv
+    assert kv.num_free == kv.num_blocks
+
+
+def params(**given: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 1.0, "max_tokens": 12, "seed": 7, "ignore_eos": True, **given})
+
+
+LONG = params(max_tokens=480)
+
+
+async def last(llm: AsyncLLM, prompt: Any, sampling: SamplingParams, request_id: str | None = None) -> RequestOutput:
+    *_, output = [output async for output in llm.generate(prompt, sampling, request_id)]
+    assert output.finished
+    return output
+
+
+async def until_idle(llm: AsyncLLM) -> None:
+    """Aborts are carried out between steps: wait for them, but not until the request ends by itself (480 steps)."""
+    engine = llm._loop._engine
+    deadline, last_step = time.monotonic() + 20, engine.num_steps + 100
+    while llm.num_unfinished_requests or engine.kv.num_free < engine.kv.num_blocks:
+        assert time.monotonic() < deadline and engine.num_steps < last_step, "blocks did not come home"
+        await asyncio.sleep(0.001)
+
+
+async def test_many_at_once_answer_as_alone(llm: AsyncLLM, tiny_llama_dir: Path) -> None:
+    """Guards outputs given to the wrong waiter; three times as many requests as places."""
+    prompts = [PROMPT + "!" * n for n in range(24)]
+    with LLM(str(tiny_llama_dir), max_model_len=512) as sync:
+        expected = [sync.generate(p, params(seed=n))[0].outputs[0] for n, p in enumerate(prompts)]
+    got = await asyncio.gather(*(last(llm, p, params(seed=n)) for n, p in enumerate(prompts)))
+    assert [output.outputs[0] for output in got] == expected
+    assert [output.prompt for output in got] == prompts
+
+
+async def test_outputs_come_as_tokens_do(llm: AsyncLLM) -> None:
+    kinds: dict[str, list[RequestOutput]] = {}
+    for kind in ("cumulative", "delta", "final_only"):
+        kinds[kind] = [o async for o in llm.generate(PROMPT, params(output_kind=kind, logprobs=1))]
+    whole = kinds["final_only"][0].outputs[0]
+    assert [len(outputs) for outputs in kinds.values()] == [12, 12, 1]
+    assert kinds["cumulative"][-1].outputs[0] == whole
+    assert "".join(o.outputs[0].text for o in kinds["delta"]) == whole.text
+    assert whole.logprobs is not None
+    assert all(entry.decoded_token is not None for row in whole.logprobs for entry in row.values())
+
+
+async def test_requests_run_side_by_side(llm: AsyncLLM) -> None:
+    """Guards a loop that serves one after the other: a short request ends while a long one is under way."""
+    long = asyncio.create_task(last(llm, PROMPT, LONG))
+    await last(llm, PROMPT, params())
+    assert not long.done()
+    assert len((await long).outputs[0].token_ids) == 480
+
+
+async def test_cancelling_frees_blocks(llm: AsyncLLM) -> None:
+    task = asyncio.create_task(last(llm, PROMPT, LONG))
+    while llm._loop._engine.kv.num_free == llm._loop._engine.kv.num_blocks:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_idle(llm)
+
+
+async def test_leaving_the_loop_frees_blocks(llm: AsyncLLM) -> None:
+    async for _ in llm.generate(PROMPT, LONG):
+        break
+    await until_idle(llm)
+    answer = llm.chat([{"role": "user", "content": "hi"}], LONG)
+    await anext(answer)
+    await answer.aclose()
+    await until_idle(llm)
+
+
+async def test_abort_ends_with_a_last_output(llm: AsyncLLM) -> None:
+    outputs = []
+    async for output in llm.generate(PROMPT, LONG, "mine"):
+        outputs.append(output)
+        if len(outputs) == 3:
+            await llm.abort("mine")
+    assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "abort"
+    assert len(outputs[-1].outputs[0].token_ids) < 480
+    await until_idle(llm)
+    await llm.abort("mine")  # ended already: nothing to do
+    await llm.abort("never there")
+
+
+async def test_abort_of_a_waiting_request(llm: AsyncLLM) -> None:
+    running = [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(8)]
+    waiting = asyncio.create_task(last(llm, PROMPT, params(), "waits"))
+    while llm.num_unfinished_requests < 9:
+        await asyncio.sleep(0.001)
+    await llm.abort("waits")
+    output = await waiting
+    assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("abort", [])
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await until_idle(llm)
+
+
+async def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm: AsyncLLM) -> None:
+    expected = (await last(llm, PROMPT, LONG)).outputs[0].token_ids
+    first = asyncio.create_task(last(llm, PROMPT, LONG, "same"))
+    while not llm.num_unfinished_requests:
+        await asyncio.sleep(0.001)
+    with pytest.raises(InvalidRequestError, match="request_id: 'same' is in use"):
+        await last(llm, PROMPT, params(), "same")
+    output = await first
+    assert (output.request_id, output.outputs[0].token_ids) == ("same", expected)
+    assert (await last(llm, PROMPT, params(), "same")).request_id == "same", "free again"
+
+
+async def test_cancelling_a_refused_request_spares_the_owner_of_its_id(llm: AsyncLLM) -> None:
+    """Guards an abort by id alone: the second's clean-up would end the first."""
+    first = asyncio.create_task(last(llm, PROMPT, LONG, "same"))
+    while not llm.num_unfinished_requests:
+        await asyncio.sleep(0.001)
+    for pause in range(20):
+        second = asyncio.create_task(last(llm, PROMPT, params(), "same"))
+        await asyncio.sleep(pause / 4000)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+    assert (await first).outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("request_id", ["", 5, b"x", ["x"]])
+async def test_bad_request_ids(llm: AsyncLLM, request_id: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        await last(llm, PROMPT, params(), request_id)
+
+
+@pytest.mark.parametrize("prompt", ["", "x " * 600, {"prompt_token_ids": [10**6]}, 5])
+async def test_bad_prompts_leave_nothing(llm: AsyncLLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="prompt"):
+        await last(llm, prompt, params())
+    with pytest.raises(InvalidRequestError, match="sampling_params"):
+        await last(llm, PROMPT, {"temperature": 0})  # type: ignore[arg-type]
+    assert llm.num_unfinished_requests == 0
+
+
+async def test_closing_tells_everybody_who_waits(tiny_llama_dir: Path) -> None:
+    """Guards waiters that hang: running, queued, and asking just as the engine goes."""
+    llm = AsyncLLM(str(tiny_llama_dir), max_num_seqs=2, max_model_len=512)
+    tasks = [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(6)]
+    while llm.num_unfinished_requests < 6:
+        await asyncio.sleep(0.001)
+    tasks += [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(6)]
+    await asyncio.sleep(0)
+    await asyncio.to_thread(llm.close)
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+    assert [type(result) for result in results] == [EngineClosedError] * 12
+    with pytest.raises(EngineClosedError):
+        await last(llm, PROMPT, params())
+    await llm.abort("x")
+    llm.close()
+    assert not llm._loop._thread.is_alive()
+    kv = llm._loop._engine.kv
+    assert kv.num_free == kv.num_blocks
+
+
+async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards waiters that hang when the engine's own bookkeeping fails, those who ask in that moment included."""
+    step, in_step, go_on = llm._loop._engine.step, threading.Event(), threading.Event()
+
+    def dying() -> list[RequestOutput]:
+        if llm._loop._engine.num_steps < 3:
+            return step()
+        in_step.set()
+        go_on.wait(20)
+        raise AssertionError("a block is lost")
+
+    monkeypatch.setattr(llm._loop._engine, "step", dying)
+    tasks = [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(3)]
+    await asyncio.to_thread(in_step.wait, 20)
+    late = asyncio.create_task(last(llm, PROMPT, LONG))
+    while llm._loop._commands.empty():
+        await asyncio.sleep(0.001)
+    go_on.set()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, late, return_exceptions=True), 20)
+    assert [type(result) for result in results] == [EngineClosedError] * 4
+    assert "a block is lost" in str(results[0])
+    with pytest.raises(EngineClosedError):
+        await last(llm, PROMPT, params())
+
+
+async def test_a_failed_request_raises_and_the_others_go_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = (await last(llm, PROMPT, params())).outputs[0].token_ids
+    sampler = llm._loop._engine._executor._runner._sampler  # type: ignore[attr-defined]
+    run = sampler.run
+
+    def failing(logits: Any, want: Any, *rest: Any) -> Any:
+        if want.draws[0].seed == 666:
+            raise ArithmeticError("bad row")
+        return run(logits, want, *rest)
+
+    monkeypatch.setattr(sampler, "run", failing)
+    good, bad = await asyncio.gather(
+        last(llm, PROMPT, params()), last(llm, PROMPT, params(seed=666)), return_exceptions=True
+    )
+    assert isinstance(good, RequestOutput) and good.outputs[0].token_ids == expected
+    assert isinstance(bad, RequestFailedError) and "bad row" in str(bad)
+
+
+async def test_a_forgotten_engine_ends_its_thread(tiny_llama_dir: Path) -> None:
+    """Guards a leak of thread and model when nobody calls close()."""
+    llm = AsyncLLM(str(tiny_llama_dir))
+    thread = llm._loop._thread
+    await last(llm, PROMPT, params())
+    del llm
+    gc.collect()
+    await asyncio.to_thread(thread.join, 20)
+    assert not thread.is_alive()
+
+
+def test_several_event_loops(tiny_llama_dir: Path) -> None:
+    """Guards outputs delivered on the wrong loop."""
+    llm = AsyncLLM(str(tiny_llama_dir))
+    got: dict[int, list[int]] = {}
+
+    def work(seed: int) -> None:
+        got[seed] = asyncio.run(last(llm, PROMPT, params(seed=seed, max_tokens=60))).outputs[0].token_ids
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    with LLM(str(tiny_llama_dir)) as sync:
+        expected = {s: sync.generate(PROMPT, params(seed=s, max_tokens=60))[0].outputs[0].token_ids for s in range(4)}
+    assert got == expected
+    llm.close()
+
+
+async def test_200_random_aborts_during_traffic(tiny_llama_dir: Path) -> None:
+    """Every block comes home, and who is not aborted gets the answer he gets alone. Aborts hit requests that wait, are
+    in their prompt, have branched, or were preempted: the pool holds one request of full length.
+    """
+    rng = random.Random(5)
+    llm = AsyncLLM(
+        str(tiny_llama_dir),
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        max_model_len=256,
+        kv_cache_memory_bytes=20 * 16 * 2 * 2 * 2 * 8 * 4,  # blocks x tokens x layers x (K, V) x heads x head_dim x 4
+    )
+    assert llm.memory_plan.num_blocks == 20
+    sampling = [params(seed=s, n=rng.choice([1, 1, 2, 3]), max_tokens=rng.randint(5, 40)) for s in range(20)]
+    prompts = [PROMPT * rng.randint(1, 12) for _ in sampling]
+    expected = [(await last(llm, p, s)).outputs for p, s in zip(prompts, sampling, strict=True)]
+    ended: list[str] = []
+    events: list[Event] = []
+    llm._loop._engine.events.subscribe(events.append)
+
+    async def ask(number: int, how: str) -> None:
+        which = number % len(prompts)
+        if how == "finish":
+            assert (await last(llm, prompts[which], sampling[which])).outputs == expected[which]
+            return
+        endless = sampling[which].but(max_tokens=None)
+        task = asyncio.create_task(last(llm, prompts[which], endless, f"r{number}"))
+        await asyncio.sleep(rng.random() * 0.1)
+        if how == "cancel":
+            task.cancel()
+        while not task.done():  # an abort that comes before the request does nothing
+            await llm.abort(f"r{number}")
+            await asyncio.sleep(0.002)
+        result = (await asyncio.gather(task, return_exceptions=True))[0]
+        if isinstance(result, asyncio.CancelledError):
+            ended.append("cancel")
+        else:
+            assert isinstance(result, RequestOutput)
+            ended.append(result.outputs[-1].finish_reason or "none")
+
+    async def user(hows: list[str], first: int) -> None:
+        for number, how in enumerate(hows, first):
+            await ask(number, how)
+
+    hows = ["abort", "cancel"] * 100 + ["finish"] * 40
+    rng.shuffle(hows)
+    users = [user(hows[n::20], 1000 * n) for n in range(20)]
+    await asyncio.wait_for(asyncio.gather(*users), 120)
+    await until_idle(llm)
+    engine = llm._loop._engine
+    engine.kv.check([])
+    llm.close()
+    assert ended.count("cancel") == 100 and ended.count("abort") == 100
+    # Of those cancelled in the thread that tokenises the engine never hears.
+    aborted = sum(event.kind is EventKind.FINISHED and event.reason is Reason.ABORT for event in events)
+    assert 150 <= aborted <= 200
+    assert any(event.kind is EventKind.PREEMPTED for event in events)
