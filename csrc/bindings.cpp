@@ -47,19 +47,31 @@ KVType kv_type_of(const std::string& name) {
 // Bytes of one row of the file's own layout.
 std::size_t file_row_bytes(Format format, std::size_t inputs) {
   switch (format) {
-    case Format::F32: return inputs * 4;
+    case Format::F32:
+      return inputs * 4;
     case Format::F16:
-    case Format::BF16: return inputs * 2;
-    case Format::Q4_0: return inputs / 32 * 18;
-    case Format::Q4_1: return inputs / 32 * 20;
-    case Format::Q5_0: return inputs / 32 * 22;
-    case Format::Q5_1: return inputs / 32 * 24;
-    case Format::Q8_0: return inputs / 32 * 34;
-    case Format::Q2_K: return inputs / 256 * 84;
-    case Format::Q3_K: return inputs / 256 * 110;
-    case Format::Q4_K: return inputs / 256 * 144;
-    case Format::Q5_K: return inputs / 256 * 176;
-    case Format::Q6_K: return inputs / 256 * 210;
+    case Format::BF16:
+      return inputs * 2;
+    case Format::Q4_0:
+      return inputs / 32 * 18;
+    case Format::Q4_1:
+      return inputs / 32 * 20;
+    case Format::Q5_0:
+      return inputs / 32 * 22;
+    case Format::Q5_1:
+      return inputs / 32 * 24;
+    case Format::Q8_0:
+      return inputs / 32 * 34;
+    case Format::Q2_K:
+      return inputs / 256 * 84;
+    case Format::Q3_K:
+      return inputs / 256 * 110;
+    case Format::Q4_K:
+      return inputs / 256 * 144;
+    case Format::Q5_K:
+      return inputs / 256 * 176;
+    case Format::Q6_K:
+      return inputs / 256 * 210;
   }
   return 0;
 }
@@ -67,7 +79,8 @@ std::size_t file_row_bytes(Format format, std::size_t inputs) {
 void pack(Machine& machine, Weight& whole, std::size_t index, const PackedRows& rows, std::size_t at) {
   if (index >= whole.segments.size()) throw nb::index_error("pack: no such part");
   Weight::Segment& weight = whole.segments[index];
-  if (rows.shape(1) != file_row_bytes(weight.format, whole.inputs)) throw nb::value_error("pack: rows have the wrong size");
+  if (rows.shape(1) != file_row_bytes(weight.format, whole.inputs))
+    throw nb::value_error("pack: rows have the wrong size");
   if (at + rows.shape(0) > weight.outputs) throw nb::value_error("pack: rows past the end of the weight");
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
@@ -85,16 +98,18 @@ void pack(Machine& machine, Weight& whole, std::size_t index, const PackedRows& 
 void unpack(const Weight& whole, std::size_t index, std::size_t first, const Matrix& out) {
   if (index >= whole.segments.size()) throw nb::index_error("unpack: no such part");
   const Weight::Segment& weight = whole.segments[index];
-  if (out.shape(1) != whole.inputs || first + out.shape(0) > weight.outputs) throw nb::value_error("unpack: wrong shape");
+  if (out.shape(1) != whole.inputs || first + out.shape(0) > weight.outputs)
+    throw nb::value_error("unpack: wrong shape");
   nb::gil_scoped_release release;
   for (std::size_t i = 0; i < out.shape(0); ++i) {
     unpack_row(weight.format, weight.packed.data(), whole.inputs, first + i, out.data() + i * whole.inputs);
   }
 }
 
-void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound, std::optional<Ints> input_ids,
-         std::optional<Ints> positions, std::optional<Ints> query_start_loc, std::optional<Ints> seq_lens,
-         std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping, std::size_t rows) {
+void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound,
+         std::optional<Ints> input_ids, std::optional<Ints> positions, std::optional<Ints> query_start_loc,
+         std::optional<Ints> seq_lens, std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping,
+         std::size_t rows) {
   if (bound.size() != bound_ids.size()) throw nb::value_error("run: as many buffers as ids");
   std::vector<float*> pointers;
   for (std::size_t i = 0; i < bound.size(); ++i) {
@@ -163,62 +178,90 @@ const Kernels& kernels_of(const std::string& name) {
 NB_MODULE(_C, m) {
   m.doc() = "C++ kernels of the cpu backend.";
   m.def("instruction_sets", &instruction_sets, "Those of this processor that there are kernels for, best first.");
-  m.def("panel_bytes", [](const std::string& format, std::size_t inputs) { return panel_bytes(format_of(format), inputs); },
-        nb::arg("format"), nb::arg("inputs"), "Bytes of 16 packed outputs.");
+  m.def(
+      "panel_bytes",
+      [](const std::string& format, std::size_t inputs) { return panel_bytes(format_of(format), inputs); },
+      nb::arg("format"), nb::arg("inputs"), "Bytes of 16 packed outputs.");
   nb::class_<Machine>(m, "Machine", "Kernels of one instruction set and a pool of threads.")
-      .def("__init__", [](Machine* self, const std::string& name, int threads) { new (self) Machine(kernels_of(name), threads); },
-           nb::arg("instruction_set"), nb::arg("threads"))
+      .def(
+          "__init__",
+          [](Machine* self, const std::string& name, int threads) { new (self) Machine(kernels_of(name), threads); },
+          nb::arg("instruction_set"), nb::arg("threads"))
       .def_prop_ro("instruction_set", [](const Machine& machine) { return machine.kernels.name; })
       .def_prop_ro("threads", [](const Machine& machine) { return machine.pool.threads(); });
   nb::class_<Weight>(m, "Weight", "Packed matrices [outputs, inputs] that share their input, side by side.")
-      .def("__init__",
-           [](Weight* self, const std::vector<std::pair<std::string, std::size_t>>& parts, std::size_t inputs) {
-             std::vector<std::pair<Format, std::size_t>> checked;
-             for (const auto& [format, outputs] : parts) checked.emplace_back(format_of(format), outputs);
-             new (self) Weight(checked, inputs);
-           },
-           nb::arg("parts"), nb::arg("inputs"), "`parts`: (format, outputs) of each.")
-      .def("pack", [](Weight& self, Machine& machine, std::size_t part, const PackedRows& rows, std::size_t at) {
-             pack(machine, self, part, rows, at);
-           }, nb::arg("machine"), nb::arg("part"), nb::arg("rows"), nb::arg("at"),
-           "Pack rows as the file has them, uint8 [n, bytes], at output `at` of a part.")
+      .def(
+          "__init__",
+          [](Weight* self, const std::vector<std::pair<std::string, std::size_t>>& parts, std::size_t inputs) {
+            std::vector<std::pair<Format, std::size_t>> checked;
+            for (const auto& [format, outputs] : parts) checked.emplace_back(format_of(format), outputs);
+            new (self) Weight(checked, inputs);
+          },
+          nb::arg("parts"), nb::arg("inputs"), "`parts`: (format, outputs) of each.")
+      .def(
+          "pack",
+          [](Weight& self, Machine& machine, std::size_t part, const PackedRows& rows, std::size_t at) {
+            pack(machine, self, part, rows, at);
+          },
+          nb::arg("machine"), nb::arg("part"), nb::arg("rows"), nb::arg("at"),
+          "Pack rows as the file has them, uint8 [n, bytes], at output `at` of a part.")
       .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out"),
            "The values of a part's outputs from `first` on, into float32 [n, inputs].")
+      .def_prop_ro("inputs", [](const Weight& weight) { return weight.inputs; })
+      .def_prop_ro("outputs", [](const Weight& weight) { return weight.outputs; })
       .def_prop_ro("nbytes", &Weight::nbytes);
   nb::class_<KVLayer>(m, "KVLayer", "K and V of one layer, all blocks.")
-      .def("__init__",
-           [](KVLayer* self, const std::string& type, std::size_t blocks, std::size_t block_size, std::size_t kv_heads,
-              std::size_t head_dim, long window) {
-             new (self) KVLayer(kv_type_of(type), blocks, block_size, kv_heads, head_dim, window);
-           },
-           nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"),
-           nb::arg("window"))
+      .def(
+          "__init__",
+          [](KVLayer* self, const std::string& type, std::size_t blocks, std::size_t block_size, std::size_t kv_heads,
+             std::size_t head_dim,
+             long window) { new (self) KVLayer(kv_type_of(type), blocks, block_size, kv_heads, head_dim, window); },
+          nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"),
+          nb::arg("window"))
       .def("copy_block", &copy_block, nb::arg("source"), nb::arg("target"));
   nb::class_<Graph>(m, "Graph", "Ops on numbered buffers; a view is (buffer, first column, columns).")
       .def(nb::init<std::shared_ptr<Machine>>(), nb::arg("machine"))
       .def("bind", &Graph::bind, nb::arg("columns"))
       .def("embed", &Graph::embed, nb::arg("weight"), nb::arg("scale"))
-      .def("rms_norm", [](Graph& g, const PyView& x, const Floats& weight, float eps, const std::optional<PyView>& residual) {
-             return g.rms_norm(view_of(x), vector_of(weight), eps, view_of(residual));
-           }, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("residual").none())
-      .def("linear", [](Graph& g, const PyView& x, std::shared_ptr<Weight> weight, const std::optional<PyView>& residual) {
-             return g.linear(view_of(x), std::move(weight), view_of(residual));
-           }, nb::arg("x"), nb::arg("weight"), nb::arg("residual").none())
-      .def("rope", [](Graph& g, const PyView& x, std::size_t head_dim, std::size_t dim, const Floats& inverse_frequencies) {
-             return g.rope(view_of(x), head_dim, dim, vector_of(inverse_frequencies));
-           }, nb::arg("x"), nb::arg("head_dim"), nb::arg("dim"), nb::arg("inverse_frequencies"))
-      .def("store_kv", [](Graph& g, const PyView& k, const PyView& v, std::shared_ptr<KVLayer> layer) {
-             g.store_kv(view_of(k), view_of(v), std::move(layer));
-           }, nb::arg("k"), nb::arg("v"), nb::arg("layer"))
-      .def("attention", [](Graph& g, const PyView& q, std::shared_ptr<KVLayer> layer, float scale) {
-             return g.attention(view_of(q), std::move(layer), scale);
-           }, nb::arg("q"), nb::arg("layer"), nb::arg("scale"))
-      .def("gated", [](Graph& g, const PyView& x, const std::string& activation) {
-             if (activation != "silu" && activation != "gelu_tanh") throw nb::value_error("no such activation");
-             return g.gated(view_of(x), activation == "silu" ? Gate::Silu : Gate::GeluTanh);
-           }, nb::arg("x"), nb::arg("activation"))
-      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound"), nb::arg("input_ids").none(), nb::arg("positions").none(),
-           nb::arg("query_start_loc").none(), nb::arg("seq_lens").none(), nb::arg("block_tables").none(),
-           nb::arg("slot_mapping").none(), nb::arg("rows"),
+      .def(
+          "rms_norm",
+          [](Graph& g, const PyView& x, const Floats& weight, float eps, const std::optional<PyView>& residual) {
+            return g.rms_norm(view_of(x), vector_of(weight), eps, view_of(residual));
+          },
+          nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("residual").none())
+      .def(
+          "linear",
+          [](Graph& g, const PyView& x, std::shared_ptr<Weight> weight, const std::optional<PyView>& residual) {
+            return g.linear(view_of(x), std::move(weight), view_of(residual));
+          },
+          nb::arg("x"), nb::arg("weight"), nb::arg("residual").none())
+      .def(
+          "rope",
+          [](Graph& g, const PyView& x, std::size_t head_dim, std::size_t dim, const Floats& inverse_frequencies) {
+            return g.rope(view_of(x), head_dim, dim, vector_of(inverse_frequencies));
+          },
+          nb::arg("x"), nb::arg("head_dim"), nb::arg("dim"), nb::arg("inverse_frequencies"))
+      .def(
+          "store_kv",
+          [](Graph& g, const PyView& k, const PyView& v, std::shared_ptr<KVLayer> layer) {
+            g.store_kv(view_of(k), view_of(v), std::move(layer));
+          },
+          nb::arg("k"), nb::arg("v"), nb::arg("layer"))
+      .def(
+          "attention",
+          [](Graph& g, const PyView& q, std::shared_ptr<KVLayer> layer, float scale) {
+            return g.attention(view_of(q), std::move(layer), scale);
+          },
+          nb::arg("q"), nb::arg("layer"), nb::arg("scale"))
+      .def(
+          "gated",
+          [](Graph& g, const PyView& x, const std::string& activation) {
+            if (activation != "silu" && activation != "gelu_tanh") throw nb::value_error("no such activation");
+            return g.gated(view_of(x), activation == "silu" ? Gate::Silu : Gate::GeluTanh);
+          },
+          nb::arg("x"), nb::arg("activation"))
+      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound"), nb::arg("input_ids").none(),
+           nb::arg("positions").none(), nb::arg("query_start_loc").none(), nb::arg("seq_lens").none(),
+           nb::arg("block_tables").none(), nb::arg("slot_mapping").none(), nb::arg("rows"),
            "Run with the memory of bound buffers and, last, of the last op's output.");
 }

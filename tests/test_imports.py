@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "llm": {"build", "config", "core", "frontend", "text"},
     "async_llm": {"build", "config", "core", "engine", "frontend", "text"},
     # `pull` and `models` work on files alone and must start fast, without an engine.
-    "cli": {"llm", "config", "observe", "core", "hub", "formats"},
+    "cli": {"llm", "async_llm", "frontend", "config", "observe", "core", "hub", "formats"},
     "server": {"llm", "async_llm", "config", "observe", "core"},
     "__init__": None,
     "__main__": {"cli"},

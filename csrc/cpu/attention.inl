@@ -1,9 +1,10 @@
 // Attention of rows of one sequence over its stored K and V, for one KV head and the query heads that share it.
 //
-// Keys are visited in tiles of 64 by logical position. A tile starts from the empty state and gives (max, sum, out); a row
-// folds its tiles left to right. Scores sum over head_dim ascending with keys in lanes, out sums over keys ascending, the
-// denominator by a fixed tree. A key that a row may not see has score -inf and its V is never multiplied. So a row's result
-// depends on its query and the keys it sees, not on other rows, on block size or on who computes which tile.
+// Keys are visited in tiles of 64 by logical position. A tile starts from the empty state and gives (max, sum, out); a
+// row folds its tiles left to right. Scores sum over head_dim ascending with keys in lanes, out sums over keys
+// ascending, the denominator by a fixed tree. A key that a row may not see has score -inf and its V is never
+// multiplied. So a row's result depends on its query and the keys it sees, not on other rows, on block size or on who
+// computes which tile.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +29,7 @@ constexpr std::size_t kChunksMany = 1;
 constexpr std::size_t kChunksFew = 1;
 #endif
 alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr std::size_t kRowBlock = 8;         // rows that share one conversion of K and V
+constexpr std::size_t kRowBlock = 8;  // rows that share one conversion of K and V
 constexpr std::size_t kChunks = kTile / kLanes;
 
 // B of the product below: rows of floats or halves.
@@ -54,8 +55,8 @@ struct ScatteredHalves {
 
 // C[q][0 .. 16 * Chunks) (+)= sum over i in [begin, end), ascending, of a[q][i] * B[i].
 template <std::size_t Queries, std::size_t Chunks, class B>
-OCTAVO_INLINE void product(const float* const* a, const B& b, std::size_t begin, std::size_t end, bool go_on, float* const* c,
-                           std::size_t column) {
+OCTAVO_INLINE void product(const float* const* a, const B& b, std::size_t begin, std::size_t end, bool go_on,
+                           float* const* c, std::size_t column) {
   F acc[Queries][Chunks];
   for (std::size_t q = 0; q < Queries; ++q) {
     for (std::size_t j = 0; j < Chunks; ++j) acc[q][j] = go_on ? load(c[q] + column + kLanes * j) : zero();
@@ -93,14 +94,32 @@ void product_all(const float* const* a, std::size_t queries, const B& b, std::si
     product_columns<kQueryTile>(a + q, b, begin, end, go_on, c + q, from, columns);
   }
   switch (queries - q) {
-    case 7: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
-    case 3: product_columns<3>(a + q, b, begin, end, go_on, c + q, from, columns); break;
-    case 6: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
-    case 2: product_columns<2>(a + q, b, begin, end, go_on, c + q, from, columns); break;
-    case 5: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); q += 4; [[fallthrough]];
-    case 1: product_columns<1>(a + q, b, begin, end, go_on, c + q, from, columns); break;
-    case 4: product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns); break;
-    default: break;
+    case 7:
+      product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns);
+      q += 4;
+      [[fallthrough]];
+    case 3:
+      product_columns<3>(a + q, b, begin, end, go_on, c + q, from, columns);
+      break;
+    case 6:
+      product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns);
+      q += 4;
+      [[fallthrough]];
+    case 2:
+      product_columns<2>(a + q, b, begin, end, go_on, c + q, from, columns);
+      break;
+    case 5:
+      product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns);
+      q += 4;
+      [[fallthrough]];
+    case 1:
+      product_columns<1>(a + q, b, begin, end, go_on, c + q, from, columns);
+      break;
+    case 4:
+      product_columns<4>(a + q, b, begin, end, go_on, c + q, from, columns);
+      break;
+    default:
+      break;
   }
 }
 
@@ -142,7 +161,8 @@ struct TileReader {
       const std::size_t at = offset(tile.start + key);
       const uint8_t* head = kv.v + base(tile.start + key);
       float scale = 0.0f;
-      if (kv.type == KVType::I8) std::memcpy(&scale, head + kv.block_size * kv.head_dim + at * sizeof(float), sizeof scale);
+      if (kv.type == KVType::I8)
+        std::memcpy(&scale, head + kv.block_size * kv.head_dim + at * sizeof(float), sizeof scale);
       for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
         store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d, set1(scale)));
       }
@@ -282,8 +302,8 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
         const std::size_t run = std::min(piece.kv.block_size - at, end - key);
         const auto* head = reinterpret_cast<const uint16_t*>(piece.kv.v + reader.base(tile.start + key));
         // Row i of the product is key i: move the base so that key `key` lies at its place in the block.
-        product_all(a + from, queries_here, Halves{head + at * dim - key * dim, dim}, key, key + run, go_on || key > begin,
-                    c + from, 0, dim);
+        product_all(a + from, queries_here, Halves{head + at * dim - key * dim, dim}, key, key + run,
+                    go_on || key > begin, c + from, 0, dim);
         key += run;
       }
     }
@@ -332,8 +352,9 @@ void attention(const AttentionPiece& piece, float* scratch) {
       const auto position = static_cast<std::size_t>(piece.positions[r]);
       const auto window = static_cast<std::size_t>(piece.window);
       const std::size_t head = piece.kv_head * group + i % group;
-      queries[i] = {piece.q + r * piece.q_stride + head * dim, window != 0 && position >= window ? position - window + 1 : 0,
-                    position + 1, states + i * size, false};
+      queries[i] = {piece.q + r * piece.q_stride + head * dim,
+                    window != 0 && position >= window ? position - window + 1 : 0, position + 1, states + i * size,
+                    false};
       lowest = std::min(lowest, queries[i].lowest);
       limit = std::max(limit, queries[i].limit);
     }

@@ -187,21 +187,33 @@ void pack_q6_k(const Layout& layout, const uint8_t* block, std::size_t c, std::s
   }
 }
 
-void pack_group(Format format, const Layout& layout, const uint8_t* row, std::size_t group, std::size_t c, Place place) {
+void pack_group(Format format, const Layout& layout, const uint8_t* row, std::size_t group, std::size_t c,
+                Place place) {
   const std::size_t super = group / 8;
   const std::size_t j = group % 8;
   switch (format) {
-    case Format::Q4_0: return pack_simple(format, layout, row + group * 18, c, place.group);
-    case Format::Q4_1: return pack_simple(format, layout, row + group * 20, c, place.group);
-    case Format::Q5_0: return pack_simple(format, layout, row + group * 22, c, place.group);
-    case Format::Q5_1: return pack_simple(format, layout, row + group * 24, c, place.group);
-    case Format::Q8_0: return pack_simple(format, layout, row + group * 34, c, place.group);
-    case Format::Q2_K: return pack_q2_k(layout, row + super * 84, c, j, place);
-    case Format::Q3_K: return pack_q3_k(layout, row + super * 110, c, j, place);
-    case Format::Q4_K: return pack_q45_k(format, layout, row + super * 144, c, j, place);
-    case Format::Q5_K: return pack_q45_k(format, layout, row + super * 176, c, j, place);
-    case Format::Q6_K: return pack_q6_k(layout, row + super * 210, c, j, place);
-    default: return;
+    case Format::Q4_0:
+      return pack_simple(format, layout, row + group * 18, c, place.group);
+    case Format::Q4_1:
+      return pack_simple(format, layout, row + group * 20, c, place.group);
+    case Format::Q5_0:
+      return pack_simple(format, layout, row + group * 22, c, place.group);
+    case Format::Q5_1:
+      return pack_simple(format, layout, row + group * 24, c, place.group);
+    case Format::Q8_0:
+      return pack_simple(format, layout, row + group * 34, c, place.group);
+    case Format::Q2_K:
+      return pack_q2_k(layout, row + super * 84, c, j, place);
+    case Format::Q3_K:
+      return pack_q3_k(layout, row + super * 110, c, j, place);
+    case Format::Q4_K:
+      return pack_q45_k(format, layout, row + super * 144, c, j, place);
+    case Format::Q5_K:
+      return pack_q45_k(format, layout, row + super * 176, c, j, place);
+    case Format::Q6_K:
+      return pack_q6_k(layout, row + super * 210, c, j, place);
+    default:
+      return;
   }
 }
 

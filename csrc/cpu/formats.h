@@ -1,9 +1,9 @@
 // Packed weights: the file's codes and scales, put in another order and nothing else.
 //
 // A matrix [N, K] is cut into panels of 16 outputs (columns of x @ W^T), padded with zeros; a panel into groups of 32
-// inputs. A group holds its scales and then its codes, in the order in which kernels read them: "quad" j of a group is 64
-// bytes, for each of the 16 outputs the four codes of inputs 4j .. 4j + 3. Formats with super-blocks of 256 put what 8
-// groups share before them.
+// inputs. A group holds its scales and then its codes, in the order in which kernels read them: "quad" j of a group is
+// 64 bytes, for each of the 16 outputs the four codes of inputs 4j .. 4j + 3. Formats with super-blocks of 256 put what
+// 8 groups share before them.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace octavo {
 
-constexpr std::size_t kPanel = 16;   // outputs
-constexpr std::size_t kGroup = 32;   // inputs
+constexpr std::size_t kPanel = 16;  // outputs
+constexpr std::size_t kGroup = 32;  // inputs
 constexpr std::size_t kQuads = kGroup / 4;
 
 enum class Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
@@ -23,7 +23,7 @@ enum class Codes { kTwo, kNibbles, kNibblesAndBit, kBytes };
 // What a group's weight is made of: weight = scale * (code - zero) - or + minimum.
 struct Layout {
   Codes codes;
-  int zero;              // subtracted from every code
+  int zero;  // subtracted from every code
   int max_code;
   bool has_minimum;
   int groups_per_super;  // 1: no super-blocks
@@ -40,10 +40,14 @@ struct Layout {
 
 constexpr std::size_t code_bytes_of(Codes codes) {
   switch (codes) {
-    case Codes::kTwo: return 128;
-    case Codes::kNibbles: return 256;
-    case Codes::kNibblesAndBit: return 320;
-    default: return 512;
+    case Codes::kTwo:
+      return 128;
+    case Codes::kNibbles:
+      return 256;
+    case Codes::kNibblesAndBit:
+      return 320;
+    default:
+      return 512;
   }
 }
 
@@ -60,21 +64,34 @@ constexpr Layout super(Codes codes, int zero, int max_code, bool has_minimum, in
 
 constexpr Layout layout_of(Format format) {
   switch (format) {
-    case Format::Q4_0: return simple(Codes::kNibbles, 8, 15, false);
-    case Format::Q4_1: return simple(Codes::kNibbles, 0, 15, true);
-    case Format::Q5_0: return simple(Codes::kNibblesAndBit, 16, 31, false);
-    case Format::Q5_1: return simple(Codes::kNibblesAndBit, 0, 31, true);
-    case Format::Q8_0: return simple(Codes::kBytes, 128, 255, false);
-    case Format::Q2_K: return super(Codes::kTwo, 0, 3, true, 2, 32);           // scale and minimum in one byte
-    case Format::Q3_K: return super(Codes::kNibbles, 4, 7, false, 2, 32);      // signed scale byte
-    case Format::Q4_K: return super(Codes::kNibbles, 0, 15, true, 1, 32);      // scale byte, minimum byte
-    case Format::Q5_K: return super(Codes::kNibblesAndBit, 0, 31, true, 1, 32);
-    case Format::Q6_K: return super(Codes::kBytes, 32, 63, false, 2, 32);      // signed scale byte
-    default: return {};
+    case Format::Q4_0:
+      return simple(Codes::kNibbles, 8, 15, false);
+    case Format::Q4_1:
+      return simple(Codes::kNibbles, 0, 15, true);
+    case Format::Q5_0:
+      return simple(Codes::kNibblesAndBit, 16, 31, false);
+    case Format::Q5_1:
+      return simple(Codes::kNibblesAndBit, 0, 31, true);
+    case Format::Q8_0:
+      return simple(Codes::kBytes, 128, 255, false);
+    case Format::Q2_K:
+      return super(Codes::kTwo, 0, 3, true, 2, 32);  // scale and minimum in one byte
+    case Format::Q3_K:
+      return super(Codes::kNibbles, 4, 7, false, 2, 32);  // signed scale byte
+    case Format::Q4_K:
+      return super(Codes::kNibbles, 0, 15, true, 1, 32);  // scale byte, minimum byte
+    case Format::Q5_K:
+      return super(Codes::kNibblesAndBit, 0, 31, true, 1, 32);
+    case Format::Q6_K:
+      return super(Codes::kBytes, 32, 63, false, 2, 32);  // signed scale byte
+    default:
+      return {};
   }
 }
 
-constexpr bool is_float(Format format) { return format == Format::F32 || format == Format::F16 || format == Format::BF16; }
+constexpr bool is_float(Format format) {
+  return format == Format::F32 || format == Format::F16 || format == Format::BF16;
+}
 
 constexpr std::size_t float_bytes(Format format) { return format == Format::F32 ? 4 : 2; }
 
@@ -89,8 +106,8 @@ constexpr std::size_t panel_bytes(Format format, std::size_t inputs) {
 float float_of_half(uint16_t half);
 uint16_t half_of_float(float value);
 
-// Pack rows [first, first + rows) of the file's tensor (GGUF layout, `row_bytes` a row) as outputs of the packed matrix,
-// beginning at output `at`. Panels not fully covered keep what they have: callers zero the memory first.
+// Pack rows [first, first + rows) of the file's tensor (GGUF layout, `row_bytes` a row) as outputs of the packed
+// matrix, beginning at output `at`. Panels not fully covered keep what they have: callers zero the memory first.
 void pack_rows(Format format, const uint8_t* rows_data, std::size_t rows, std::size_t row_bytes, std::size_t inputs,
                std::size_t at, uint8_t* packed);
 

@@ -96,9 +96,12 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
 std::size_t KVLayer::block_bytes() const {
   const std::size_t values = view.block_size * view.head_dim;
   switch (view.type) {
-    case KVType::F32: return view.kv_heads * values * 4;
-    case KVType::F16: return view.kv_heads * values * 2;
-    default: return view.kv_heads * (values + view.block_size * sizeof(float));
+    case KVType::F32:
+      return view.kv_heads * values * 4;
+    case KVType::F16:
+      return view.kv_heads * values * 2;
+    default:
+      return view.kv_heads * (values + view.block_size * sizeof(float));
   }
 }
 
@@ -131,8 +134,10 @@ int Graph::embed(std::shared_ptr<Weight> weight, float scale) {
 }
 
 int Graph::rms_norm(View x, std::vector<float> weight, float eps, View residual) {
-  if (weight.empty() || x.columns % weight.size() != 0) throw std::invalid_argument("rms_norm: the weight does not fit x");
-  if (residual.buffer >= 0 && residual.columns != x.columns) throw std::invalid_argument("rms_norm: the residual does not fit x");
+  if (weight.empty() || x.columns % weight.size() != 0)
+    throw std::invalid_argument("rms_norm: the weight does not fit x");
+  if (residual.buffer >= 0 && residual.columns != x.columns)
+    throw std::invalid_argument("rms_norm: the residual does not fit x");
   return add({.op = Op::RmsNorm, .x = x, .residual = residual, .vector = std::move(weight), .number = eps}, x.columns);
 }
 
@@ -158,13 +163,15 @@ int Graph::rope(View x, std::size_t head_dim, std::size_t dim, std::vector<float
 
 void Graph::store_kv(View k, View v, std::shared_ptr<KVLayer> layer) {
   const std::size_t columns = layer->view.kv_heads * layer->view.head_dim;
-  if (k.columns != columns || v.columns != columns) throw std::invalid_argument("store_kv: K and V do not fit the layer");
+  if (k.columns != columns || v.columns != columns)
+    throw std::invalid_argument("store_kv: K and V do not fit the layer");
   add({.op = Op::StoreKV, .x = k, .residual = v, .layer = std::move(layer)}, 0);
 }
 
 int Graph::attention(View q, std::shared_ptr<KVLayer> layer, float scale) {
   const std::size_t per_group = layer->view.kv_heads * layer->view.head_dim;
-  if (q.columns % per_group != 0 || q.columns / per_group > 64) throw std::invalid_argument("attention: q does not fit the layer");
+  if (q.columns % per_group != 0 || q.columns / per_group > 64)
+    throw std::invalid_argument("attention: q does not fit the layer");
   return add({.op = Op::Attention, .x = q, .layer = std::move(layer), .number = scale}, q.columns);
 }
 
@@ -185,7 +192,8 @@ void Graph::plan() {
     const int out = nodes_[n].out;
     if (out >= 0 && out != result) {
       Buffer& buffer = buffers_[static_cast<std::size_t>(out)];
-      const auto fits = std::find_if(free.begin(), free.end(), [&](const Place& p) { return p.columns == buffer.columns; });
+      const auto fits =
+          std::find_if(free.begin(), free.end(), [&](const Place& p) { return p.columns == buffer.columns; });
       if (fits != free.end()) {
         buffer.at = fits->at;
         free.erase(fits);
@@ -328,8 +336,8 @@ void Graph::run_node(const Node& node, Work& work) {
       pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < kv.kv_heads; ++h) {
-            kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim, residual.data + t * residual.stride + h * kv.head_dim,
-                             h, work.batch.slot_mapping[t]);
+            kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim,
+                             residual.data + t * residual.stride + h * kv.head_dim, h, work.batch.slot_mapping[t]);
           }
         }
       });
@@ -338,12 +346,15 @@ void Graph::run_node(const Node& node, Work& work) {
     case Op::Gated: {
       const std::size_t n = node.x.columns / 2;
       pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
-        for (std::size_t t = begin; t < end; ++t) kernels.gated(x.data + t * x.stride, n, node.gate, y.data + t * y.stride);
+        for (std::size_t t = begin; t < end; ++t)
+          kernels.gated(x.data + t * x.stride, n, node.gate, y.data + t * y.stride);
       });
       return;
     }
-    case Op::Linear: return run_linear(node, work);
-    case Op::Attention: return run_attention(node, work);
+    case Op::Linear:
+      return run_linear(node, work);
+    case Op::Attention:
+      return run_attention(node, work);
   }
 }
 
@@ -378,9 +389,17 @@ void Graph::run_linear(const Node& node, Work& work) {
     throw std::logic_error("linear: the residual has gaps");
   }
   for (const Weight::Segment& segment : weight.segments) {
-    LinearPiece piece{segment.format, segment.packed.data(), segment.outputs, weight.inputs, 0, 0, rows, x,
+    LinearPiece piece{segment.format,
+                      segment.packed.data(),
+                      segment.outputs,
+                      weight.inputs,
+                      0,
+                      0,
+                      rows,
+                      x,
                       {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>()},
-                      residual == nullptr ? nullptr : residual + segment.first, base(node.out) + segment.first,
+                      residual == nullptr ? nullptr : residual + segment.first,
+                      base(node.out) + segment.first,
                       weight.outputs};
     const std::size_t panels = panels_of(segment.outputs);
     pool.parallel(panels, grain_of(panels, pool.threads()), [&](std::size_t begin, std::size_t end) {
@@ -452,9 +471,21 @@ void Graph::run_attention(const Node& node, Work& work) {
   pool.parallel(pieces, grain, [&](std::size_t begin, std::size_t end, std::size_t thread) {
     for (std::size_t i = begin; i < end; ++i) {
       const Work::Item& item = cut->items[i];
-      AttentionPiece piece{layer.view, q, q_stride, heads, node.number, layer.window, batch.positions,
-                           batch.block_tables + item.seq * batch.table_width, item.first_row, item.num_rows, item.kv_head,
-                           out, item.first_tile, item.last_tile, states_.as<float>() + item.state * state_size};
+      AttentionPiece piece{layer.view,
+                           q,
+                           q_stride,
+                           heads,
+                           node.number,
+                           layer.window,
+                           batch.positions,
+                           batch.block_tables + item.seq * batch.table_width,
+                           item.first_row,
+                           item.num_rows,
+                           item.kv_head,
+                           out,
+                           item.first_tile,
+                           item.last_tile,
+                           states_.as<float>() + item.state * state_size};
       kernels.attention(piece, scratch_.as<float>() + thread * scratch);
     }
   });

@@ -59,7 +59,8 @@ struct KVLayer {
   std::size_t num_blocks;
   Bytes k, v;
 
-  KVLayer(KVType type, std::size_t num_blocks, std::size_t block_size, std::size_t kv_heads, std::size_t head_dim, long window);
+  KVLayer(KVType type, std::size_t num_blocks, std::size_t block_size, std::size_t kv_heads, std::size_t head_dim,
+          long window);
   std::size_t block_bytes() const;  // of K, or of V
 };
 
@@ -111,9 +112,9 @@ class Graph {
   enum class Op { Embed, RmsNorm, Linear, Rope, StoreKV, Attention, Gated };
   struct Buffer {
     std::size_t columns = 0;
-    int bound = -1;       // index into `bound` of run
-    int last_use = -1;    // node
-    std::size_t at = 0;   // columns before it in the arena
+    int bound = -1;      // index into `bound` of run
+    int last_use = -1;   // node
+    std::size_t at = 0;  // columns before it in the arena
   };
   struct Node {
     Op op;

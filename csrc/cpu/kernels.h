@@ -14,9 +14,9 @@ enum class Gate : int { Silu, GeluTanh };
 
 // Rows of activations for integer weights: int8 codes with a scale for each group of 32 inputs.
 struct Quantized {
-  const int8_t* codes;   // [rows, inputs]
-  const float* scales;   // [rows, inputs / 32]
-  const int32_t* sums;   // [rows, inputs / 32]: of the codes
+  const int8_t* codes;  // [rows, inputs]
+  const float* scales;  // [rows, inputs / 32]
+  const int32_t* sums;  // [rows, inputs / 32]: of the codes
 };
 
 struct LinearPiece {
@@ -26,10 +26,10 @@ struct LinearPiece {
   std::size_t inputs;
   std::size_t first_panel, last_panel;
   std::size_t rows;
-  const float* x;          // [rows, inputs], for float formats
-  Quantized q;             // for integer formats
-  const float* residual;   // [rows, stride] or null
-  float* y;                // [rows, stride]
+  const float* x;         // [rows, inputs], for float formats
+  Quantized q;            // for integer formats
+  const float* residual;  // [rows, stride] or null
+  float* y;               // [rows, stride]
   std::size_t stride;
 };
 
@@ -43,19 +43,19 @@ struct KVView {
 
 struct AttentionPiece {
   KVView kv;
-  const float* q;           // [tokens, heads * D]
-  std::size_t q_stride;     // floats from one token's row to the next
+  const float* q;        // [tokens, heads * D]
+  std::size_t q_stride;  // floats from one token's row to the next
   std::size_t heads;
   float scale;
-  long window;              // 0: none
-  const int32_t* positions;    // [tokens]
-  const int32_t* block_table;  // of this sequence
+  long window;                      // 0: none
+  const int32_t* positions;         // [tokens]
+  const int32_t* block_table;       // of this sequence
   std::size_t first_row, num_rows;  // rows of this sequence that this piece computes
   std::size_t kv_head;
-  float* out;               // [tokens, heads * D]
+  float* out;  // [tokens, heads * D]
   // Tiles [first_tile, last_tile) only, written as states instead of folded; last_tile 0: all tiles, folded into out.
   std::size_t first_tile, last_tile;
-  float* states;            // [tiles, heads per KV head, 2 + D] of one row: max, sum, out
+  float* states;  // [tiles, heads per KV head, 2 + D] of one row: max, sum, out
 };
 
 struct Kernels {
@@ -67,7 +67,8 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, const float* residual, std::size_t n, float eps, float* y);
   void (*gated)(const float* x, std::size_t n, Gate gate, float* y);
   // Rotate one head of one token, halves of the first `dim` elements; angles as cos and sin [dim / 2].
-  void (*rope)(const float* x, const float* cosines, const float* sines, std::size_t dim, std::size_t head_dim, float* y);
+  void (*rope)(const float* x, const float* cosines, const float* sines, std::size_t dim, std::size_t head_dim,
+               float* y);
   void (*store_kv)(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot);
   void (*attention)(const AttentionPiece& piece, float* scratch);
   std::size_t (*attention_scratch)(std::size_t head_dim, std::size_t group);  // floats

@@ -13,7 +13,8 @@
 namespace octavo::OCTAVO_ISA {
 
 constexpr Kernels kKernels = {
-    OCTAVO_STRING(OCTAVO_ISA), quantize, linear, embed, rms_norm, gated, rope, store_kv, attention, attention_scratch, fold,
+    OCTAVO_STRING(OCTAVO_ISA), quantize, linear, embed, rms_norm, gated, rope, store_kv, attention,
+    attention_scratch,         fold,
 };
 
 }  // namespace octavo::OCTAVO_ISA

@@ -1,6 +1,6 @@
-// y = x @ W^T for packed weights. One row and many rows are instances of one template, so a row's result does not depend
-// on how many others there are: per output, acc = fma(isum, w_scale * x_scale, acc) over groups ascending, then the
-// minimum over groups ascending, then the residual.
+// y = x @ W^T for packed weights. One row and many rows are instances of one template, so a row's result does not
+// depend on how many others there are: per output, acc = fma(isum, w_scale * x_scale, acc) over groups ascending, then
+// the minimum over groups ascending, then the residual.
 #pragma once
 
 #include <type_traits>
@@ -102,7 +102,8 @@ OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride
     int32_t sum[kLanes] = {};
     for (std::size_t j = First; j < Last; ++j) {
       for (int c = 0; c < kLanes; ++c) {
-        for (int i = 0; i < 4; ++i) sum[c] += codes[j].v[4 * c + i] * x[r * stride + 4 * j + static_cast<std::size_t>(i)];
+        for (int i = 0; i < 4; ++i)
+          sum[c] += codes[j].v[4 * c + i] * x[r * stride + 4 * j + static_cast<std::size_t>(i)];
       }
     }
     std::memcpy(sums[r].v, sum, sizeof sum);
@@ -257,7 +258,8 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
           int32_t sum = sums[r * groups + g];
           if constexpr (layout.subgroups == 2) {
             sum = 0;
-            for (int k = 16 * s; k < 16 * (s + 1); ++k) sum += x[r * piece.inputs + g * kGroup + static_cast<std::size_t>(k)];
+            for (int k = 16 * s; k < 16 * (s + 1); ++k)
+              sum += x[r * piece.inputs + g * kGroup + static_cast<std::size_t>(k)];
           }
           acc[r] = fma(minimum, set1(scales[r * groups + g] * static_cast<float>(sum)), acc[r]);
         }
@@ -308,33 +310,61 @@ void linear_of(const LinearPiece& piece) {
     std::size_t row = 0;
     for (; row + kRowTile <= piece.rows; row += kRowTile) panel_rows<format, kRowTile>(piece, panel, row);
     switch (piece.rows - row) {
-      case 7: panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row); break;
-      case 6: panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row); break;
-      case 5: panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row); break;
-      case 4: panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row); break;
-      case 3: panel_rows<format, 3>(piece, panel, row); break;
-      case 2: panel_rows<format, 2>(piece, panel, row); break;
-      case 1: panel_rows<format, 1>(piece, panel, row); break;
-      default: break;
+      case 7:
+        panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row);
+        break;
+      case 6:
+        panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row);
+        break;
+      case 5:
+        panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row);
+        break;
+      case 4:
+        panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row);
+        break;
+      case 3:
+        panel_rows<format, 3>(piece, panel, row);
+        break;
+      case 2:
+        panel_rows<format, 2>(piece, panel, row);
+        break;
+      case 1:
+        panel_rows<format, 1>(piece, panel, row);
+        break;
+      default:
+        break;
     }
   }
 }
 
 void linear(const LinearPiece& piece) {
   switch (piece.format) {
-    case Format::F32: return linear_of<Format::F32>(piece);
-    case Format::F16: return linear_of<Format::F16>(piece);
-    case Format::BF16: return linear_of<Format::BF16>(piece);
-    case Format::Q4_0: return linear_of<Format::Q4_0>(piece);
-    case Format::Q4_1: return linear_of<Format::Q4_1>(piece);
-    case Format::Q5_0: return linear_of<Format::Q5_0>(piece);
-    case Format::Q5_1: return linear_of<Format::Q5_1>(piece);
-    case Format::Q8_0: return linear_of<Format::Q8_0>(piece);
-    case Format::Q2_K: return linear_of<Format::Q2_K>(piece);
-    case Format::Q3_K: return linear_of<Format::Q3_K>(piece);
-    case Format::Q4_K: return linear_of<Format::Q4_K>(piece);
-    case Format::Q5_K: return linear_of<Format::Q5_K>(piece);
-    case Format::Q6_K: return linear_of<Format::Q6_K>(piece);
+    case Format::F32:
+      return linear_of<Format::F32>(piece);
+    case Format::F16:
+      return linear_of<Format::F16>(piece);
+    case Format::BF16:
+      return linear_of<Format::BF16>(piece);
+    case Format::Q4_0:
+      return linear_of<Format::Q4_0>(piece);
+    case Format::Q4_1:
+      return linear_of<Format::Q4_1>(piece);
+    case Format::Q5_0:
+      return linear_of<Format::Q5_0>(piece);
+    case Format::Q5_1:
+      return linear_of<Format::Q5_1>(piece);
+    case Format::Q8_0:
+      return linear_of<Format::Q8_0>(piece);
+    case Format::Q2_K:
+      return linear_of<Format::Q2_K>(piece);
+    case Format::Q3_K:
+      return linear_of<Format::Q3_K>(piece);
+    case Format::Q4_K:
+      return linear_of<Format::Q4_K>(piece);
+    case Format::Q5_K:
+      return linear_of<Format::Q5_K>(piece);
+    case Format::Q6_K:
+      return linear_of<Format::Q6_K>(piece);
   }
 }
 

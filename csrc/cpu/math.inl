@@ -7,8 +7,8 @@ namespace octavo::OCTAVO_ISA {
 
 // e^x for x <= 88.7: x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, after Cody and Waite), and a polynomial of
 // degree 7 for e^r with the coefficients of the Cephes library's expf. Below -87.3 the result is 0, so a score of -inf
-// weighs nothing; above 88.7 it stays at its highest finite value. NaN gives NaN: the order of the operands of max and min
-// sees to it.
+// weighs nothing; above 88.7 it stays at its highest finite value. NaN gives NaN: the order of the operands of max and
+// min sees to it.
 OCTAVO_INLINE F exp(F x) {
   constexpr float kLowest = -87.33654f;
   const F clamped = min(set1(88.37626f), max(set1(kLowest), x));  // then n is in [-126, 127]

@@ -48,30 +48,44 @@ void watch_forks() {
 
 }  // namespace
 
+// A region is a number of pieces. Threads draw them from a ticket that holds the region's number and the next piece, so
+// a worker that comes late, because its processor went to another program, finds nothing to do and is waited for by
+// nobody.
 struct Pool::Shared {
-  // The region under way. Written by the caller before `region` moves on, read by workers after.
-  Piece piece = nullptr;
-  const void* body = nullptr;
-  std::size_t count = 0;
-  std::size_t grain = 1;
-  alignas(64) std::atomic<std::size_t> next{0};
-  alignas(64) std::atomic<unsigned> region{0};
-  alignas(64) std::atomic<int> working{0};
+  // The region under way, written by the caller before the ticket names it. A late worker may read these while they
+  // change; its draw then fails, since the ticket has changed too.
+  std::atomic<Piece> piece{nullptr};
+  std::atomic<const void*> body{nullptr};
+  std::atomic<std::size_t> count{0};
+  std::atomic<std::size_t> grain{1};
+  alignas(64) std::atomic<uint64_t> ticket{0};   // region << 32 | next piece
+  alignas(64) std::atomic<std::size_t> done{0};  // items of this region
+  alignas(64) std::atomic<uint32_t> region{0};   // what sleeping workers wait on
   alignas(64) std::atomic<int> sleeping{0};
   std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
 
   void work(std::size_t thread) {
+    uint64_t drawn = ticket.load(std::memory_order_acquire);
     for (;;) {
-      const std::size_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
-      piece(body, begin, std::min(begin + grain, count), thread);
+      const std::size_t items = count.load(std::memory_order_relaxed);
+      const std::size_t step = grain.load(std::memory_order_relaxed);
+      const Piece run = piece.load(std::memory_order_relaxed);
+      const void* what = body.load(std::memory_order_relaxed);
+      const std::size_t begin = static_cast<uint32_t>(drawn) * step;
+      if (begin >= items) return;
+      if (!ticket.compare_exchange_weak(drawn, drawn + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      const std::size_t end = std::min(begin + step, items);
+      run(what, begin, end, thread);
+      done.fetch_add(end - begin, std::memory_order_release);
+      drawn = ticket.load(std::memory_order_acquire);
     }
   }
 
   void serve(std::size_t thread) {
     set_float_mode();
-    unsigned seen = 0;
+    uint32_t seen = 0;
     for (;;) {
       int spins = 0;
       while (region.load(std::memory_order_acquire) == seen) {
@@ -86,7 +100,6 @@ struct Pool::Shared {
       seen = region.load(std::memory_order_acquire);
       if (stopping.load(std::memory_order_acquire)) return;
       work(thread);
-      working.fetch_sub(1, std::memory_order_release);
     }
   }
 };
@@ -111,7 +124,8 @@ void Pool::start() {
   if (shared_ != nullptr) shared_.release();
   forks_seen_ = now;
   shared_ = std::make_unique<Shared>();
-  for (int i = 1; i < threads_; ++i) shared_->workers.emplace_back([shared = shared_.get(), i] { shared->serve(static_cast<std::size_t>(i)); });
+  for (int i = 1; i < threads_; ++i)
+    shared_->workers.emplace_back([shared = shared_.get(), i] { shared->serve(static_cast<std::size_t>(i)); });
 }
 
 void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* body) {
@@ -121,20 +135,21 @@ void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* bo
   }
   start();
   Shared& shared = *shared_;
-  shared.piece = piece;
-  shared.body = body;
-  shared.count = count;
-  shared.grain = grain;
-  shared.next.store(0, std::memory_order_relaxed);
-  shared.working.store(threads_ - 1, std::memory_order_relaxed);
-  shared.region.fetch_add(1);  // sequentially consistent: a worker that goes to sleep sees it or is seen sleeping
+  shared.piece.store(piece, std::memory_order_relaxed);
+  shared.body.store(body, std::memory_order_relaxed);
+  shared.count.store(count, std::memory_order_relaxed);
+  shared.grain.store(grain, std::memory_order_relaxed);
+  shared.done.store(0, std::memory_order_relaxed);
+  const uint32_t region = shared.region.load(std::memory_order_relaxed) + 1;
+  shared.ticket.store(static_cast<uint64_t>(region) << 32, std::memory_order_release);
+  shared.region.store(region);  // sequentially consistent: a worker that goes to sleep sees it or is seen sleeping
   if (shared.sleeping.load() > 0) shared.region.notify_all();
   shared.work(0);
-  for (int spins = 0; shared.working.load(std::memory_order_acquire) > 0; ++spins) {
+  for (int spins = 0; shared.done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < kSpins) {
       relax();
     } else {
-      std::this_thread::yield();  // a worker lost its processor to another program
+      std::this_thread::yield();  // a worker lost its processor in the midst of a piece
     }
   }
 }

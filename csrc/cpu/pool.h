@@ -21,18 +21,21 @@ class Pool {
 
   int threads() const { return threads_; }
 
-  // Calls body(begin, end) or body(begin, end, thread) for pieces of at most `grain` that cover [0, count), on any thread
-  // (numbered below threads()), in any order; returns when all are done. What a piece computes must not depend on who runs
-  // it. body must not throw.
+  // Calls body(begin, end) or body(begin, end, thread) for pieces of at most `grain` that cover [0, count), on any
+  // thread (numbered below threads()), in any order; returns when all are done. What a piece computes must not depend
+  // on who runs it. body must not throw.
   template <class Body>
   void parallel(std::size_t count, std::size_t grain, const Body& body) {
-    run(count, grain, [](const void* b, std::size_t begin, std::size_t end, std::size_t thread) {
-      if constexpr (std::is_invocable_v<const Body&, std::size_t, std::size_t, std::size_t>) {
-        (*static_cast<const Body*>(b))(begin, end, thread);
-      } else {
-        (*static_cast<const Body*>(b))(begin, end);
-      }
-    }, &body);
+    run(
+        count, grain,
+        [](const void* b, std::size_t begin, std::size_t end, std::size_t thread) {
+          if constexpr (std::is_invocable_v<const Body&, std::size_t, std::size_t, std::size_t>) {
+            (*static_cast<const Body*>(b))(begin, end, thread);
+          } else {
+            (*static_cast<const Body*>(b))(begin, end);
+          }
+        },
+        &body);
   }
 
   // Holds the pool for one caller over many regions, and the floating-point mode that kernels need.

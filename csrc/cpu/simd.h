@@ -1,8 +1,8 @@
 // Sixteen lanes, whatever the processor: the only place where instruction sets differ.
 //
-// F is 16 floats, I is 16 int32, Q is 64 bytes: for each of 16 lanes, four unsigned codes. Every operation gives the same
-// bits on every instruction set, so kernels written with them do too. A file that includes this is compiled once for each
-// instruction set, with OCTAVO_ISA naming the namespace.
+// F is 16 floats, I is 16 int32, Q is 64 bytes: for each of 16 lanes, four unsigned codes. Every operation gives the
+// same bits on every instruction set, so kernels written with them do too. A file that includes this is compiled once
+// for each instruction set, with OCTAVO_ISA naming the namespace.
 #pragma once
 
 #include <cmath>
@@ -71,7 +71,8 @@ OCTAVO_INLINE F load_half(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 OCTAVO_INLINE void store_half(uint16_t* p, F a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 OCTAVO_INLINE F load_bfloat(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -117,9 +118,7 @@ OCTAVO_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps
 OCTAVO_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-OCTAVO_INLINE F fma(F a, F b, F c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
+OCTAVO_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 OCTAVO_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE F abs(F a) {
@@ -263,9 +262,8 @@ OCTAVO_INLINE I set1i(int32_t x) {
   return lanes<I>([&](int) { return x; });
 }
 OCTAVO_INLINE I addi(I a, I b) {
-  return lanes<I>([&](int i) {
-    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
-  });
+  return lanes<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
 }
 OCTAVO_INLINE I maxi(I a, I b) {
   return lanes<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });

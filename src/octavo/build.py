@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
     with open_weights(path) as file:
         model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
         max_model_len = _max_model_len(config, model_config)
-        ops = _make_ops(config)
+        ops = _make_ops(config, model_config)
         plan = _plan(config, model_config, file, ops, max_model_len)
         log.info("%s", plan)
         codec = (
@@ -96,20 +96,20 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     return asked
 
 
-def _make_ops(config: EngineConfig) -> Ops:
-    """The backend asked for, or the best there is. Raises ConfigError saying why one cannot serve the settings."""
-    refused = []
+def _make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
+    """The backend asked for, or the best there is. Raises ConfigError saying what was tried and why each refused."""
+    refused: list[str] = []
     for name in ("cpu", "reference") if config.backend == "auto" else (config.backend,):
-        make = _make_cpu if name == "cpu" else _make_reference
         try:
-            ops = make(config)
+            ops = (_make_cpu if name == "cpu" else _make_reference)(config)
+            reason = ops.why_not(model)
         except ConfigError as error:
-            refused.append(f"{name}: {error}")
-            continue
-        for reason in refused:
-            log.warning("backend %s", reason)
-        return ops
-    raise ConfigError("no backend fits; " + "; ".join(refused))
+            reason = str(error)
+        if reason is None:
+            log.info("backend %s%s", name, f" ({'; '.join(refused)})" if refused else "")
+            return ops
+        refused.append(f"{name}: {reason}")
+    raise ConfigError(f"backend: none fits; {'; '.join(refused)}")
 
 
 def _make_cpu(config: EngineConfig) -> Ops:

@@ -80,7 +80,7 @@ def assert_refused(result: Result, *parts: str, lines: int = 1) -> None:
         (["--max-num-seqs", "many"], "--max-num-seqs: must be an integer, not 'many'"),
         (["--max-model-len", "99999"], "max_model_len: must be at most 4096"),
         (["--block-size", "17"], "block_size: must be one of 1, 16, 32, 64"),
-        (["--backend", "abacus"], "backend: must be one of auto, reference"),
+        (["--backend", "abacus"], "backend: must be one of auto, cpu, reference"),
         (["--kv-cache-memory-bytes", "1000"], "kv_cache_memory_bytes: 1000 B"),
         (["--kv-cache-memory-bytes", str(2**62)], "the model does not fit: memory plan"),
     ],

@@ -53,7 +53,7 @@ def conversation(llm: LLM, *questions: str, system: str | None = None) -> list[s
 def test_the_real_model_remembers(invoke: Invoke) -> None:
     """Guards the default model and template with a conversation; one short answer each."""
     stdin = b"What is the capital of France?\nWhat is the capital of Italy?\n"
-    code, out, err = invoke("chat", "--max-model-len", 512, "--max-tokens", 10, stdin=stdin)
+    code, out, err = invoke("chat", "--backend", "reference", "--max-model-len", 512, "--max-tokens", 10, stdin=stdin)
     assert (code, err) == (0, "")
     assert out == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
 

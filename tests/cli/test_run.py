@@ -47,7 +47,7 @@ def chat_text(llm: LLM, content: str, system: str | None = None) -> str:
 @pytest.mark.usefixtures("smollm2_path")
 def test_the_real_model_answers(invoke: Invoke) -> None:
     """Guards the README's first command: alias, template, greedy by default, no limit needed."""
-    code, out, err = invoke("run", "What is the capital of France?", "--max-model-len", 512)
+    code, out, err = invoke("run", "What is the capital of France?", "--backend", "reference", "--max-model-len", 512)
     assert (code, out, err) == (0, "The capital of France is Paris.\n", "")
 
 
@@ -117,7 +117,8 @@ def test_speed_is_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> N
     """On stderr, so that the answer can be piped on; the memory plan as well."""
     code, out, err = invoke("run", "--model", tiny_llama_dir, "hello", *LIMIT, "-v")
     assert code == 0
-    plan, speed = err.splitlines()
+    backend, plan, speed = err.splitlines()
+    assert backend.startswith("octavo: backend ")
     assert plan.startswith("octavo: memory plan: weights")
     assert " prompt tokens (" in speed and "12 generated tokens (" in speed and "first token after" in speed
     assert out == invoke("run", "--model", tiny_llama_dir, "hello", *LIMIT).out

@@ -17,13 +17,13 @@ from octavo.kv_cache import KVCacheManager
 from octavo.text.stream import IncrementalText, StopMatcher
 
 END = 0  # the model's end token
-SPELLING = {END: b"<end>", 1: b"a", 2: b"b", 3: b"c", 4: b" stop", 5: "é".encode()[:1], 6: "é".encode()[1:], 7: b"<tag>"}
+SPELLING = {END: b"<end>", 1: b"a", 2: b"b", 3: b"c", 5: "é".encode()[:1], 6: "é".encode()[1:], 7: b"<tag>"}
 
 
 class LetterCodec:
     """Tokens that spell one letter or part of one; real incremental text over them."""
 
-    vocab_size = len(SPELLING)
+    vocab_size = 8
     eos_token_ids = (END,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -61,7 +61,8 @@ class Script:
             token = self.tokens[grant.stop - grant.want.draws[0].num_prompt_tokens]
             logprobs = TokenLogprobs(TokenLogprob(token, -0.5, 2), (TokenLogprob(3, -0.1, 1),))
             wanted = grant.want.draws[0].params.logprobs is not None
-            results.append(GrantResult(draws=(DrawResult(token, logprobs if wanted else None),) * len(grant.want.draws)))
+            drawn = DrawResult(token, logprobs if wanted else None)
+            results.append(GrantResult(draws=(drawn,) * len(grant.want.draws)))
         return StepResult(tuple(results))
 
     def close(self) -> None: ...

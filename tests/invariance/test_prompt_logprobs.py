@@ -40,7 +40,7 @@ def folder(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), max_num_batched_tokens=2048) as llm:
+    with LLM(str(folder), backend="reference", max_num_batched_tokens=2048) as llm:
         yield llm
 
 
@@ -62,14 +62,12 @@ def test_memory_is_bounded_at_8000_tokens(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 10_000])
-def test_slices_change_nothing(
-    folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
+def test_slices_change_nothing(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Values and ranks are those of all logits computed at once, in float64. Guards against rows that are skipped or
     taken twice where one slice ends, and between two requests of a step."""
     monkeypatch.setattr(model_runner, "LOGITS_SLICE_BYTES", rows * 4 * VOCAB)
     prompts = [prompt(length, VOCAB, seed=length) for length in (300, 2, 41)]
-    with LLM(str(folder), max_model_len=512) as sliced:
+    with LLM(str(folder), backend="reference", max_model_len=512) as sliced:
         outputs = sliced.generate([{"prompt_token_ids": token_ids} for token_ids in prompts], PARAMS)
     probe = Probe(folder)
     for token_ids, output in zip(prompts, outputs, strict=True):

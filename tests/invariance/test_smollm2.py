@@ -14,6 +14,7 @@ def test_alone_is_in_a_crowd(smollm2_path: Path, smollm2_llm: LLM) -> None:
     counts = Counts()
     with LLM(
         str(smollm2_path),
+        backend="reference",
         max_model_len=64,
         max_num_seqs=8,
         max_num_batched_tokens=24,

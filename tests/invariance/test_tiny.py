@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo import LLM, RequestOutput, SamplingParams
-from tests.invariance.harness import Counts, Request, mixed_requests, prompt, run, run_alone, run_stream, same, same_output
+from tests.invariance.harness import (
+    Counts,
+    Request,
+    mixed_requests,
+    prompt,
+    run,
+    run_alone,
+    run_stream,
+    same,
+    same_output,
+)
 
 MAX_MODEL_LEN = 96
 
@@ -25,7 +35,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[LLM]:
     """Room for everything: no chunk, no preemption."""
-    with LLM(str(folder), max_model_len=MAX_MODEL_LEN) as llm:
+    with LLM(str(folder), backend="reference", max_model_len=MAX_MODEL_LEN) as llm:
         yield llm
 
 
@@ -80,6 +90,7 @@ def test_any_split(folder: Path, requests: list[Request], alone: list[RequestOut
     def split(block_size: int, max_num_seqs: int, extra_tokens: int, chunk: int | None, order: list[int]) -> None:
         with LLM(
             str(folder),
+            backend="reference",
             max_model_len=MAX_MODEL_LEN,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
@@ -101,6 +112,7 @@ def test_preemption(
     counts = Counts()
     with LLM(
         str(folder),
+        backend="reference",
         max_model_len=MAX_MODEL_LEN,
         block_size=block_size,
         kv_cache_memory_bytes=blocks(plain, tokens - tokens % 16 + 16),
@@ -122,7 +134,9 @@ def test_forks(folder: Path, plain: LLM, length: int) -> None:
     expected = [run_stream(plain, (token_ids, params), index) for index in range(5)]
     counts = Counts()
     (together,) = run(plain, [(token_ids, params)], counts)
-    with LLM(str(folder), max_model_len=64, block_size=1, kv_cache_memory_bytes=blocks(plain, 64)) as scarce:
+    with LLM(
+        str(folder), backend="reference", max_model_len=64, block_size=1, kv_cache_memory_bytes=blocks(plain, 64)
+    ) as scarce:
         (restored,) = run(scarce, [(token_ids, params)])
     for output in (together, restored):
         for ours, theirs in zip(output.outputs, expected, strict=True):
@@ -138,7 +152,9 @@ def test_forks_under_preemption(folder: Path, plain: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=30, ignore_eos=True, logprobs=2, detokenize=False)
     requests = [(prompt(length, plain.model_config.vocab_size, seed=length), params) for length in (21, 40, 9, 30)]
     counts = Counts()
-    with LLM(str(folder), max_model_len=MAX_MODEL_LEN, kv_cache_memory_bytes=blocks(plain, 160)) as llm:
+    with LLM(
+        str(folder), backend="reference", max_model_len=MAX_MODEL_LEN, kv_cache_memory_bytes=blocks(plain, 160)
+    ) as llm:
         outputs = run(llm, requests, counts)
     for request, output in zip(requests, outputs, strict=True):
         for index, ours in enumerate(output.outputs):

@@ -75,7 +75,8 @@ def convert(
         add(f"{name}.{key}", value)
     arch = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3": gguf.MODEL_ARCH.GEMMA3}[name]
     names = gguf.get_tensor_name_map(arch, config.num_layers)
-    for hf_name, weights in tensors_of(folder).items():
+    for hf_name, stored in tensors_of(folder).items():
+        weights = stored
         if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
             weights = permuted(weights, config.num_heads if "q_proj" in hf_name else config.num_kv_heads)
         if name == "gemma3" and hf_name.endswith("norm.weight"):

@@ -116,7 +116,9 @@ def _old_gemma3(values: dict[str, Any]) -> None:
         ("gemma3-linear-rope", _old_gemma3),
     ],
 )
-def test_config_as_transformers_4_wrote_it(tmp_path: Path, variant: str, edit: Callable[[dict[str, Any]], None]) -> None:
+def test_config_as_transformers_4_wrote_it(
+    tmp_path: Path, variant: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
     """Guards against a rope base, scaling or window that is lost with the older keys; transformers reads both forms."""
     folder = make(tmp_path, variant)
     new = Probe(folder)

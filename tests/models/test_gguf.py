@@ -51,7 +51,9 @@ def test_linear_rope(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["gemma3", "gemma3-untied", "gemma3-linear-rope"])
 def test_gemma3(tmp_path: Path, variant: str) -> None:
     """Guards against norm weights raised by one twice, and local layers with the global rope."""
-    folder = make(tmp_path / "folder", variant, settings={"query_pre_attn_scalar": 16})  # the files take it for head_dim
+    folder = make(
+        tmp_path / "folder", variant, settings={"query_pre_attn_scalar": 16}
+    )  # the files take it for head_dim
     scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0} if "linear" in variant else None
     same(convert(folder, tmp_path / "m.gguf", Probe(folder).config, metadata=scaling), folder)
 
@@ -63,9 +65,11 @@ def test_gemma3_27b_scale(tmp_path: Path) -> None:
     same(convert(folder, tmp_path / "m.gguf", Probe(folder).config), folder, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("quant", [Quant.Q4_0, Quant.Q4_1, Quant.Q5_1, Quant.Q8_0, Quant.F16, Quant.BF16], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quant", [Quant.Q4_0, Quant.Q4_1, Quant.Q5_1, Quant.Q8_0, Quant.F16, Quant.BF16], ids=lambda q: q.name
+)
 def test_quantised(tiny: Tiny, tmp_path: Path, quant: Quant) -> None:
-    """The file's values, neither more nor less exact: guards against rows of a block format that move as half blocks."""
+    """The file's values, no more and no less exact: guards against rows of a block format that move as half blocks."""
     folder = tiny("llama-grouped-heads")
     file = convert(folder, tmp_path / "m.gguf", Probe(folder).config, quant=quant)
     plain = make(tmp_path / "folder", "llama-grouped-heads")

@@ -25,7 +25,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral",
+        ),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),

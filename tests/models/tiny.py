@@ -93,9 +93,9 @@ def oracle(folder: Path) -> Any:
 def exact_oracle(folder: Path, rope: Callable[[str], RopeConfig]) -> Any:
     """transformers' model in float64 throughout.
 
-    By itself transformers computes norms and rotations in float32 whatever the model's type. Norms are replaced by their
-    definition. Angles stay float32, as the models were trained, and from there on it is float64; the frequencies are
-    compared first, since the last bit of a float32 power differs between libraries.
+    By itself transformers computes norms and rotations in float32 whatever the model's type. Norms are replaced by
+    their definition. Angles stay float32, as the models were trained, and from there on it is float64; the
+    frequencies are compared first, since the last bit of a float32 power differs between libraries.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Make gemma3.json: 8 prompts, 64 greedy tokens each, by transformers. Takes some two minutes on one core.
 
-    python -m tests.oracle.make_gemma3 [FILE]
+python -m tests.oracle.make_gemma3 [FILE]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make smollm2.json: 50 prompts, 64 greedy tokens each, by transformers. Takes some ten minutes on one core.
 
-    python -m tests.oracle.make_smollm2 [FILE]
+python -m tests.oracle.make_smollm2 [FILE]
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ PROSE = (
     "it left behind a layer of grey silt, a dead willow across the market square, and, on the steps of the town hall, "
     "a grand piano in nearly perfect condition that nobody ever claimed.",
     "A theory is a map. It leaves out almost everything, and that is why it can be folded and carried in a pocket. The "
-    "question to ask of a map is not whether it is true but where it leads you when you follow it: to the well, or over "
-    "the cliff. Measurements are the walks we take to find out. An honest report says how far we walked, in what "
+    "question to ask of a map is not whether it is true but where it leads you when you follow it: to the well, or "
+    "over the cliff. Measurements are the walks we take to find out. An honest report says how far we walked, in what "
     "weather, with what shoes, and how often we got lost before we decided to write down only the successful trips.",
-    "The cook's instructions were brief. Slice the onions thinly, salt them, and leave them alone for an hour. Heat the "
-    "oil until a crumb of bread dances in it. Fry the aubergines in batches, never crowding the pan, and drain them on "
-    "paper. Layer them with the onions, tomatoes and torn basil, pour over the beaten eggs, and bake until the middle "
-    "no longer trembles. Eat it lukewarm, with your hands, preferably on a wall overlooking the sea.",
+    "The cook's instructions were brief. Slice the onions thinly, salt them, and leave them alone for an hour. Heat "
+    "the oil until a crumb of bread dances in it. Fry the aubergines in batches, never crowding the pan, and drain "
+    "them on paper. Layer them with the onions, tomatoes and torn basil, pour over the beaten eggs, and bake until "
+    "the middle no longer trembles. Eat it lukewarm, with your hands, preferably on a wall overlooking the sea.",
     "Clocks disagreed in those days by as much as half an hour from one town to the next, and travellers set their "
     "watches anew at every stop. The railway put an end to it. Time was sent down the wire from the observatory at ten "
     "each morning, and one after another the church towers, the schools and the factories gave in. Only the "
@@ -110,7 +110,8 @@ LANGUAGES = (
     "كان الميناء هادئا تحت طبقة رقيقة من الضباب، وكانت العبارة الثالثة تنتظر.",
     "Η θεωρία είναι ένας χάρτης· αφήνει έξω σχεδόν τα πάντα.",
     "Saatler o günlerde bir kasabadan ötekine yarım saat kadar farklıydı.",
-    "Emoji \U0001f6a2\U0001f32b\ufe0f and symbols: ∀x∈ℝ, x² ≥ 0; ½ + ¼ = ¾; “quotes” — dashes… \t tabs\n\n\nand   spaces",
+    "Emoji \U0001f6a2\U0001f32b\ufe0f and symbols: ∀x∈ℝ, x² ≥ 0; ½ + ¼ = ¾; “quotes” — dashes… \t tabs\n\n\nand "
+    "  spaces",
 )
 
 SHORT = (
@@ -143,9 +144,7 @@ STORY = "\n\n".join(PROSE)
 
 def chat(question: str, system: str = "You are a helpful AI assistant.") -> str:
     """A conversation in ChatML, as far as the answer."""
-    return (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def smollm2_prompts() -> list[tuple[str, int | None]]:

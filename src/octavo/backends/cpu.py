@@ -22,7 +22,9 @@ from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeCo
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-_PANEL = 16  # outputs that are packed together
+_PANEL = 16  # outputs that are packed together, and lanes of a vector
+_MAX_HEAD_DIM = 1024
+_MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
 
 
@@ -76,6 +78,14 @@ class CpuOps:
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
+
+    def why_not(self, config: ModelConfig) -> str | None:
+        if config.head_dim % _PANEL or config.head_dim > _MAX_HEAD_DIM:
+            return f"head_dim must be a multiple of {_PANEL} and at most {_MAX_HEAD_DIM}, not {config.head_dim}"
+        if config.num_heads // config.num_kv_heads > _MAX_GROUP:
+            group = config.num_heads // config.num_kv_heads
+            return f"at most {_MAX_GROUP} query heads may share a KV head, not {group}"
+        return None
 
     # --- memory ---
 

@@ -43,6 +43,9 @@ class ReferenceOps:
         self.kv_dtype = np.dtype(kv_dtype)
         self._frequencies: dict[RopeConfig, Floats] = {}
 
+    def why_not(self, config: ModelConfig) -> str | None:
+        return None
+
     # --- memory ---
 
     def weight_nbytes(self, tensor: RawTensor) -> int:
@@ -106,7 +109,7 @@ class ReferenceOps:
 
     def split_heads(self, x: Floats, parts: Sequence[int], head_dim: int) -> list[Floats]:
         ends = np.cumsum(parts)[:-1]
-        return [part.reshape(len(x), -1, head_dim) for part in np.split(x, ends, axis=1)]
+        return [part.reshape(len(x), part.shape[1] // head_dim, head_dim) for part in np.split(x, ends, axis=1)]
 
     def rope(self, x: Floats, batch: Batch, rope: RopeConfig) -> Floats:
         if rope not in self._frequencies:

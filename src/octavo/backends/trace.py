@@ -53,6 +53,9 @@ class TraceOps:
         self.widths = widths or Widths()
         self.records: list[OpRecord] = []
 
+    def why_not(self, config: ModelConfig) -> str | None:
+        return None
+
     # --- memory and weights: sizes as the file has them ---
 
     def weight_nbytes(self, tensor: RawTensor) -> int:

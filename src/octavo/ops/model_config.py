@@ -51,7 +51,8 @@ class RopeConfig:
         if scaling.kind == "linear":
             return inv_freq / np.float32(scaling.factor)
         if scaling.kind == "factors":
-            return inv_freq / np.asarray(scaling.factors, np.float32)
+            factors: NDArray[np.float32] = np.asarray(scaling.factors, np.float32)
+            return np.divide(inv_freq, factors)
         return _llama3(inv_freq, scaling)
 
 

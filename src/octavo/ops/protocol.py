@@ -37,10 +37,12 @@ class RawTensor(Protocol):
     def data(self) -> NDArray[np.uint8]:
         """[rows, bytes_per_row], as the file has them."""
         ...
+
     @property
     def dtype(self) -> Any:
         """`.name` is the format's, such as "Q4_1"."""
         ...
+
     @property
     def size(self) -> int:
         """Number of values."""
@@ -65,6 +67,10 @@ class Ops(Protocol):
     """One backend."""
 
     name: str
+
+    def why_not(self, config: ModelConfig) -> str | None:
+        """Why this backend cannot run such a model; None when it can."""
+        ...
 
     # --- for the memory plan, before anything is allocated: bytes ---
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from octavo.core.errors import ModelFormatError
 from octavo.ops import ModelConfig, RopeScaling
 
@@ -40,6 +42,9 @@ def check_config(config: ModelConfig, path: object) -> None:
             raise ModelFormatError(path, "rope theta", f"must be more than 0, not {rope.theta}")
         if rope.scaling is not None:
             _check_scaling(rope.scaling, rope.dim, path)
+        with np.errstate(all="ignore"):
+            if not np.isfinite(rope.inverse_frequencies()).all():
+                raise ModelFormatError(path, "rope theta", f"{rope.theta} with its scaling gives no finite frequencies")
         if layer.window is not None and layer.window < 1:
             raise ModelFormatError(path, "sliding window", f"must be at least 1, not {layer.window}")
 

@@ -120,7 +120,9 @@ def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig
     everything = LayerConfig(rope)
     period = keys.integer("attention.sliding_window_pattern", _GEMMA3_WINDOW_PERIOD)
     if period < 1:
-        raise ModelFormatError(keys.path, "gemma3.attention.sliding_window_pattern", f"must be at least 1, not {period}")
+        raise ModelFormatError(
+            keys.path, "gemma3.attention.sliding_window_pattern", f"must be at least 1, not {period}"
+        )
     return tuple(everything if (i + 1) % period == 0 else local for i in range(count))
 
 

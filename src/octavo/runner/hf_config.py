@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ class _Config:
     def number(self, key: str, *default: float) -> float:
         """A finite number of more than 0; no setting here may be anything else."""
         value = self.get(key, (int, float), *default)
-        if not (math.isfinite(value) and 0 < value < _LARGEST):
+        if not 0 < value < _LARGEST:  # nor is NaN
             raise ModelFormatError(self.path, key, f"must be a finite number of more than 0, not {value!r}")
         return float(value)
 

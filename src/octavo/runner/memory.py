@@ -7,7 +7,10 @@ from pathlib import Path
 
 from octavo.core.errors import OutOfMemoryError
 
-KV_SHARE = 0.5  # of the memory left after weights and scratch, when kv_cache_memory_bytes is not given
+# KV memory when kv_cache_memory_bytes is not given: this share of what weights and scratch leave, and at most so much
+# unless one sequence of max_model_len needs more.
+KV_SHARE = 0.5
+KV_MOST_BYTES = 4 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -57,12 +60,13 @@ def plan_memory(
         if num_blocks < needed:
             raise OutOfMemoryError(
                 f"kv_cache_memory_bytes: {size(kv_cache_memory_bytes)} are {num_blocks} blocks of {size(block_bytes)}, "
-                f"and a sequence of max_model_len={max_model_len} tokens needs {needed} ({size(needed * block_bytes)}). "
-                "Give more memory or a smaller max_model_len"
+                f"and a sequence of max_model_len={max_model_len} tokens needs {needed} "
+                f"({size(needed * block_bytes)}). Give more memory or a smaller max_model_len"
             )
     else:
         left = available_bytes - weights_bytes - scratch_bytes
-        num_blocks = min(max_num_seqs * needed, max(needed, int(left * KV_SHARE) // block_bytes))
+        affordable = min(int(left * KV_SHARE), KV_MOST_BYTES) // block_bytes
+        num_blocks = min(max_num_seqs * needed, max(needed, affordable))
     plan = MemoryPlan(available_bytes, weights_bytes, scratch_bytes, block_bytes, num_blocks, block_size)
     if plan.total_bytes > available_bytes:
         raise OutOfMemoryError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,15 @@ class _ShapeTensor:
     def nbytes(self) -> int:
         return self.size * self.itemsize
 
-    def dequantize(self) -> NDArray[np.float32]:
+    @property
+    def dtype(self) -> NoReturn:
+        raise TypeError("a trace has shapes and no values")
+
+    @property
+    def data(self) -> NoReturn:
+        raise TypeError("a trace has shapes and no values")
+
+    def dequantize(self) -> NoReturn:
         raise TypeError("a trace has shapes and no values")
 
 

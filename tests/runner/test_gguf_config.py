@@ -1,0 +1,126 @@
+"""GGUF metadata: nothing in it can do worse than an error that names the key."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.formats import GGUFFile, QuantType, RawTensor
+from octavo.ops import RopeConfig
+from octavo.runner.gguf_config import config_from_gguf
+
+SOUND: dict[str, Any] = {
+    "block_count": 8,
+    "context_length": 128,
+    "embedding_length": 32,
+    "feed_forward_length": 64,
+    "attention.head_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+OTHERS = (
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window"),
+    *("attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"),
+    *("rope.scaling.type", "rope.scaling.factor", "expert_count", "final_logit_softcapping"),
+)
+
+
+def tensor(name: str, *shape: int, value: float = 0.0) -> RawTensor:
+    values = np.full(shape, value, np.float32)
+    return RawTensor(name, shape, QuantType.F32, values.reshape(-1, shape[-1]).view(np.uint8))
+
+
+def config_of(architecture: str, values: dict[str, Any], *more: RawTensor) -> Any:
+    """The part of a GGUFFile that the configuration is made of."""
+    metadata = {f"{architecture}.{key}": value for key, value in values.items()}
+    tensors = {one.name: one for one in (tensor("token_embd.weight", 100, 32), *more)}
+    file = SimpleNamespace(
+        path=Path("m.gguf"), metadata={"general.architecture": architecture} | metadata, tensors=tensors
+    )
+    return config_from_gguf(file)  # type: ignore[arg-type]
+
+
+def test_smollm2(smollm2_path: Path) -> None:
+    with GGUFFile(smollm2_path) as file:
+        config = config_from_gguf(file)
+    assert (config.architecture, config.vocab_size, config.hidden_size, config.intermediate_size) == (
+        *("llama", 49152, 576),
+        1536,
+    )
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.max_position) == (9, 3, 64, 8192)
+    assert config.num_layers == 30 and config.tie_embeddings
+    assert set(config.layers) == {config.layers[0]}
+    assert config.layers[0].rope == RopeConfig(100_000.0, 64) and config.layers[0].window is None
+    assert config.score_scale == 1 / 8
+
+
+def test_gemma3(gemma3_path: Path) -> None:
+    with GGUFFile(gemma3_path) as file:
+        config = config_from_gguf(file)
+    assert (config.architecture, config.vocab_size, config.num_layers) == ("gemma3", 262_144, 18)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 1, 256)
+    everything = [index for index, layer in enumerate(config.layers) if layer.window is None]
+    assert everything == [5, 11, 17]
+    assert {layer.rope.theta for layer in config.layers if layer.window == 512} == {10_000.0}
+    assert {config.layers[index].rope.theta for index in everything} == {1_000_000.0}
+    assert config.norm_offset == 0.0  # the file's norms are raised by one already
+
+
+def test_defaults() -> None:
+    config = config_of("llama", SOUND)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (4, 8, True)
+    assert config.layers[0].rope == RopeConfig(10_000.0, 8)
+    assert not config_of("llama", SOUND, tensor("output.weight", 100, 32)).tie_embeddings
+
+
+@pytest.mark.parametrize("key", list(SOUND))
+def test_missing_keys_are_named(key: str) -> None:
+    with pytest.raises(ModelFormatError, match=f"llama.{key}: is missing"):
+        config_of("llama", {name: value for name, value in SOUND.items() if name != key})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_rope_factors(value: float) -> None:
+    with pytest.raises(ModelFormatError, match=r"rope_freqs\.weight"):
+        config_of("llama", SOUND, tensor("rope_freqs.weight", 4, value=value))
+
+
+def test_other_patterns_of_windows() -> None:
+    config = config_of("gemma3", SOUND | {"attention.sliding_window": 16, "attention.sliding_window_pattern": 3})
+    assert [layer.window for layer in config.layers] == [16, 16, None, 16, 16, None, 16, 16]
+    with pytest.raises(ModelFormatError, match="sliding_window_pattern"):
+        config_of("gemma3", SOUND | {"attention.sliding_window_pattern": 0})
+
+
+_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([2**31, 2**63, 2**64 - 1, -(2**63)]),
+    st.floats(),
+    st.sampled_from(["", "none", "linear", "yarn"]),
+    st.lists(st.integers(0, 4), max_size=3),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    architecture=st.sampled_from(["llama", "gemma3"]),
+    changes=st.dictionaries(st.sampled_from([*SOUND, *OTHERS]), _VALUES, min_size=1, max_size=3),
+)
+def test_any_values(architecture: str, changes: dict[str, Any]) -> None:
+    try:
+        config = config_of(architecture, SOUND | changes)
+    except (ModelFormatError, UnsupportedModelError) as error:
+        assert "m.gguf" in str(error)
+        return
+    assert math.isfinite(config.score_scale) and config.score_scale > 0
+    for layer in config.layers:
+        frequencies = layer.rope.inverse_frequencies()
+        assert (frequencies >= 0).all() and (frequencies < float("inf")).all()

@@ -1,0 +1,228 @@
+"""config.json: what is read, what is refused, and that nothing in it can do worse than an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.ops import Activation, ModelConfig, RopeConfig, RopeScaling
+from octavo.runner.hf_config import config_from_folder
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 7,
+}
+
+
+def read(folder: Path, values: object) -> ModelConfig:
+    (folder / "config.json").write_text(json.dumps(values))
+    return config_from_folder(folder)
+
+
+def test_llama_defaults(tmp_path: Path) -> None:
+    config = read(tmp_path, LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (4, 8, False)
+    assert (config.activation, config.norm_offset, config.embedding_scale) == (Activation.SILU, 0.0, 1.0)
+    assert config.score_scale == 8**-0.5
+    assert [(layer.window, layer.rope) for layer in config.layers] == [(None, RopeConfig(10_000.0, 8))] * 2
+
+
+def test_gemma3_defaults(tmp_path: Path) -> None:
+    """Those of transformers' Gemma3TextConfig."""
+    from transformers import Gemma3TextConfig
+
+    theirs = Gemma3TextConfig(**{key: value for key, value in GEMMA3.items() if key != "model_type"})
+    config = read(tmp_path, GEMMA3)
+    assert config.vocab_size == theirs.vocab_size
+    assert (config.num_heads, config.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert (config.head_dim, config.max_position) == (theirs.head_dim, theirs.max_position_embeddings)
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.score_scale == theirs.query_pre_attn_scalar**-0.5
+    assert (config.activation, config.norm_offset) == (Activation.GELU_TANH, 1.0)
+    assert (config.embedding_scale, config.tie_embeddings) == (8.0, theirs.tie_word_embeddings)
+    for layer, kind in zip(config.layers, theirs.layer_types, strict=True):
+        assert layer.rope.theta == theirs.rope_parameters[kind]["rope_theta"]
+        assert layer.window == (theirs.sliding_window if kind == "sliding_attention" else None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 16}, [None, None]),  # transformers' Llama has none
+        ({"model_type": "mistral"}, [4096, 4096]),  # the default of transformers
+        ({"model_type": "mistral", "sliding_window": None}, [None, None]),
+        ({"model_type": "mistral", "sliding_window": 16}, [16, 16]),
+        (
+            {"model_type": "mistral", "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+            [None, 16],
+        ),
+    ],
+)
+def test_windows(tmp_path: Path, changes: dict[str, Any], windows: list[int | None]) -> None:
+    config = read(tmp_path, LLAMA | {"num_key_value_heads": 2} | changes)
+    assert [layer.window for layer in config.layers] == windows
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_theta": 5e5}, RopeConfig(5e5, 8)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, RopeConfig(5e5, 8)),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, RopeConfig(5e5, 8)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
+            RopeConfig(5e5, 8, RopeScaling("linear", 2.0)),
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            RopeConfig(10_000.0, 8, RopeScaling("llama3", 32.0, 1.0, 4.0, 64)),
+        ),
+    ],
+)
+def test_rope(tmp_path: Path, rope: dict[str, Any], expected: RopeConfig) -> None:
+    assert read(tmp_path, LLAMA | rope).layers[0].rope == expected
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        *(({key: None}, key) for key in LLAMA if key != "model_type"),
+        ({"model_type": 3}, "model_type"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": -32}, "hidden_size"),
+        ({"hidden_size": 32.0}, "hidden_size"),
+        ({"hidden_size": 10**400}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_kv_heads"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"head_dim": 7}, "rope dimension"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"rms_norm_eps": 2.0}, "norm_eps"),
+        ({"max_position_embeddings": 1 << 40}, "max_position"),
+        ({"rope_theta": math.inf}, "rope_theta"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": 1e-300}, "rope theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": 3}}, "full_attention"),
+        ({"rope_scaling": {"type": 7}}, "type"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
+        ({"rope_scaling": LLAMA3}, "original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8, "high_freq_factor": 1}}, "rope scaling"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "mistral", "layer_types": [["full_attention"], {}]}, "layer_types"),
+        ({"model_type": "mistral", "layer_types": ["chunked_attention"] * 2}, "layer_types"),
+        (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        (GEMMA3 | {"query_pre_attn_scalar": -4}, "query_pre_attn_scalar"),
+        (GEMMA3 | {"model_type": "gemma3", "text_config": 5}, "text_config"),
+    ],
+)
+def test_the_key_at_fault_is_named(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ModelFormatError) as caught:
+        read(tmp_path, LLAMA | changes)
+    assert caught.value.field == field
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1', "\udcff", "[" * 100_000, '{"model_type": NaN}'])
+def test_files_that_are_no_config(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelFormatError):
+        config_from_folder(tmp_path)
+
+
+def test_no_file_and_a_file_too_large(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json: cannot be read"):
+        config_from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(" " * (1 << 21))
+    with pytest.raises(ModelFormatError, match="is larger than"):
+        config_from_folder(tmp_path)
+
+
+_HOSTILE = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 5),
+        st.sampled_from([10**400, -(10**30), 2**63, 2**31]),
+        st.floats(),
+        st.sampled_from(["", "linear", "llama3", "full_attention", "sliding_attention", "silu", "default"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["rope_type", "type", "factor", "rope_theta", "full_attention", "sliding_attention"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=6,
+)
+_KEYS = sorted(
+    {
+        *LLAMA,
+        *GEMMA3,
+        *("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window"),
+        *("sliding_window_pattern", "layer_types", "query_pre_attn_scalar", "tie_word_embeddings", "text_config"),
+        *("hidden_act", "hidden_activation", "attention_bias", "rope_local_base_freq", "partial_rotary_factor"),
+    }
+    - {"model_type"}
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "gemma3_text", "gemma3"]),
+    changes=st.dictionaries(st.sampled_from(_KEYS), _HOSTILE, min_size=1, max_size=3),
+)
+def test_any_values(tmp_path_factory: pytest.TempPathFactory, family: str, changes: dict[str, Any]) -> None:
+    """Guards against crashes of any other kind: unhashable, unorderable, overflowing or not finite values. What is
+    accepted is usable."""
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        config = read(folder, LLAMA | changes | {"model_type": family})
+    except (ModelFormatError, UnsupportedModelError) as error:
+        assert "config.json" in str(error)
+        return
+    assert math.isfinite(config.score_scale) and config.score_scale > 0
+    for layer in config.layers:
+        frequencies = layer.rope.inverse_frequencies()
+        assert frequencies.shape == (layer.rope.dim // 2,)
+        assert (frequencies >= 0).all() and (frequencies < float("inf")).all()
