@@ -55,38 +55,57 @@ Place place_of(const Layout& layout, uint8_t* panel, std::size_t group) {
 
 std::size_t scale_bytes(const Layout& layout) { return layout.group_bytes - layout.code_bytes; }
 
-// Put the code of input k (0 .. 31) of output c (0 .. 15) into a group's codes, which begin as zeros.
-void put_code(Codes codes, uint8_t* at, std::size_t k, std::size_t c, unsigned code) {
-  const std::size_t quad = k / 4;
-  const std::size_t byte = 4 * c + k % 4;
+// The 32 codes of one output in a group, four to a word: byte i of word j is the code of input 4j + i.
+using Words = uint32_t[kQuads];
+
+constexpr uint32_t each_byte(uint32_t byte) { return byte * 0x01010101u; }
+
+uint32_t word_at(const uint8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// Codes go to their places, which begin as zeros, a word at a time.
+void put_codes(Codes codes, uint8_t* at, std::size_t c, const Words& words) {
+  const auto put = [&](std::size_t vector, uint32_t word) { std::memcpy(at + 64 * vector + 4 * c, &word, 4); };
   switch (codes) {
     case Codes::kTwo:
-      at[quad / 4 * 64 + byte] |= static_cast<uint8_t>(code << (quad % 4 * 2));
-      break;
-    case Codes::kNibblesAndBit:
-      at[256 + byte] |= static_cast<uint8_t>((code >> 4) << quad);
+      for (std::size_t v = 0; v < 2; ++v) {
+        put(v, words[4 * v] | words[4 * v + 1] << 2 | words[4 * v + 2] << 4 | words[4 * v + 3] << 6);
+      }
+      return;
+    case Codes::kNibblesAndBit: {
+      uint32_t high = 0;
+      for (std::size_t j = 0; j < kQuads; ++j) high |= ((words[j] >> 4) & each_byte(1)) << j;
+      put(4, high);
       [[fallthrough]];
+    }
     case Codes::kNibbles:
-      at[quad % 4 * 64 + byte] |= static_cast<uint8_t>((code & 15u) << (quad / 4 * 4));
-      break;
+      for (std::size_t v = 0; v < 4; ++v) put(v, (words[v] & each_byte(15)) | (words[v + 4] & each_byte(15)) << 4);
+      return;
     case Codes::kBytes:
-      at[quad * 64 + byte] = static_cast<uint8_t>(code);
-      break;
+      for (std::size_t j = 0; j < kQuads; ++j) put(j, words[j]);
+      return;
   }
 }
 
-unsigned get_code(Codes codes, const uint8_t* at, std::size_t k, std::size_t c) {
-  const std::size_t quad = k / 4;
-  const std::size_t byte = 4 * c + k % 4;
+void get_codes(Codes codes, const uint8_t* at, std::size_t c, Words& words) {
+  const auto get = [&](std::size_t vector) { return word_at(at + 64 * vector + 4 * c); };
   switch (codes) {
     case Codes::kTwo:
-      return (at[quad / 4 * 64 + byte] >> (quad % 4 * 2)) & 3u;
+      for (std::size_t j = 0; j < kQuads; ++j) words[j] = (get(j / 4) >> (j % 4 * 2)) & each_byte(3);
+      return;
     case Codes::kNibblesAndBit:
-      return ((at[quad % 4 * 64 + byte] >> (quad / 4 * 4)) & 15u) | (((at[256 + byte] >> quad) & 1u) << 4);
     case Codes::kNibbles:
-      return (at[quad % 4 * 64 + byte] >> (quad / 4 * 4)) & 15u;
-    default:
-      return at[quad * 64 + byte];
+      for (std::size_t j = 0; j < kQuads; ++j) {
+        words[j] = (get(j % 4) >> (j / 4 * 4)) & each_byte(15);
+        if (codes == Codes::kNibblesAndBit) words[j] |= ((get(4) >> j) & each_byte(1)) << 4;
+      }
+      return;
+    case Codes::kBytes:
+      for (std::size_t j = 0; j < kQuads; ++j) words[j] = get(j);
+      return;
   }
 }
 
@@ -98,28 +117,32 @@ float get_half(const uint8_t* at, std::size_t c) {
   return float_of_half(half);
 }
 
+// Four bits of a mask, one to each byte.
+uint32_t spread(uint32_t four) { return (four & 1u) | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21; }
+
 // One block of 32 of the formats without super-blocks.
 void pack_simple(Format format, const Layout& layout, const uint8_t* block, std::size_t c, uint8_t* group) {
-  uint8_t* codes = group + scale_bytes(layout);
   put_half(group, c, block);
   const uint8_t* data = block + 2;
   if (layout.has_minimum) {
     put_half(group + 32, c, data);
     data += 2;
   }
-  if (format == Format::Q8_0) {
-    for (std::size_t k = 0; k < kGroup; ++k) put_code(layout.codes, codes, k, c, static_cast<uint8_t>(data[k] + 128));
-    return;
-  }
   uint32_t high = 0;
   if (layout.codes == Codes::kNibblesAndBit) {
-    std::memcpy(&high, data, 4);
+    high = word_at(data);
     data += 4;
   }
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    const unsigned low = k < 16 ? data[k] & 15u : data[k - 16] >> 4;
-    put_code(layout.codes, codes, k, c, low | (((high >> k) & 1u) << 4));
+  Words words;
+  for (std::size_t j = 0; j < kQuads; ++j) {
+    if (format == Format::Q8_0) {
+      words[j] = word_at(data + 4 * j) ^ each_byte(128);  // signed to offset
+    } else {
+      words[j] = (word_at(data + j % 4 * 4) >> (j / 4 * 4)) & each_byte(15);
+      words[j] |= spread(high >> (4 * j)) << 4;
+    }
   }
+  put_codes(layout.codes, group + scale_bytes(layout), c, words);
 }
 
 // The 6-bit scale and minimum of sub-block j in the 12 bytes of Q4_K and Q5_K.
@@ -133,32 +156,35 @@ void scale_and_minimum(const uint8_t* packed, std::size_t j, uint8_t& scale, uin
   }
 }
 
+// Bits [shift, shift + width) of 32 bytes, as words of codes.
+void bit_fields(const uint8_t* bytes, std::size_t shift, uint32_t mask, std::size_t to, Words& words) {
+  for (std::size_t j = 0; j < kQuads; ++j) {
+    words[j] |= ((word_at(bytes + 4 * j) >> shift) & each_byte(mask)) << to;
+  }
+}
+
 void pack_q45_k(Format format, const Layout& layout, const uint8_t* block, std::size_t c, std::size_t j, Place place) {
   put_half(place.super, c, block);
   put_half(place.super + 32, c, block + 2);
   scale_and_minimum(block + 4, j, place.group[c], place.group[16 + c]);
   const uint8_t* high = block + 16;
   const uint8_t* low = format == Format::Q5_K ? high + 32 : high;
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    unsigned code = (low[j / 2 * 32 + k] >> (j % 2 * 4)) & 15u;
-    if (format == Format::Q5_K) code |= ((high[k] >> j) & 1u) << 4;
-    put_code(layout.codes, place.group + scale_bytes(layout), k, c, code);
-  }
+  Words words = {};
+  bit_fields(low + j / 2 * 32, j % 2 * 4, 15, 0, words);
+  if (format == Format::Q5_K) bit_fields(high, j, 1, 4, words);
+  put_codes(layout.codes, place.group + scale_bytes(layout), c, words);
 }
 
 void pack_q2_k(const Layout& layout, const uint8_t* block, std::size_t c, std::size_t j, Place place) {
   put_half(place.super, c, block + 80);
   put_half(place.super + 32, c, block + 82);
   for (std::size_t s = 0; s < 2; ++s) place.group[16 * s + c] = block[2 * j + s];
-  const uint8_t* codes = block + 16 + j / 4 * 32;
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    put_code(layout.codes, place.group + scale_bytes(layout), k, c, (codes[k] >> (j % 4 * 2)) & 3u);
-  }
+  Words words = {};
+  bit_fields(block + 16 + j / 4 * 32, j % 4 * 2, 3, 0, words);
+  put_codes(layout.codes, place.group + scale_bytes(layout), c, words);
 }
 
 void pack_q3_k(const Layout& layout, const uint8_t* block, std::size_t c, std::size_t j, Place place) {
-  const uint8_t* high = block;
-  const uint8_t* codes = block + 32 + j / 4 * 32;
   const uint8_t* scales = block + 96;
   put_half(place.super, c, block + 108);
   for (std::size_t s = 0; s < 2; ++s) {
@@ -167,24 +193,22 @@ void pack_q3_k(const Layout& layout, const uint8_t* block, std::size_t c, std::s
     const unsigned top = (scales[8 + i % 4] >> (i / 4 * 2)) & 3u;
     place.group[16 * s + c] = static_cast<uint8_t>(static_cast<int>(low | (top << 4)) - 32);
   }
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    const unsigned code = ((codes[k] >> (j % 4 * 2)) & 3u) | (((high[k] >> j) & 1u) << 2);
-    put_code(layout.codes, place.group + scale_bytes(layout), k, c, code);
-  }
+  Words words = {};
+  bit_fields(block + 32 + j / 4 * 32, j % 4 * 2, 3, 0, words);
+  bit_fields(block, j, 1, 2, words);
+  put_codes(layout.codes, place.group + scale_bytes(layout), c, words);
 }
 
 void pack_q6_k(const Layout& layout, const uint8_t* block, std::size_t c, std::size_t j, Place place) {
   put_half(place.super, c, block + 208);
   for (std::size_t s = 0; s < 2; ++s) place.group[16 * s + c] = block[192 + 2 * j + s];
-  // Halves of 128: group j % 4 of half j / 4.
+  // Halves of 128: group j is part j % 4 of half j / 4.
   const std::size_t half = j / 4;
   const std::size_t part = j % 4;
-  const uint8_t* low = block + 64 * half + part % 2 * 32;
-  const uint8_t* high = block + 128 + 32 * half;
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    const unsigned code = ((low[k] >> (part / 2 * 4)) & 15u) | (((high[k] >> (part * 2)) & 3u) << 4);
-    put_code(layout.codes, place.group + scale_bytes(layout), k, c, code);
-  }
+  Words words = {};
+  bit_fields(block + 64 * half + part % 2 * 32, part / 2 * 4, 15, 0, words);
+  bit_fields(block + 128 + 32 * half, part * 2, 3, 4, words);
+  put_codes(layout.codes, place.group + scale_bytes(layout), c, words);
 }
 
 void pack_group(Format format, const Layout& layout, const uint8_t* row, std::size_t group, std::size_t c,
@@ -285,12 +309,19 @@ void unpack_row(Format format, const uint8_t* packed, std::size_t inputs, std::s
     return;
   }
   const Layout layout = layout_of(format);
-  for (std::size_t k = 0; k < inputs; ++k) {
-    const Place place = place_of(layout, panel, k / kGroup);
-    const Scales scales = scales_of(format, place, c, layout.subgroups == 2 ? k % kGroup / 16 : 0);
-    const unsigned code = get_code(layout.codes, place.group + scale_bytes(layout), k % kGroup, c);
-    const float value = scales.scale * static_cast<float>(static_cast<int>(code) - layout.zero);
-    out[k] = layout.has_minimum ? value + scales.minimum : value;
+  for (std::size_t group = 0; group < inputs / kGroup; ++group, out += kGroup) {
+    const Place place = place_of(layout, panel, group);
+    Words words;
+    get_codes(layout.codes, place.group + scale_bytes(layout), c, words);
+    for (std::size_t s = 0; s < static_cast<std::size_t>(layout.subgroups); ++s) {
+      const Scales scales = scales_of(format, place, c, s);
+      const std::size_t part = kGroup / static_cast<std::size_t>(layout.subgroups);
+      for (std::size_t k = part * s; k < part * (s + 1); ++k) {
+        const int code = static_cast<int>((words[k / 4] >> (k % 4 * 8)) & 255u) - layout.zero;
+        const float value = scales.scale * static_cast<float>(code);
+        out[k] = layout.has_minimum ? value + scales.minimum : value;
+      }
+    }
   }
 }
 

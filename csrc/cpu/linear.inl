@@ -381,7 +381,8 @@ OCTAVO_INLINE float highest_bits(I a) {
 }
 
 // Symmetric, to nearest: code = round(x * 127 / max|x|). Looks at each group of the row alone. A group with NaN or
-// infinity gets a scale that is not finite either, so that damage shows in the result.
+// infinity has codes of 0 and a scale that is not finite, so that damage shows in the result, as NaN. A group so small
+// that 127 / max|x| is infinite (max|x| below 3.8e-37) is taken for zeros.
 void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
   for (std::size_t g = 0; g < inputs / kGroup; ++g, x += kGroup, codes += kGroup) {
     const F lo = load(x);

@@ -25,14 +25,19 @@ OCTAVO_INLINE F exp(F x) {
   return select_less(x, set1(kLowest), zero(), mul(p, power));
 }
 
+// x / (1 + e^u), where e^u may be beyond the floats: then 0, however large x is.
+OCTAVO_INLINE F over_one_plus_exp(F x, F u) {
+  return div(x, select_less(set1(88.0f), u, set1(INFINITY), add(set1(1.0f), exp(u))));
+}
+
 // x / (1 + e^-x)
-OCTAVO_INLINE F silu(F x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+OCTAVO_INLINE F silu(F x) { return over_one_plus_exp(x, sub(zero(), x)); }
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), by (1 + tanh u) / 2 = 1 / (1 + e^-2u)
 OCTAVO_INLINE F gelu_tanh(F x) {
   const F cube = mul(mul(x, x), x);
   const F u = mul(set1(0.7978845608f), fma(set1(0.044715f), cube, x));
-  return div(x, add(set1(1.0f), exp(mul(set1(-2.0f), u))));
+  return over_one_plus_exp(x, mul(set1(-2.0f), u));
 }
 
 OCTAVO_INLINE float highest(F a) {  // exact in any order

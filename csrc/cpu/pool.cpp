@@ -41,10 +41,35 @@ void restore_float_mode([[maybe_unused]] unsigned mode) {
 
 std::atomic<unsigned> forks{0};  // a forked child has none of the parent's workers and must start its own
 
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
-  (void)registered;
+// The locks of all pools. A fork waits until none is in use: a child would find a lock that another thread held at that
+// moment locked for ever, and what it guards half done.
+struct Locks {
+  std::mutex mutex;
+  std::vector<std::mutex*> all;
+};
+
+Locks& locks() {
+  static Locks& held = *[] {
+    pthread_atfork(
+        [] {
+          locks().mutex.lock();
+          for (std::mutex* lock : locks().all) lock->lock();
+        },
+        [] {
+          for (std::mutex* lock : locks().all) lock->unlock();
+          locks().mutex.unlock();
+        },
+        [] {
+          forks.fetch_add(1, std::memory_order_relaxed);
+          for (std::mutex* lock : locks().all) lock->unlock();
+          locks().mutex.unlock();
+        });
+    return new Locks;  // never destroyed: a program may fork while it ends
+  }();
+  return held;
 }
+
+constexpr uint32_t kClosed = UINT32_MAX;  // a ticket's next piece while there is none to draw
 
 }  // namespace
 
@@ -52,8 +77,8 @@ void watch_forks() {
 // a worker that comes late, because its processor went to another program, finds nothing to do and is waited for by
 // nobody.
 struct Pool::Shared {
-  // The region under way, written by the caller before the ticket names it. A late worker may read these while they
-  // change; its draw then fails, since the ticket has changed too.
+  // The region under way, written by the caller while the ticket is closed. A late worker may read these while they
+  // change; its draw then fails: who sees a new value (acquire) also sees that the ticket it holds is out of date.
   std::atomic<Piece> piece{nullptr};
   std::atomic<const void*> body{nullptr};
   std::atomic<std::size_t> count{0};
@@ -68,12 +93,12 @@ struct Pool::Shared {
   void work(std::size_t thread) {
     uint64_t drawn = ticket.load(std::memory_order_acquire);
     for (;;) {
-      const std::size_t items = count.load(std::memory_order_relaxed);
-      const std::size_t step = grain.load(std::memory_order_relaxed);
-      const Piece run = piece.load(std::memory_order_relaxed);
-      const void* what = body.load(std::memory_order_relaxed);
+      const std::size_t items = count.load(std::memory_order_acquire);
+      const std::size_t step = grain.load(std::memory_order_acquire);
+      const Piece run = piece.load(std::memory_order_acquire);
+      const void* what = body.load(std::memory_order_acquire);
       const std::size_t begin = static_cast<uint32_t>(drawn) * step;
-      if (begin >= items) return;
+      if (static_cast<uint32_t>(drawn) == kClosed || begin >= items) return;
       if (!ticket.compare_exchange_weak(drawn, drawn + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       const std::size_t end = std::min(begin + step, items);
@@ -104,9 +129,16 @@ struct Pool::Shared {
   }
 };
 
-Pool::Pool(int threads) : threads_(std::max(threads, 1)) { watch_forks(); }
+Pool::Pool(int threads) : threads_(std::max(threads, 1)) {
+  const std::lock_guard<std::mutex> guard(locks().mutex);
+  locks().all.push_back(&in_use_);
+}
 
 Pool::~Pool() {
+  {
+    const std::lock_guard<std::mutex> guard(locks().mutex);
+    std::erase(locks().all, &in_use_);
+  }
   if (shared_ == nullptr) return;
   if (forks_seen_ != forks.load(std::memory_order_relaxed)) {
     shared_.release();  // the threads are the parent's: there is nothing here to join
@@ -135,13 +167,15 @@ void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* bo
   }
   start();
   Shared& shared = *shared_;
-  shared.piece.store(piece, std::memory_order_relaxed);
-  shared.body.store(body, std::memory_order_relaxed);
-  shared.count.store(count, std::memory_order_relaxed);
-  shared.grain.store(grain, std::memory_order_relaxed);
-  shared.done.store(0, std::memory_order_relaxed);
   const uint32_t region = shared.region.load(std::memory_order_relaxed) + 1;
-  shared.ticket.store(static_cast<uint64_t>(region) << 32, std::memory_order_release);
+  const uint64_t ticket = static_cast<uint64_t>(region) << 32;
+  shared.ticket.store(ticket | kClosed, std::memory_order_relaxed);
+  shared.piece.store(piece, std::memory_order_release);
+  shared.body.store(body, std::memory_order_release);
+  shared.count.store(count, std::memory_order_release);
+  shared.grain.store(grain, std::memory_order_release);
+  shared.done.store(0, std::memory_order_release);
+  shared.ticket.store(ticket, std::memory_order_release);
   shared.region.store(region);  // sequentially consistent: a worker that goes to sleep sees it or is seen sleeping
   if (shared.sleeping.load() > 0) shared.region.notify_all();
   shared.work(0);

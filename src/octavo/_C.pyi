@@ -11,7 +11,7 @@ _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 
 def instruction_sets() -> list[str]: ...
-def panel_bytes(format: str, inputs: int) -> int: ...  # noqa: A002
+def panel_bytes(format: str, inputs: int) -> int: ...
 
 class Machine:
     def __init__(self, instruction_set: str, threads: int) -> None: ...
@@ -39,7 +39,7 @@ class KVLayer:
         block_size: int,
         kv_heads: int,
         head_dim: int,
-        window: int,  # noqa: A002
+        window: int,
     ) -> None: ...
     def copy_block(self, source: int, target: int) -> None: ...
 

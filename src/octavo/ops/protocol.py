@@ -48,8 +48,8 @@ class RawTensor(Protocol):
         """Number of values."""
         ...
 
-    def dequantize(self) -> NDArray[np.float32]:
-        """float32, of `shape`; a linear weight is [out_features, in_features]."""
+    def dequantize(self, rows: slice | None = None) -> NDArray[np.float32]:
+        """float32, of `shape`, or only some rows; a linear weight is [out_features, in_features]."""
         ...
 
 

@@ -95,7 +95,7 @@ class _State:
         stop_reason: str | None,
     ) -> None:
         self.parent = parent
-        self.tokens = 0 if parent is None else parent.tokens + 1  # taken in; `finish` counts as one
+        self.tokens: int = 0 if parent is None else parent.tokens + 1  # taken in; `finish` counts as one
         self.pending = pending  # bytes of a character not yet complete
         self.strip = strip  # nothing was decoded yet, and one leading space is to be dropped
         self.length = length  # characters decoded
