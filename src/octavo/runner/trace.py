@@ -86,7 +86,7 @@ class _ShapeTensor:
     def data(self) -> NoReturn:
         raise TypeError("a trace has shapes and no values")
 
-    def dequantize(self) -> NoReturn:
+    def dequantize(self, rows: slice | None = None) -> NoReturn:
         raise TypeError("a trace has shapes and no values")
 
 
