@@ -81,7 +81,8 @@ void pack(Machine& machine, Weight& whole, std::size_t index, const PackedRows& 
   Weight::Segment& weight = whole.segments[index];
   if (rows.shape(1) != file_row_bytes(weight.format, whole.inputs))
     throw nb::value_error("pack: rows have the wrong size");
-  if (at + rows.shape(0) > weight.outputs) throw nb::value_error("pack: rows past the end of the weight");
+  if (at > weight.outputs || rows.shape(0) > weight.outputs - at)
+    throw nb::value_error("pack: rows past the end of the weight");
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
   // Pieces begin at panel edges, so that no two threads write one panel.
@@ -98,8 +99,9 @@ void pack(Machine& machine, Weight& whole, std::size_t index, const PackedRows& 
 void unpack(const Weight& whole, std::size_t index, std::size_t first, const Matrix& out) {
   if (index >= whole.segments.size()) throw nb::index_error("unpack: no such part");
   const Weight::Segment& weight = whole.segments[index];
-  if (out.shape(1) != whole.inputs || first + out.shape(0) > weight.outputs)
+  if (out.shape(1) != whole.inputs || first > weight.outputs || out.shape(0) > weight.outputs - first) {
     throw nb::value_error("unpack: wrong shape");
+  }
   nb::gil_scoped_release release;
   for (std::size_t i = 0; i < out.shape(0); ++i) {
     unpack_row(weight.format, weight.packed.data(), whole.inputs, first + i, out.data() + i * whole.inputs);
@@ -110,10 +112,12 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
          std::optional<Ints> input_ids, std::optional<Ints> positions, std::optional<Ints> query_start_loc,
          std::optional<Ints> seq_lens, std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping,
          std::size_t rows) {
-  if (bound.size() != bound_ids.size()) throw nb::value_error("run: as many buffers as ids");
+  if (bound.size() != bound_ids.size() || bound_ids != graph.bound_buffers()) {
+    throw nb::value_error("run: needs the bound buffers in order, then the last op's output");
+  }
   std::vector<float*> pointers;
   for (std::size_t i = 0; i < bound.size(); ++i) {
-    if (bound[i].shape(0) != rows || (bound_ids[i] >= 0 && bound[i].shape(1) != graph.columns_of(bound_ids[i]))) {
+    if (bound[i].shape(0) != rows || bound[i].shape(1) != graph.columns_of(bound_ids[i])) {
       throw nb::value_error("run: a buffer has the wrong shape");
     }
     pointers.push_back(bound[i].data());
@@ -125,6 +129,9 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     return array.data();
   };
   if (input_ids) {
+    if (!positions || !query_start_loc || !seq_lens || !block_tables || !slot_mapping) {
+      throw nb::value_error("run: batch metadata is given in full or not at all");
+    }
     batch.input_ids = check(*input_ids, rows);
     batch.positions = check(*positions, rows);
     batch.slot_mapping = check(*slot_mapping, rows);

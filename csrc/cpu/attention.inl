@@ -57,21 +57,18 @@ struct ScatteredHalves {
 template <std::size_t Queries, std::size_t Chunks, class B>
 OCTAVO_INLINE void product(const float* const* a, const B& b, std::size_t begin, std::size_t end, bool go_on,
                            float* const* c, std::size_t column) {
-  F acc[Queries][Chunks];
-  for (std::size_t q = 0; q < Queries; ++q) {
-    for (std::size_t j = 0; j < Chunks; ++j) acc[q][j] = go_on ? load(c[q] + column + kLanes * j) : zero();
-  }
+  constexpr std::size_t kCount = Queries * Chunks;  // [Queries][Chunks]
+  F acc[kCount];
+  unroll<kCount>(OCTAVO_EACH(n) { acc[n] = go_on ? load(c[n / Chunks] + column + kLanes * (n % Chunks)) : zero(); });
   for (std::size_t i = begin; i < end; ++i) {
     F row[Chunks];
-    for (std::size_t j = 0; j < Chunks; ++j) row[j] = b.at(i, kLanes * j);
-    for (std::size_t q = 0; q < Queries; ++q) {
+    unroll<Chunks>(OCTAVO_EACH(j) { row[j] = b.at(i, kLanes * j); });
+    unroll<Queries>(OCTAVO_EACH(q) {
       const F weight = set1(a[q][i]);
-      for (std::size_t j = 0; j < Chunks; ++j) acc[q][j] = fma(weight, row[j], acc[q][j]);
-    }
+      unroll<Chunks>(OCTAVO_EACH(j) { acc[q * Chunks + j] = fma(weight, row[j], acc[q * Chunks + j]); });
+    });
   }
-  for (std::size_t q = 0; q < Queries; ++q) {
-    for (std::size_t j = 0; j < Chunks; ++j) store(c[q] + column + kLanes * j, acc[q][j]);
-  }
+  unroll<kCount>(OCTAVO_EACH(n) { store(c[n / Chunks] + column + kLanes * (n % Chunks), acc[n]); });
 }
 
 template <std::size_t Queries, class B>

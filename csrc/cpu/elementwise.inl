@@ -76,7 +76,7 @@ OCTAVO_INLINE std::size_t kv_head_bytes(const KVView& kv) {
   return kv.type == KVType::I8 ? values + kv.block_size * sizeof(float) : values;
 }
 
-OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, float value, float inverse) {
+OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, float value, float steps) {
   if (type == KVType::F32) {
     reinterpret_cast<float*>(base)[index] = value;
   } else if (type == KVType::F16) {
@@ -84,29 +84,31 @@ OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, floa
     store_half(eight, set1(value));
     reinterpret_cast<uint16_t*>(base)[index] = eight[0];
   } else {
-    reinterpret_cast<int8_t*>(base)[index] = static_cast<int8_t>(std::nearbyintf(value * inverse));
+    reinterpret_cast<int8_t*>(base)[index] =
+        steps == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(value * steps));
   }
 }
 
-// Scale of an int8 row, stored; 1 / scale is given back.
+// Scale of an int8 row, stored, NaN or infinity if the row has any, so that damage shows; steps_per_unit is given back.
 OCTAVO_INLINE float put_scale(const KVView& kv, uint8_t* base, std::size_t offset, const float* row) {
   if (kv.type != KVType::I8) return 0.0f;
   float top = 0.0f;
-  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::fabs(row[d]) > top ? std::fabs(row[d]) : top;
+  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::fabs(row[d]) <= top ? top : std::fabs(row[d]);
+  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::isnan(row[d]) ? row[d] : top;
   const float scale = top / 127.0f;
   std::memcpy(base + kv.block_size * kv.head_dim + offset * sizeof(float), &scale, sizeof scale);
-  return top > 0.0f ? 127.0f / top : 0.0f;
+  return steps_per_unit(top);
 }
 
 void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot) {
   const std::size_t block = static_cast<std::size_t>(slot) / kv.block_size;
   const std::size_t offset = static_cast<std::size_t>(slot) % kv.block_size;
   const std::size_t head = (block * kv.kv_heads + kv_head) * kv_head_bytes(kv);
-  const float k_inverse = put_scale(kv, kv.k + head, offset, k);
-  const float v_inverse = put_scale(kv, kv.v + head, offset, v);
+  const float k_steps = put_scale(kv, kv.k + head, offset, k);
+  const float v_steps = put_scale(kv, kv.v + head, offset, v);
   for (std::size_t d = 0; d < kv.head_dim; ++d) {
-    put_value(kv.type, kv.k + head, d * kv.block_size + offset, k[d], k_inverse);
-    put_value(kv.type, kv.v + head, offset * kv.head_dim + d, v[d], v_inverse);
+    put_value(kv.type, kv.k + head, d * kv.block_size + offset, k[d], k_steps);
+    put_value(kv.type, kv.v + head, offset * kv.head_dim + d, v[d], v_steps);
   }
 }
 

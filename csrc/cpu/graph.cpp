@@ -51,6 +51,19 @@ void Bytes::grow(std::size_t size) {
   if (size > size_) *this = Bytes(size);
 }
 
+namespace {
+
+constexpr std::size_t kMostValues = std::size_t{1} << 56;  // of one dimension: products by a few bytes do not overflow
+
+// Throws std::bad_alloc where the number of bytes is beyond what a number can hold.
+std::size_t times(std::size_t a, std::size_t b) {
+  std::size_t result;
+  if (__builtin_mul_overflow(a, b, &result)) throw std::bad_alloc();
+  return result;
+}
+
+}  // namespace
+
 Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs) : inputs(inputs) {
   if (parts.empty() || inputs == 0) throw std::invalid_argument("a weight has at least one output and one input");
   for (const auto& [format, part] : parts) {
@@ -59,7 +72,8 @@ Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::si
       const std::size_t multiple = kGroup * static_cast<std::size_t>(layout_of(format).groups_per_super);
       if (inputs % multiple != 0) throw std::invalid_argument("inputs must be a multiple of the format's block");
     }
-    segments.push_back({format, outputs, part, Bytes(panels_of(part) * panel_bytes(format, inputs), true)});
+    if (inputs > kMostValues || part > kMostValues) throw std::bad_alloc();
+    segments.push_back({format, outputs, part, Bytes(times(panels_of(part), panel_bytes(format, inputs)), true)});
     outputs += part;
   }
 }
@@ -87,8 +101,12 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   if (head_dim % 16 != 0 || head_dim == 0 || head_dim > 1024) {
     throw std::invalid_argument("head_dim must be a multiple of 16 and at most 1024");
   }
-  k = Bytes(num_blocks * block_bytes(), true);
-  v = Bytes(num_blocks * block_bytes(), true);
+  if (kv_heads == 0) throw std::invalid_argument("kv_heads must be at least 1");
+  if (window < 0) throw std::invalid_argument("window must be at least 1, or 0 for none");
+  if (kv_heads > kMostValues / (block_size * head_dim)) throw std::bad_alloc();
+  const std::size_t bytes = times(num_blocks, block_bytes());
+  k = Bytes(bytes, true);
+  v = Bytes(bytes, true);
   view.k = k.data();
   view.v = v.data();
 }
@@ -112,12 +130,22 @@ int Graph::bind(std::size_t columns) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
+void Graph::check(const View& view) const {
+  if (view.buffer < 0 || static_cast<std::size_t>(view.buffer) >= buffers_.size()) {
+    throw std::invalid_argument("a view of no buffer");
+  }
+  const std::size_t columns = buffers_[static_cast<std::size_t>(view.buffer)].columns;
+  if (view.columns == 0) throw std::invalid_argument("a view of no columns");
+  if (view.first > columns || view.columns > columns - view.first) {
+    throw std::invalid_argument("a view reaches past its buffer");
+  }
+}
+
 int Graph::add(Node node, std::size_t columns) {
+  if (node.op != Op::Embed) check(node.x);
+  if (node.op == Op::StoreKV || node.residual.buffer >= 0) check(node.residual);
   for (const View& view : {node.x, node.residual}) {
-    if (view.buffer < 0) continue;
-    Buffer& buffer = buffers_.at(static_cast<std::size_t>(view.buffer));
-    if (view.first + view.columns > buffer.columns) throw std::invalid_argument("a view reaches past its buffer");
-    buffer.last_use = static_cast<int>(nodes_.size());
+    if (view.buffer >= 0) buffers_[static_cast<std::size_t>(view.buffer)].last_use = static_cast<int>(nodes_.size());
   }
   if (columns > 0) {
     buffers_.push_back({columns, -1, static_cast<int>(nodes_.size()), 0});
@@ -129,6 +157,8 @@ int Graph::add(Node node, std::size_t columns) {
 }
 
 int Graph::embed(std::shared_ptr<Weight> weight, float scale) {
+  if (weight->segments.size() != 1) throw std::invalid_argument("embed: the weight must be of one part");
+  embed_rows_ = std::min(embed_rows_, weight->outputs);
   const std::size_t columns = weight->inputs;
   return add({.op = Op::Embed, .weight = std::move(weight), .number = scale}, columns);
 }
@@ -145,6 +175,14 @@ int Graph::linear(View x, std::shared_ptr<Weight> weight, View residual) {
   if (x.columns != weight->inputs) throw std::invalid_argument("linear: x does not have the weight's number of inputs");
   if (residual.buffer >= 0 && residual.columns != weight->outputs) {
     throw std::invalid_argument("linear: the residual does not have the weight's number of outputs");
+  }
+  check(x);
+  if (weight->any_floats() && columns_of(x.buffer) != weight->inputs) {
+    throw std::invalid_argument("linear: float weights need x without gaps");
+  }
+  if (residual.buffer >= 0) {
+    check(residual);
+    if (columns_of(residual.buffer) != weight->outputs) throw std::invalid_argument("linear: the residual has gaps");
   }
   if (weight->any_codes()) quantized_inputs_ = std::max(quantized_inputs_, weight->inputs);
   const std::size_t columns = weight->outputs;
@@ -178,6 +216,54 @@ int Graph::attention(View q, std::shared_ptr<KVLayer> layer, float scale) {
 int Graph::gated(View x, Gate gate) {
   if (x.columns % 2 != 0) throw std::invalid_argument("gated: an odd number of columns");
   return add({.op = Op::Gated, .x = x, .gate = gate}, x.columns / 2);
+}
+
+std::vector<int> Graph::bound_buffers() const {
+  std::vector<int> ids;
+  for (std::size_t b = 0; b < buffers_.size(); ++b) {
+    if (buffers_[b].bound >= 0) ids.push_back(static_cast<int>(b));
+  }
+  if (!nodes_.empty() && nodes_.back().out >= 0) ids.push_back(nodes_.back().out);
+  return ids;
+}
+
+// Throws std::invalid_argument if a batch would make an op read or write where nothing is.
+void Graph::check(const BatchView& batch) const {
+  const auto needs = [&](bool yes) {
+    if (!yes) throw std::invalid_argument("run: the batch does not fit");
+  };
+  const auto below = [](int32_t value, std::size_t limit) {
+    return value >= 0 && static_cast<std::size_t>(value) < limit;
+  };
+  const KVLayer* before = nullptr;
+  for (const Node& node : nodes_) {
+    if (node.op != Op::Embed && node.op != Op::Rope && node.op != Op::StoreKV && node.op != Op::Attention) continue;
+    needs(batch.input_ids != nullptr);
+    if (node.layer == nullptr) continue;
+    const KVLayer& layer = *node.layer;
+    if (before != nullptr && before->num_blocks == layer.num_blocks &&
+        before->view.block_size == layer.view.block_size) {
+      continue;  // as a rule all layers have the same blocks
+    }
+    before = &layer;
+    const std::size_t size = layer.view.block_size;
+    for (std::size_t t = 0; t < batch.tokens; ++t) needs(below(batch.slot_mapping[t], layer.num_blocks * size));
+    for (std::size_t s = 0; s < batch.seqs; ++s) {
+      const auto first = static_cast<std::size_t>(batch.query_start_loc[s]);
+      const auto last = static_cast<std::size_t>(batch.query_start_loc[s + 1]);
+      needs(first <= last && last <= batch.tokens && (s > 0 || first == 0));
+      std::size_t blocks = 0;
+      for (std::size_t t = first; t < last; ++t) {
+        needs(below(batch.positions[t], batch.table_width * size));
+        blocks = std::max(blocks, static_cast<std::size_t>(batch.positions[t]) / size + 1);
+      }
+      const int32_t* table = batch.block_tables + s * batch.table_width;
+      for (std::size_t b = 0; b < blocks; ++b) needs(below(table[b], layer.num_blocks));
+    }
+    needs(batch.seqs > 0 && static_cast<std::size_t>(batch.query_start_loc[batch.seqs]) == batch.tokens);
+  }
+  if (embed_rows_ == SIZE_MAX) return;
+  for (std::size_t t = 0; t < batch.tokens; ++t) needs(below(batch.input_ids[t], embed_rows_));
 }
 
 // Gives buffers places in the arena; a place is used again once its buffer was read for the last time.
@@ -251,8 +337,9 @@ std::size_t grain_of(std::size_t count, int threads) {
 
 void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound) {
   if (nodes_.empty() || rows == 0) return;
-  if (!planned_) plan();
+  check(batch);
   Pool::Session session(machine_->pool);
+  if (!planned_) plan();
   arena_.grow(arena_columns_ * rows * sizeof(float));
   codes_.grow(quantized_inputs_ * rows);
   scales_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
@@ -381,13 +468,7 @@ void Graph::run_linear(const Node& node, Work& work) {
       }
     });
   }
-  if (weight.any_floats() && x_stride != weight.inputs) {
-    throw std::logic_error("linear: float weights need x without gaps");
-  }
   const float* residual = node.residual.buffer < 0 ? nullptr : base(node.residual.buffer) + node.residual.first;
-  if (residual != nullptr && buffers_[static_cast<std::size_t>(node.residual.buffer)].columns != weight.outputs) {
-    throw std::logic_error("linear: the residual has gaps");
-  }
   for (const Weight::Segment& segment : weight.segments) {
     LinearPiece piece{segment.format,
                       segment.packed.data(),

@@ -105,7 +105,10 @@ class Graph {
 
   std::size_t columns_of(int buffer) const { return buffers_.at(static_cast<std::size_t>(buffer)).columns; }
 
-  // `bound` gives the memory of the bound buffers and of the last op's output, in order: inputs first.
+  // Those whose memory `run` is given: what was bound, in order, and the last op's output, if it has one.
+  std::vector<int> bound_buffers() const;
+
+  // Throws std::invalid_argument if the batch does not fit what was recorded, std::bad_alloc.
   void run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound);
 
  private:
@@ -130,6 +133,8 @@ class Graph {
   };
   struct Work;  // of one run
 
+  void check(const View& view) const;
+  void check(const BatchView& batch) const;
   int add(Node node, std::size_t columns);
   void plan();
   void run_node(const Node& node, Work& work);
@@ -142,6 +147,7 @@ class Graph {
   std::vector<std::vector<float>> tables_;  // distinct inverse frequencies
   std::size_t arena_columns_ = 0;
   std::size_t quantized_inputs_ = 0;
+  std::size_t embed_rows_ = SIZE_MAX;  // token ids must be below
   int num_bound_ = 0;
   bool planned_ = false;
   Bytes arena_, codes_, scales_, sums_, angles_, scratch_, states_;

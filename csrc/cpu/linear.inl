@@ -11,50 +11,83 @@
 
 namespace octavo::OCTAVO_ISA {
 
+// --- codes ---
+
+// Quad j (0 .. 7) of a group: for each of 16 outputs, the codes of inputs 4j .. 4j + 3.
+template <Codes kind>
+OCTAVO_INLINE Q code_quad(const uint8_t* p, std::size_t j) {
+  if constexpr (kind == Codes::kTwo) {
+    return shift_mask(load_codes(p + 64 * (j / 4)), static_cast<int>(j % 4 * 2), 3);
+  } else if constexpr (kind == Codes::kBytes) {
+    return load_codes(p + 64 * j);
+  } else {
+    const Q low = shift_mask(load_codes(p + 64 * (j % 4)), static_cast<int>(j / 4 * 4), 15);
+    if constexpr (kind == Codes::kNibbles) return low;
+    const Q high = load_codes(p + 256);
+    const int place = static_cast<int>(j);
+    return orq(low, place < 4 ? shift_left_mask(high, 4 - place, 16) : shift_mask(high, place - 4, 16));
+  }
+}
+
 // --- integer sums: exact, whatever the way ---
+//
+// dot_quads: sums[r] lane c = sum over quads [First, Last) of codes * x, for codes of at most MaxCode. Quads are the
+// outer loop, so that the rows' sums are independent chains and one quad of codes is alive at a time.
+
+OCTAVO_INLINE int32_t four_of(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return four;
+}
 
 #if defined(__AVX512F__)
 
 constexpr std::size_t kRowTile = 8;
 
-// sums[r] lane c = sum over quads [First, Last) of codes * x, for codes of at most MaxCode.
-template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
-  for (std::size_t r = 0; r < Rows; ++r) {
-    __m512i sum = _mm512_setzero_si512();
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
+  __m512i sum[Rows];
+  for (std::size_t r = 0; r < Rows; ++r) sum[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-    for (std::size_t j = First; j < Last; ++j) {
-      int32_t four;
-      std::memcpy(&four, x + r * stride + 4 * j, 4);
-      sum = _mm512_dpbusd_epi32(sum, codes[j].v, _mm512_set1_epi32(four));
+  for (std::size_t j = First; j < Last; ++j) {
+    const Q code = code_quad<kind>(codes, j);
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < Rows; ++r) {
+      sum[r] = _mm512_dpbusd_epi32(sum[r], code.v, _mm512_set1_epi32(four_of(x + r * stride + 4 * j)));
     }
-    sums[r].v = sum;
   }
+  for (std::size_t r = 0; r < Rows; ++r) sums[r].v = sum[r];
 }
 
 #elif defined(__AVX2__)
 
-constexpr std::size_t kRowTile = 4;
+constexpr std::size_t kRowTile = 8;
 
-OCTAVO_INLINE __m256i broadcast_four(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
+// words += sums of two products each of the codes and four broadcast inputs. In assembly, since GCC keeps broadcasts
+// for later use and spills them, which costs more than the multiplication.
+OCTAVO_INLINE void multiply_add(__m256i& words, __m256i code, const int8_t* x) {
+  __m256i product;
+  asm("vpbroadcastd %[x], %[p]\n\tvpmaddubsw %[p], %[c], %[p]\n\tvpaddw %[p], %[w], %[w]"
+      : [w] "+x"(words), [p] "=&x"(product)
+      : [c] "x"(code), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
 }
 
-// One half (8 outputs) of each quad. vpmaddubsw adds two products into int16, which holds Steps quads of them before
-// it must be widened: 2 * Steps * MaxCode * 127 < 2^15.
-template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows, int Half>
-OCTAVO_INLINE void dot_half(const Q* codes, const int8_t* x, std::size_t stride, __m256i* sums) {
-  const auto part = [&](std::size_t j) { return Half == 0 ? codes[j].lo : codes[j].hi; };
+// One half (8 outputs) of each quad. vpmaddubsw adds two products into int16, which holds kSteps quads of them before
+// it must be widened: 2 * kSteps * MaxCode * 127 < 2^15.
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows, int Half>
+OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, std::size_t stride, __m256i* sums) {
+  const auto part = [&](std::size_t j) __attribute__((always_inline)) {
+    const Q code = code_quad<kind>(codes, j);
+    return Half == 0 ? code.lo : code.hi;
+  };
+  for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
   if constexpr (MaxCode > 127) {  // bytes that fill all 8 bits: even and odd inputs as int16 pairs
-    for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
     const __m256i low = _mm256_set1_epi16(0xff);
     for (std::size_t j = First; j < Last; ++j) {
       const __m256i even = _mm256_and_si256(part(j), low);
       const __m256i odd = _mm256_srli_epi16(part(j), 8);
       for (std::size_t r = 0; r < Rows; ++r) {
-        const __m256i four = broadcast_four(x + r * stride + 4 * j);
+        const __m256i four = _mm256_set1_epi32(four_of(x + r * stride + 4 * j));
         const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
         const __m256i x_odd = _mm256_srai_epi16(four, 8);
         const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
@@ -64,78 +97,55 @@ OCTAVO_INLINE void dot_half(const Q* codes, const int8_t* x, std::size_t stride,
   } else {
     constexpr std::size_t kSteps = 32767 / (2 * 127 * MaxCode);
     static_assert(kSteps >= 1);
+    constexpr std::size_t kRounds = (Last - First + kSteps - 1) / kSteps;
     const __m256i ones = _mm256_set1_epi16(1);
-    for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
-    for (std::size_t begin = First; begin < Last; begin += kSteps) {
-      const std::size_t end = begin + kSteps < Last ? begin + kSteps : Last;
+    unroll<kRounds>(OCTAVO_EACH(round) {
+      constexpr std::size_t kBegin = First + round * kSteps;
+      constexpr std::size_t kCount = kBegin + kSteps < Last ? kSteps : Last - kBegin;
       __m256i words[Rows];
-      for (std::size_t r = 0; r < Rows; ++r) words[r] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-      for (std::size_t j = begin; j < end; ++j) {
+      unroll<Rows>(OCTAVO_EACH(r) { words[r] = _mm256_setzero_si256(); });
+      unroll<kCount>(OCTAVO_EACH(step) {
+        const std::size_t j = kBegin + step;
         const __m256i code = part(j);
-#pragma GCC unroll 8
-        for (std::size_t r = 0; r < Rows; ++r) {
-          words[r] = _mm256_add_epi16(words[r], _mm256_maddubs_epi16(code, broadcast_four(x + r * stride + 4 * j)));
-        }
-      }
-      for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(words[r], ones));
-    }
+        unroll<Rows>(OCTAVO_EACH(r) { multiply_add(words[r], code, x + r * stride + 4 * j); });
+      });
+      unroll<Rows>(OCTAVO_EACH(r) { sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(words[r], ones)); });
+    });
   }
 }
 
-template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
-  __m256i lo[Rows];
-  __m256i hi[Rows];
-  dot_half<MaxCode, First, Last, Rows, 0>(codes, x, stride, lo);
-  dot_half<MaxCode, First, Last, Rows, 1>(codes, x, stride, hi);
-  for (std::size_t r = 0; r < Rows; ++r) sums[r] = {lo[r], hi[r]};
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
+  __m256i half[Rows];
+  dot_half<kind, MaxCode, First, Last, Rows, 0>(codes, x, stride, half);
+  for (std::size_t r = 0; r < Rows; ++r) sums[r].lo = half[r];
+  dot_half<kind, MaxCode, First, Last, Rows, 1>(codes, x, stride, half);
+  for (std::size_t r = 0; r < Rows; ++r) sums[r].hi = half[r];
 }
 
 #else
 
 constexpr std::size_t kRowTile = 4;
 
-template <int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const Q* codes, const int8_t* x, std::size_t stride, I* sums) {
-  for (std::size_t r = 0; r < Rows; ++r) {
-    int32_t sum[kLanes] = {};
-    for (std::size_t j = First; j < Last; ++j) {
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
+  int32_t sum[Rows][kLanes] = {};
+  for (std::size_t j = First; j < Last; ++j) {
+    const Q code = code_quad<kind>(codes, j);
+    for (std::size_t r = 0; r < Rows; ++r) {
+      const int8_t* four = x + r * stride + 4 * j;
       for (int c = 0; c < kLanes; ++c) {
-        for (int i = 0; i < 4; ++i)
-          sum[c] += codes[j].v[4 * c + i] * x[r * stride + 4 * j + static_cast<std::size_t>(i)];
+        const uint8_t* codes_of = code.v + 4 * c;
+        sum[r][c] += codes_of[0] * four[0] + codes_of[1] * four[1] + codes_of[2] * four[2] + codes_of[3] * four[3];
       }
     }
-    std::memcpy(sums[r].v, sum, sizeof sum);
   }
+  for (std::size_t r = 0; r < Rows; ++r) std::memcpy(sums[r].v, sum[r], sizeof sum[r]);
 }
 
 #endif
 
-// --- formats ---
-
-template <Codes kind>
-OCTAVO_INLINE void unpack_codes(const uint8_t* p, Q* codes) {
-  if constexpr (kind == Codes::kTwo) {
-    for (int v = 0; v < 2; ++v) {
-      const Q packed = load_codes(p + 64 * v);
-      for (int i = 0; i < 4; ++i) codes[4 * v + i] = shift_mask(packed, 2 * i, 3);
-    }
-  } else if constexpr (kind == Codes::kBytes) {
-    for (int j = 0; j < 8; ++j) codes[j] = load_codes(p + 64 * j);
-  } else {
-    for (int j = 0; j < 4; ++j) {
-      const Q packed = load_codes(p + 64 * j);
-      codes[j] = shift_mask(packed, 0, 15);
-      codes[j + 4] = shift_mask(packed, 4, 15);
-    }
-    if constexpr (kind == Codes::kNibblesAndBit) {
-      const Q high = load_codes(p + 256);
-      for (int j = 0; j < 4; ++j) codes[j] = orq(codes[j], shift_left_mask(high, 4 - j, 16));
-      for (int j = 4; j < 8; ++j) codes[j] = orq(codes[j], shift_mask(high, j - 4, 16));
-    }
-  }
-}
+// --- scales ---
 
 OCTAVO_INLINE F load_half_bytes(const uint8_t* p) { return load_half(reinterpret_cast<const uint16_t*>(p)); }
 OCTAVO_INLINE F load_low_nibbles(const uint8_t* p) {
@@ -228,13 +238,13 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
     if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 128);
     if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 192);
     if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 256);
-    Q codes[kQuads];
-    unpack_codes<layout.codes>(group + kScaleBytes, codes);
+    const uint8_t* codes = group + kScaleBytes;
     const auto part = [&](auto subgroup) {
       constexpr std::size_t kSub = decltype(subgroup)::value;
       const F scale = scale_of<format>(super, group, kSub);
       I isum[Rows];
-      dot_quads<layout.max_code, kSub * kPart, (kSub + 1) * kPart, Rows>(codes, x + g * kGroup, piece.inputs, isum);
+      dot_quads<layout.codes, layout.max_code, kSub * kPart, (kSub + 1) * kPart, Rows>(codes, x + g * kGroup,
+                                                                                       piece.inputs, isum);
       for (std::size_t r = 0; r < Rows; ++r) {
         if constexpr (layout.zero != 0) {
           int32_t sum = sums[r * groups + g];
@@ -389,10 +399,16 @@ void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, 
     const F hi = load(x + kLanes);
     // Compared as integers: of floats without their sign that is the same order, and NaN comes out on top.
     const float top = highest_bits(maxi(as_int(abs(lo)), as_int(abs(hi))));
-    const F inverse = set1(top > 0.0f ? 127.0f / top : 0.0f);
+    scales[g] = top / 127.0f;
+    sums[g] = 0;
+    const float steps = steps_per_unit(top);
+    if (steps == 0.0f) {
+      std::memset(codes, 0, kGroup);
+      continue;
+    }
+    const F inverse = set1(steps);
     store_bytes(codes, to_int(mul(lo, inverse)));
     store_bytes(codes + kLanes, to_int(mul(hi, inverse)));
-    scales[g] = top / 127.0f;
     int32_t sum = 0;
     for (std::size_t k = 0; k < kGroup; ++k) sum += codes[k];
     sums[g] = sum;

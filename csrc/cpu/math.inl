@@ -40,6 +40,13 @@ OCTAVO_INLINE F gelu_tanh(F x) {
   return over_one_plus_exp(x, mul(set1(-2.0f), u));
 }
 
+// 127 / top, by which values up to `top` become int8 codes; 0 where codes mean nothing: top is not finite, or so small
+// that 127 / top is not.
+OCTAVO_INLINE float steps_per_unit(float top) {
+  const float steps = 127.0f / top;
+  return top > 0.0f && steps > 0.0f && steps < INFINITY ? steps : 0.0f;
+}
+
 OCTAVO_INLINE float highest(F a) {  // exact in any order
   float values[kLanes];
   store(values, a);

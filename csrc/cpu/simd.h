@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -26,6 +28,16 @@ uint16_t half_of_float(float value);
 namespace octavo::OCTAVO_ISA {
 
 constexpr int kLanes = 16;
+
+// Calls body(0), body(1), ... body(N - 1) with the index as a constant, so that an array it indexes can live in
+// registers.
+template <std::size_t N, class Body>
+OCTAVO_INLINE void unroll(const Body& body) {
+  [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<std::size_t, I>{}), ...);
+  }(std::make_index_sequence<N>{});
+}
+#define OCTAVO_EACH(index) [&](auto index) __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 

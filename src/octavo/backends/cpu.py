@@ -7,6 +7,7 @@ third of a decode step.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,13 +185,13 @@ class CpuOps:
             views = [None if x is None else x.view for x in inputs]
             return CpuArray(None, record(self._recording, *views), 0, columns, heads)
         graph = _C.Graph(self.machine)
-        present = [x for x in inputs if x is not None]
+        present = list({id(x): x for x in inputs if x is not None}.values())  # one may stand twice
         rows = batch.num_tokens if batch is not None else len(_data(present[0]))
         ids = {id(x): graph.bind(_data(x).shape[1]) for x in present}
         views = [None if x is None else (ids[id(x)], x.first, x.columns) for x in inputs]
         data = np.empty((rows, columns), np.float32)
         out = record(graph, *views)
-        bound = [_data(x) for x in {id(x): x for x in present}.values()]
+        bound = [_data(x) for x in present]
         if columns:
             _run(graph, [*ids.values(), out], [*bound, data], batch, rows)
         else:
@@ -240,11 +241,11 @@ class CpuOps:
 
     def to_numpy(self, x: CpuArray) -> NDArray[np.float32]:
         data = _data(x)[:, x.first : x.first + x.columns]
-        return data.reshape(len(data), x.heads, -1) if x.heads else data
+        return data.reshape(len(data), x.heads, x.columns // x.heads) if x.heads else data
 
     def from_numpy(self, values: NDArray[Any]) -> CpuArray:
         """An array of this backend from [rows, n] or [rows, heads, n] values."""
-        flat = np.ascontiguousarray(values.reshape(len(values), -1), np.float32)
+        flat = np.array(values, np.float32, order="C").reshape(len(values), math.prod(values.shape[1:]))
         return CpuArray(flat, -1, 0, flat.shape[1], values.shape[1] if values.ndim == 3 else 0)
 
 
