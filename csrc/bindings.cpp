@@ -225,7 +225,8 @@ NB_MODULE(_C, m) {
              long window) { new (self) KVLayer(kv_type_of(type), blocks, block_size, kv_heads, head_dim, window); },
           nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"),
           nb::arg("window"))
-      .def("copy_block", &copy_block, nb::arg("source"), nb::arg("target"));
+      .def("copy_block", &copy_block, nb::arg("source"), nb::arg("target"))
+      .def_prop_ro("nbytes", [](const KVLayer& layer) { return layer.k.size() + layer.v.size(); });
   nb::class_<Graph>(m, "Graph", "Ops on numbered buffers; a view is (buffer, first column, columns).")
       .def(nb::init<std::shared_ptr<Machine>>(), nb::arg("machine"))
       .def("bind", &Graph::bind, nb::arg("columns"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.core.plan import Grant
 from octavo.core.want import Hidden
@@ -13,43 +12,40 @@ from octavo.ops import Batch
 
 
 def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
-    """Pack the grants' tokens one after the other; see Batch for shapes."""
-    lengths = np.array([grant.num_tokens for grant in grants], np.int32)
-    query_start_loc = np.zeros(len(grants) + 1, np.int32)
-    np.cumsum(lengths, out=query_start_loc[1:])
-    total = int(query_start_loc[-1])
-    input_ids = np.empty(total, np.int32)
-    positions = np.empty(total, np.int32)
-    slots = np.empty(total, np.int32)
-    tables = np.zeros((len(grants), max((len(grant.block_table) for grant in grants), default=0)), np.int32)
+    """Pack the grants' tokens one after the other; see Batch for shapes.
+
+    Lists first: most steps are a few rows, for which NumPy's calls would cost more than their work.
+    """
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    wanted: list[int] = []
+    query_start_loc = [0]
+    width = max((len(grant.block_table) for grant in grants), default=0)
+    tables = np.zeros((len(grants), width), np.int32)
     for index, grant in enumerate(grants):
-        rows = slice(query_start_loc[index], query_start_loc[index + 1])
-        input_ids[rows] = grant.token_ids[grant.start : grant.stop]
-        positions[rows] = np.arange(grant.start, grant.stop)
-        tables[index, : len(grant.block_table)] = grant.block_table
-        blocks, offsets = np.divmod(positions[rows], block_size)
-        slots[rows] = tables[index, blocks] * block_size + offsets
+        table = grant.block_table
+        first = len(input_ids)
+        input_ids += grant.token_ids[grant.start : grant.stop]
+        positions += range(grant.start, grant.stop)
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(grant.start, grant.stop)]
+        query_start_loc.append(len(input_ids))
+        tables[index, : len(table)] = table
+        if grant.each_row is not None:
+            wanted += [first + row for row in rows_with_next(grant)]
+        last = len(input_ids) - 1
+        if grant.want is not None and not isinstance(grant.want, Hidden) and wanted[-1:] != [last]:
+            wanted.append(last)
     return Batch(
-        input_ids=input_ids,
-        positions=positions,
-        query_start_loc=query_start_loc,
+        input_ids=np.array(input_ids, np.int32),
+        positions=np.array(positions, np.int32),
+        query_start_loc=np.array(query_start_loc, np.int32),
         seq_lens=np.array([grant.stop for grant in grants], np.int32),
         block_tables=tables,
-        slot_mapping=slots,
-        logits_indices=_wanted_rows(grants, query_start_loc),
+        slot_mapping=np.array(slots, np.int32),
+        logits_indices=np.array(wanted, np.int32),
         block_size=block_size,
     )
-
-
-def _wanted_rows(grants: Sequence[Grant], query_start_loc: NDArray[np.int32]) -> NDArray[np.int32]:
-    rows: list[int] = []
-    for grant, first in zip(grants, query_start_loc[:-1], strict=True):
-        wanted = list(rows_with_next(grant)) if grant.each_row is not None else []
-        last = grant.num_tokens - 1
-        if grant.want is not None and not isinstance(grant.want, Hidden) and (not wanted or wanted[-1] != last):
-            wanted.append(last)
-        rows += [int(first) + row for row in wanted]
-    return np.array(rows, np.int32)
 
 
 def rows_with_next(grant: Grant) -> range:

@@ -172,7 +172,7 @@ class Paged:
             positions=np.concatenate(positions),
             query_start_loc=starts,
             seq_lens=np.array([last for _, _, last in ranges], np.int32),
-            block_tables=np.ascontiguousarray(self.tables[[s for s, _, _ in ranges]]).reshape(len(ranges), -1),
+            block_tables=self.tables[np.array([s for s, _, _ in ranges], int)],
             slot_mapping=np.concatenate(slots),
             logits_indices=np.array([], np.int32),
             block_size=self.block_size,

@@ -1,0 +1,289 @@
+"""Octavo against llama.cpp, OpenVINO GenAI and transformers: same file, prompt ids and threads, alternating in one run.
+
+Each engine lives in a process of its own, started with the interpreter it is installed for; they are asked in turn.
+A figure is the median over the rounds; a ratio is the median of the rounds' ratios, with the lowest and highest.
+
+    python benchmarks/compare.py --model smollm2 --peer llama.cpp=PATH/python --peer openvino=PATH/python
+
+See README.md beside this file for how to install the peers. A peer not given, or that does not load, is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed. `figure` is in tokens a second, or seconds for start-up."""
+
+    name: str
+    sequences: int
+    prompt: int  # tokens of each
+    new: int  # tokens of each; 0: the prompt alone is timed
+
+
+WORKS = (
+    Work("prefill 512", 1, 512, 0),
+    Work("prefill 2048", 1, 2048, 0),
+    Work("decode, context 16", 1, 16, 64),
+    Work("decode, context 2048", 1, 2048, 64),
+    Work("decode, context 4096", 1, 4096, 32),
+    Work("16 sequences of 128 + 64", 16, 128, 64),
+    Work("32 sequences of 128 + 64", 32, 128, 64),
+)
+
+
+def prompt_ids(sequence: int, length: int) -> list[int]:
+    """Token ids inside every vocabulary here; sequences differ from the first token on, so no cache helps."""
+    return [(sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
+
+
+# --- engines: each gives run(prompts, new) which computes the prompts and `new` tokens after the first of each ---
+
+Run = Callable[[list[list[int]], int], None]
+
+
+def load_octavo(model: str, threads: int) -> Run:
+    from octavo import LLM, SamplingParams
+
+    llm = LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
+
+    def run(prompts: list[list[int]], new: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+
+    return run
+
+
+def load_llama_cpp(model: str, threads: int) -> Run:
+    import ctypes
+
+    import llama_cpp
+    import numpy as np
+
+    llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(loaded))
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 32 * 256, 32, 8192, 512
+    params.kv_unified = True
+    params.n_threads = params.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(loaded, params)
+    batch = llama_cpp.llama_batch_init(8192, 0, 1)
+
+    def put(token: int, position: int, sequence: int, wanted: bool) -> None:
+        i = batch.n_tokens
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+        batch.seq_id[i][0] = sequence
+        batch.n_tokens += 1
+
+    def best(row: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(context, row)
+        return int(np.ctypeslib.as_array(logits, (vocab_size,)).argmax())
+
+    def decode() -> None:
+        if llama_cpp.llama_decode(context, batch) != 0:
+            raise RuntimeError("llama_decode failed")
+
+    def run(prompts: list[list[int]], new: int) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        batch.n_tokens = 0
+        ends = []
+        for sequence, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                put(token, position, sequence, position == len(prompt) - 1)
+            ends.append(batch.n_tokens - 1)
+        decode()
+        tokens = [best(row) for row in ends]
+        for step in range(new):
+            batch.n_tokens = 0
+            for sequence, prompt in enumerate(prompts):
+                put(tokens[sequence], len(prompt) + step, sequence, True)
+            decode()
+            tokens = [best(row) for row in range(len(prompts))]
+
+    return run
+
+
+def load_openvino(model: str, threads: int) -> Run:
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    single = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
+    config = genai.GenerationConfig()
+    config.do_sample, config.ignore_eos = False, True
+
+    def run(prompts: list[list[int]], new: int) -> None:
+        config.max_new_tokens = config.min_new_tokens = new + 1
+        ids = np.array(prompts, np.int64)
+        inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+        single.generate(inputs, config)
+
+    return run
+
+
+def load_transformers(model: str, threads: int) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    path = Path(model)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def run(prompts: list[list[int]], new: int) -> None:
+        ids = torch.tensor(prompts)
+        with torch.no_grad():
+            loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new + 1,
+                min_new_tokens=new + 1,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+ENGINES: dict[str, Callable[[str, int], Run]] = {
+    "octavo": load_octavo,
+    "llama.cpp": load_llama_cpp,
+    "openvino": load_openvino,
+    "transformers": load_transformers,
+}
+
+
+def serve(engine: str, model: str, threads: int) -> None:
+    """A child: loads one engine, then answers lines of [sequences, prompt, new] with seconds."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the engine prints goes elsewhere
+    run = ENGINES[engine](model, threads)
+    print("ready", file=output, flush=True)
+    for line in sys.stdin:
+        sequences, prompt, new = json.loads(line)
+        prompts = [prompt_ids(sequence, prompt) for sequence in range(sequences)]
+        started = time.perf_counter()
+        run(prompts, new)
+        print(time.perf_counter() - started, file=output, flush=True)
+
+
+class Child:
+    def __init__(self, engine: str, python: str, model: str, threads: int) -> None:
+        command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
+        log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        if self.process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"it does not load with {python}")
+
+    def seconds(self, sequences: int, prompt: int, new: int) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([sequences, prompt, new]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("it died")
+        return float(line)
+
+    def figure(self, work: Work) -> float:
+        """Tokens a second: of the prompt, or of what comes after the first token."""
+        if work.new == 0:
+            return work.sequences * work.prompt / self.seconds(work.sequences, work.prompt, 0)
+        first = self.seconds(work.sequences, work.prompt, 0)
+        whole = self.seconds(work.sequences, work.prompt, work.new)
+        return work.sequences * work.new / max(whole - first, 1e-9)
+
+
+def measure(children: dict[str, Child], work: Work, rounds: int) -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = {name: [] for name in children}
+    for round_number in range(rounds + 1):
+        for name, child in list(children.items()):
+            try:
+                figure = child.figure(work)
+            except RuntimeError as error:
+                print(f"{name}: {work.name}: {error}; it is left out from here on", file=sys.stderr)
+                del children[name]
+                figures.pop(name)
+                continue
+            if round_number:  # the first warms up
+                figures[name].append(figure)
+    return figures
+
+
+def table(works: list[tuple[Work, dict[str, list[float]]]]) -> list[dict[str, Any]]:
+    rows = []
+    for work, figures in works:
+        row: dict[str, Any] = {"work": work.name, "median": {k: statistics.median(v) for k, v in figures.items()}}
+        ratios = {}
+        for name, values in figures.items():
+            if name != "octavo":
+                each = [ours / theirs for ours, theirs in zip(figures["octavo"], values, strict=True)]
+                ratios[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+        rows.append(row | {"ratio": ratios})
+    return rows
+
+
+def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
+    print(f"{'tokens a second':28}" + "".join(f"{name:>14}" for name in engines) + "   octavo / peer (min-max)")
+    for row in rows:
+        cells = "".join(f"{row['median'].get(name, float('nan')):14.1f}" for name in engines)
+        ratios = ", ".join(
+            f"{name} {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for name, r in row["ratio"].items()
+        )
+        print(f"{row['work']:28}{cells}   {ratios}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="alias, or a .gguf file that all engines read")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", action="append", default=[], metavar="ENGINE=PYTHON", help="repeatable")
+    parser.add_argument("--only", action="append", default=[], help="part of a work's name; repeatable")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.model, args.threads)
+        return
+    from octavo.hub import resolve_model
+
+    model = str(resolve_model(args.model))
+    pythons = {"octavo": sys.executable} | dict(peer.split("=", 1) for peer in args.peer)
+    children: dict[str, Child] = {}
+    for name in ENGINES:
+        if name not in pythons:
+            print(f"{name}: not given, skipped", file=sys.stderr)
+            continue
+        try:
+            children[name] = Child(name, pythons[name], model, args.threads)
+        except RuntimeError as error:
+            print(f"{name}: {error}, skipped", file=sys.stderr)
+    works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
+    rows = table([(work, measure(children, work, args.rounds)) for work in works])
+    show(rows, [name for name in ENGINES if name in pythons])
+    if args.json:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
+        report = {"date": datetime.now(UTC).isoformat(), "machine": machine, "model": Path(model).name, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
