@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2
-PROMPT ?= What is a sheet of paper folded into eight leaves called?
+PROMPT ?= Name three primary colors.
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

@@ -210,9 +210,9 @@ NB_MODULE(_C, m) {
           [](Weight& self, Machine& machine, std::size_t part, const PackedRows& rows, std::size_t at) {
             pack(machine, self, part, rows, at);
           },
-          nb::arg("machine"), nb::arg("part"), nb::arg("rows"), nb::arg("at"),
+          nb::arg("machine"), nb::arg("part"), nb::arg("rows").noconvert(), nb::arg("at"),
           "Pack rows as the file has them, uint8 [n, bytes], at output `at` of a part.")
-      .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out"),
+      .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out").noconvert(),
            "The values of a part's outputs from `first` on, into float32 [n, inputs].")
       .def_prop_ro("inputs", [](const Weight& weight) { return weight.inputs; })
       .def_prop_ro("outputs", [](const Weight& weight) { return weight.outputs; })
@@ -268,8 +268,10 @@ NB_MODULE(_C, m) {
             return g.gated(view_of(x), activation == "silu" ? Gate::Silu : Gate::GeluTanh);
           },
           nb::arg("x"), nb::arg("activation"))
-      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound"), nb::arg("input_ids").none(),
-           nb::arg("positions").none(), nb::arg("query_start_loc").none(), nb::arg("seq_lens").none(),
-           nb::arg("block_tables").none(), nb::arg("slot_mapping").none(), nb::arg("rows"),
+      // noconvert: another type or layout would be copied, and what is written to a copy is lost.
+      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("input_ids").noconvert().none(),
+           nb::arg("positions").noconvert().none(), nb::arg("query_start_loc").noconvert().none(),
+           nb::arg("seq_lens").noconvert().none(), nb::arg("block_tables").noconvert().none(),
+           nb::arg("slot_mapping").noconvert().none(), nb::arg("rows"),
            "Run with the memory of bound buffers and, last, of the last op's output.");
 }

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import octavo
 from octavo.config import EngineConfig
-from octavo.core.errors import ConfigError
+from octavo.core.errors import ConfigError, OutOfMemoryError
 from octavo.engine import Engine, SchedulerConfig
 from octavo.formats import GGUFFile, open_weights
 from octavo.formats.mapping import ModelFile
@@ -52,6 +49,18 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
 
     Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError, ConfigError.
     """
+    try:
+        return _build(config, clock)
+    except MemoryError as error:
+        if isinstance(error, OutOfMemoryError):
+            raise
+        raise OutOfMemoryError(
+            "the system refused memory while the model was loaded, although the plan fitted (see -v): give a smaller "
+            "max_model_len or kv_cache_memory_bytes"
+        ) from None
+
+
+def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
     path = resolve_model(config.model)
     with open_weights(path) as file:
         model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
@@ -109,7 +118,8 @@ def _make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
             log.info("backend %s%s", name, f" ({'; '.join(refused)})" if refused else "")
             return ops
         refused.append(f"{name}: {reason}")
-    raise ConfigError(f"backend: none fits; {'; '.join(refused)}")
+    advice = ". --backend reference runs every model, slowly" if config.backend == "cpu" else ""
+    raise ConfigError(f"backend: none fits; {'; '.join(refused)}{advice}")
 
 
 def _make_cpu(config: EngineConfig) -> Ops:
@@ -122,9 +132,8 @@ def _make_cpu(config: EngineConfig) -> Ops:
     if config.block_size == 1:
         raise ConfigError("block_size 1 is of the reference backend")
     kv_dtype = "float16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    instruction_set = os.environ.get("OCTAVO_INSTRUCTION_SET") or None
     try:
-        return CpuOps(instruction_set, config.threads, kv_dtype, config.compute_dtype)
+        return CpuOps(config.instruction_set, config.threads, kv_dtype, config.compute_dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -156,5 +165,4 @@ def _plan(config: EngineConfig, model: ModelConfig, file: ModelFile, ops: Ops, m
 
 def _fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
     files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
-    settings = (octavo.__version__, ops.name, np.__version__, config.compute_dtype, config.kv_cache_dtype)
-    return "octavo-" + fingerprint(files, *settings)
+    return "octavo-" + fingerprint(files, octavo.__version__, ops.identity)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from octavo.core.errors import ConfigError
+from octavo.core.errors import ConfigError, shown
 
 DEFAULT_MODEL = "smollm2"
 ENV_PREFIX = "OCTAVO_"
@@ -19,6 +19,7 @@ ENV_PREFIX = "OCTAVO_"
 BACKENDS = ("auto", "cpu", "reference")
 KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 BLOCK_SIZES = (1, 16, 32, 64)
 MAX_TOKENS = 2**31 - 1
 
@@ -33,6 +34,7 @@ class EngineConfig:
 
     model: str = _setting(DEFAULT_MODEL, "alias, Hugging Face name, .gguf file or model folder")
     backend: str = _setting("auto", "what computes", choices=BACKENDS)
+    instruction_set: str | None = _setting(None, "of the cpu backend", choices=INSTRUCTION_SETS)
     threads: int | None = _setting(None, "threads of the cpu backend", low=1, high=1024)
     max_model_len: int | None = _setting(None, "most tokens of prompt and output together", low=2, high=MAX_TOKENS)
     max_num_seqs: int = _setting(32, "most sequences in a step", low=1, high=4096)
@@ -70,6 +72,8 @@ class EngineConfig:
                 raise ConfigError(f"{name}: unknown setting{hint}")
         values = _from_environment(cls, os.environ if environ is None else environ)
         values.update({name: value for name, value in given.items() if value is not None})
+        if isinstance(values.get("model"), os.PathLike):
+            values["model"] = os.fspath(values["model"])
         return cls(**values)
 
     @property
@@ -96,7 +100,7 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{name}: must be an integer, not {text!r}") from None
+        raise ConfigError(f"{name}: must be an integer, not {shown(text)}") from None
 
 
 def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
@@ -105,10 +109,10 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
         return
     kind = str if hint in (str, str | None) else int
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {value!r}")
+        raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(value)}")
     if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {value!r}")
+        raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {shown(value)}")
     if "low" in limits and value < limits["low"]:
-        raise ConfigError(f"{name}: must be at least {limits['low']}, not {value}")
+        raise ConfigError(f"{name}: must be at least {limits['low']}, not {shown(value)}")
     if "high" in limits and value > limits["high"]:
-        raise ConfigError(f"{name}: must be at most {limits['high']}, not {value}")
+        raise ConfigError(f"{name}: must be at most {limits['high']}, not {shown(value)}")

@@ -6,13 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import index
 from typing import Any, TypedDict
 
 from octavo.build import BuiltEngine
 from octavo.config import EngineConfig
 from octavo.coordinators import CompletionRequest, SamplesCoordinator, SingleCoordinator
 from octavo.coordinators.generating import GeneratingCoordinator
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.protocols import Clock
@@ -67,7 +68,7 @@ class Frontend:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError("priority", f"must be an integer, not {priority!r}")
+            raise InvalidRequestError("priority", f"must be an integer, not {shown(priority)}")
         if priority and not self._limits.priority_allowed:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
@@ -151,13 +152,15 @@ class Frontend:
         return text, token_ids
 
     def _checked_ids(self, value: Any) -> list[int]:
+        if hasattr(value, "tolist"):
+            value = value.tolist()  # a NumPy array or a tensor
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             raise InvalidRequestError("prompt_token_ids", f"must be a list of token ids, not {type(value).__name__}")
         if not value:
             raise InvalidRequestError("prompt_token_ids", "is empty")
         self._check_length(len(value))
         self._check_vocabulary("prompt_token_ids", value)
-        return list(value)
+        return [index(token_id) for token_id in value]
 
     def _check_length(self, num_tokens: int) -> None:
         most = self._limits.max_model_len
@@ -170,11 +173,10 @@ class Frontend:
     def _check_vocabulary(self, field: str, token_ids: Sequence[Any]) -> None:
         vocab_size = self._limits.vocab_size
         for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    field,
-                    f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary, not {token_id!r}",
-                )
+            is_integer = hasattr(token_id, "__index__") and not isinstance(token_id, bool)
+            if not is_integer or not 0 <= index(token_id) < vocab_size:
+                allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
+                raise InvalidRequestError(field, f"{allowed}, not {shown(token_id)}")
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):

@@ -108,6 +108,7 @@ def test_min_tokens_holds_stops_back() -> None:
     assert last([END, 1, END, 2], min_tokens=2) == ("a", [END, 1, END], "stop", None)
     assert last([3, 1, 3, 2], min_tokens=2, stop="c") == ("ca", [3, 1, 3], "stop", "c")
     assert last([3, 1, 3, 2], stop="c") == ("", [3], "stop", "c")
+    assert last([1, 2, 3, 1], stop="bc", min_tokens=2) == ("a", [1, 2, 3], "stop", "bc"), "begins before, ends after"
 
 
 def test_stop_strings_span_tokens() -> None:

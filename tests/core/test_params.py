@@ -62,3 +62,24 @@ def test_values_are_normalised() -> None:
     assert params.logit_bias == {5: 1.0}
     assert params.stop_token_ids == (0, 1)
     assert params.but(temperature=0).greedy
+
+
+def test_values_too_large_to_print_or_to_compute_are_refused() -> None:
+    """10**400 does not fit a float, 10**5000 not even an error message."""
+    for field in ("temperature", "top_p", "repetition_penalty", "n", "top_k", "seed", "max_tokens", "logprobs"):
+        for value in (10**400, 10**5000):
+            with pytest.raises(InvalidRequestError) as caught:
+                SamplingParams(**{field: value})
+            assert caught.value.field == field
+            assert len(str(caught.value)) < 200
+    for bias in ({1: 10**400}, {1: 1e300}, {10**5000: -1e300}):
+        with pytest.raises(InvalidRequestError):
+            SamplingParams(logit_bias=bias)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    import numpy as np
+
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), stop_token_ids=np.array([4, 5]))
+    assert (params.temperature, params.top_k, params.stop_token_ids) == (0.5, 3, (4, 5))
+    assert type(params.top_k) is int

@@ -124,3 +124,15 @@ def test_a_request_id_in_use_is_refused() -> None:
     harness.add("a", [1], max_tokens=5)
     with pytest.raises(ValueError, match="in use"):
         harness.add("a", [1], max_tokens=5)
+
+
+def test_events_say_how_a_request_ended() -> None:
+    harness = Harness()
+    harness.add("long", [1, 2], max_tokens=3)
+    harness.add("stopped", [1, 2], max_tokens=9, stop_token_ids=expected([1, 2], 3)[2:3])
+    harness.add("aborted", [1, 2], max_tokens=50)
+    harness.step()
+    harness.engine.abort("aborted")
+    harness.run()
+    ends = {event.request_id: event.reason for event in harness.engine.events.of(EventKind.FINISHED)}
+    assert ends == {"long": "length", "stopped": "stop", "aborted": "abort"}

@@ -80,6 +80,10 @@ class CpuOps:
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
 
+    @property
+    def identity(self) -> str:
+        return f"cpu {self.machine.instruction_set} compute {self.compute_dtype} kv {self.kv_dtype}"
+
     def why_not(self, config: ModelConfig) -> str | None:
         if config.head_dim % _PANEL or config.head_dim > _MAX_HEAD_DIM:
             return f"head_dim must be a multiple of {_PANEL} and at most {_MAX_HEAD_DIM}, not {config.head_dim}"

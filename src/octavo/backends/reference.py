@@ -43,6 +43,10 @@ class ReferenceOps:
         self.kv_dtype = np.dtype(kv_dtype)
         self._frequencies: dict[RopeConfig, Floats] = {}
 
+    @property
+    def identity(self) -> str:
+        return f"reference {self.dtype} kv {self.kv_dtype} numpy {np.__version__}"
+
     def why_not(self, config: ModelConfig) -> str | None:
         return None
 

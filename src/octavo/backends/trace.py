@@ -53,6 +53,10 @@ class TraceOps:
         self.widths = widths or Widths()
         self.records: list[OpRecord] = []
 
+    @property
+    def identity(self) -> str:
+        return "trace"
+
     def why_not(self, config: ModelConfig) -> str | None:
         return None
 

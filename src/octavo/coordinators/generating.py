@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs, Sent
 from octavo.core.coordinator import Coordinator
+from octavo.core.events import Reason
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import OutputKind
 from octavo.core.plan import DrawResult
@@ -19,6 +20,7 @@ class GeneratingCoordinator(Coordinator):
         self.completions = [Completion(request, index) for index in range(request.params.n)]
         self.prompt_logprobs = PromptLogprobs(request)
         self.error: str | None = None
+        self._last_finish_reason: str | None = None
         self._sent = [Sent() for _ in self.completions]
         self._prompt_logprobs_sent = False
 
@@ -27,16 +29,22 @@ class GeneratingCoordinator(Coordinator):
         completion.take(drawn, sequence)
         self.metrics.num_generated_tokens += 1
         if completion.finish_reason is not None:
+            self._last_finish_reason = completion.finish_reason
             self.drop(sequence)
 
     def finish(self, reason: str, error: str | None = None) -> None:
         self.error = error
+        self._last_finish_reason = reason
         for completion in self.completions:
             completion.finish(reason)
 
     @property
     def finished(self) -> bool:
         return all(completion.finish_reason is not None for completion in self.completions)
+
+    @property
+    def end_reason(self) -> Reason:
+        return Reason(self._last_finish_reason or "")
 
     def take_output(self, now: float) -> RequestOutput | None:
         if self.metrics.first_token_time is None and self.metrics.num_generated_tokens:

@@ -8,6 +8,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from octavo.core.events import Reason
+
 if TYPE_CHECKING:
     from octavo.core.outputs import RequestMetrics, RequestOutput
     from octavo.core.plan import GrantResult
@@ -57,6 +59,11 @@ class Coordinator(ABC):
     @property
     @abstractmethod
     def finished(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def end_reason(self) -> Reason:
+        """Why it ended; of several outputs, the last one's."""
 
     @abstractmethod
     def take_output(self, now: float) -> RequestOutput | None:

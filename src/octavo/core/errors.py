@@ -21,6 +21,7 @@ class InvalidRequestError(OctavoError, ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.problem = message
 
 
 class ModelNotFoundError(OctavoError, FileNotFoundError):
@@ -60,3 +61,12 @@ class RequestFailedError(OctavoError, RuntimeError):
 
 class EngineClosedError(OctavoError, RuntimeError):
     """The engine was shut down, or died, before the request ended."""
+
+
+def shown(value: object) -> str:
+    """A value for an error message: its repr, cut to a length that does not flood a log."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "an integer of very many digits"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from numbers import Real
+from operator import index
 from typing import Any
 
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, shown
 
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 4096
 MAX_BAD_WORDS = 1024
 MAX_SEED = 2**64 - 1
+# Further out, a logit would overflow float32 and one token decide everything.
+REPETITION_PENALTY = (1e-3, 1e3)
+MAX_LOGIT_BIAS = 1e6
+GREEDY_TEMPERATURE = 1e-5  # below this the best token's probability is 1 in any arithmetic
 
 
 class OutputKind(StrEnum):
@@ -36,9 +42,9 @@ class SamplingParams:
         n: number of outputs; they share the prompt's KV blocks.
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of tokens already generated, once or
             per occurrence.
-        repetition_penalty: > 0; logits of tokens in prompt or output are divided by it if positive, else multiplied
-            (Keskar et al., 2019).
-        temperature: >= 0; 0 is greedy.
+        repetition_penalty: in [0.001, 1000]; logits of tokens in prompt or output are divided by it if positive, else
+            multiplied (Keskar et al., 2019).
+        temperature: >= 0; 0 is greedy, and so is anything below 1e-5.
         top_p: in (0, 1]; the smallest set of tokens whose probability reaches it is kept (Holtzman et al., 2020).
         top_k: keep the k most probable tokens; 0 or -1 is off.
         min_p: in [0, 1]; keep tokens at least this probable relative to the most probable.
@@ -53,7 +59,7 @@ class SamplingParams:
         prompt_logprobs: the same for every prompt token but the first.
         detokenize: whether text is made at all.
         skip_special_tokens, spaces_between_special_tokens: how text is made.
-        logit_bias: token id -> value added to its logit.
+        logit_bias: token id -> value added to its logit, in [-1e6, 1e6].
         allowed_token_ids: when given, no other token can be drawn.
         bad_words: strings whose tokens may not be completed in the output.
         output_kind: what streamed outputs carry.
@@ -102,28 +108,29 @@ class SamplingParams:
             _set(self, "output_kind", OutputKind(self.output_kind))
         except ValueError:
             kinds = ", ".join(kind.value for kind in OutputKind)
-            raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {self.output_kind!r}") from None
+            raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {shown(self.output_kind)}") from None
 
     def _check_numbers(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
-        _number("min_p", self.min_p, 0.0, 1.0)
+        _set(self, "n", _integer("n", self.n, 1, MAX_N))
+        _set(self, "presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        _set(self, "frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        penalty = _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY)
+        _set(self, "repetition_penalty", penalty)
+        _set(self, "temperature", _number("temperature", self.temperature, 0.0, math.inf))
+        _set(self, "top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        _set(self, "top_k", _integer("top_k", self.top_k, -1, 2**31 - 1))
+        _set(self, "min_p", _number("min_p", self.min_p, 0.0, 1.0))
         if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
+            _set(self, "seed", _integer("seed", self.seed, 0, MAX_SEED))
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+            _set(self, "max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+        _set(self, "min_tokens", _integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", f"{self.min_tokens} is more than max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _integer(name, value, 0, 2**31 - 1)
+                _set(self, name, _integer(name, value, 0, 2**31 - 1))
 
     def _check_flags(self) -> None:
         for name in (
@@ -134,11 +141,11 @@ class SamplingParams:
             "include_stop_str_in_output",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(name, f"must be true or false, not {getattr(self, name)!r}")
+                raise InvalidRequestError(name, f"must be true or false, not {shown(getattr(self, name))}")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
@@ -153,21 +160,30 @@ def _set(params: object, name: str, value: object) -> None:
     object.__setattr__(params, name, value)  # frozen: normalised once, in __post_init__
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(name, f"must be an integer, not {value!r}")
-    if not low <= value <= high:
-        raise InvalidRequestError(name, f"must be between {low} and {high}, not {value}")
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int; NumPy's integers are welcome, bools are not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidRequestError(name, f"must be an integer, not {shown(value)}")
+    number = index(value)
+    if not low <= number <= high:
+        raise InvalidRequestError(name, f"must be between {low} and {high}, not {shown(number)}")
+    return number
 
 
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequestError(name, f"must be a number, not {value!r}")
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """`value` as a float; NumPy's numbers are welcome, bools are not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidRequestError(name, f"must be a number, not {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     allowed = f"must be {'more than' if open_low else 'at least'} {low:g}" + (
         f" and at most {high:g}" if high != math.inf else " and finite"
     )
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-        raise InvalidRequestError(name, f"{allowed}, not {value!r}")
+    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+        raise InvalidRequestError(name, f"{allowed}, not {shown(value)}")
+    return number
 
 
 def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str, ...]:
@@ -175,7 +191,7 @@ def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str,
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
-        raise InvalidRequestError(name, f"must be a string or a list of strings, not {value!r}")
+        raise InvalidRequestError(name, f"must be a string or a list of strings, not {shown(value)}")
     if len(strings) > most:
         raise InvalidRequestError(name, f"at most {most} strings are allowed, not {len(strings)}")
     for string in strings:
@@ -189,28 +205,30 @@ def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str,
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list | tuple | set | frozenset | range):
-        raise InvalidRequestError(name, f"must be a list of token ids, not {value!r}")
-    for token_id in value:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise InvalidRequestError(name, f"a token id must be an integer of at least 0, not {token_id!r}")
-    return tuple(value)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequestError(name, f"must be a list of token ids, not {shown(value)}")
+    return tuple(_token_id(name, token_id) for token_id in value)
+
+
+def _token_id(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
+        raise InvalidRequestError(name, f"a token id must be an integer of at least 0, not {shown(value)}")
+    return index(value)
 
 
 def _logit_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InvalidRequestError("logit_bias", f"must map token ids to numbers, not {value!r}")
+        raise InvalidRequestError("logit_bias", f"must map token ids to numbers, not {shown(value)}")
     bias: dict[int, float] = {}
     for key, amount in value.items():
+        # JSON's keys are strings.
+        token_id = _token_id(
+            "logit_bias", int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        )
         try:
-            token_id = int(key) if not isinstance(key, bool | float) else -1
-        except (TypeError, ValueError):
-            token_id = -1
-        if token_id < 0:
-            raise InvalidRequestError("logit_bias", f"a token id must be an integer of at least 0, not {key!r}")
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
-            raise InvalidRequestError("logit_bias", f"the bias of token {token_id} must be finite, not {amount!r}")
-        bias[token_id] = float(amount)
+            bias[token_id] = _number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        except InvalidRequestError as error:
+            raise InvalidRequestError("logit_bias", f"of token {shown(token_id)} {error.problem}") from None
     return bias

@@ -79,7 +79,7 @@ class TextCodec(Protocol):
         spaces_between_special_tokens: bool = True,
         stop_after: int = 0,
     ) -> TextStream:
-        """`stop_after`: stop strings are not looked for in the text of that many first tokens (min_tokens)."""
+        """`stop_after`: a stop string that ends in the text of so many first tokens does not count (min_tokens)."""
         ...
 
 

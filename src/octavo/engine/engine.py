@@ -39,9 +39,9 @@ class Engine:
         """Queue a request. Its id must not be in use."""
         if coordinator.request_id in self._coordinators:
             raise ValueError(f"request id {coordinator.request_id!r} is in use")
+        self.scheduler.add(coordinator)
         coordinator.start(self._new_sequence)
         self._coordinators[coordinator.request_id] = coordinator
-        self.scheduler.add(coordinator)
         self.events.emit(EventKind.QUEUED, coordinator.request_id)
 
     def _new_sequence(self, stream: tuple[int, ...]) -> Sequence:
@@ -66,13 +66,23 @@ class Engine:
         """Run one step; what is new for users, in the order in which the requests were added."""
         plan = self.scheduler.schedule()
         if not plan:
-            return []
+            return self._end_stalled()
         self.num_steps += 1
         now = self.clock()
         for coordinator in self._requests_of(plan):
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
         return self._update(plan, self._execute(plan))
+
+    def _end_stalled(self) -> list[RequestOutput]:
+        """Nothing can run. If somebody wants to, the first of them ends with an error: better than waiting for ever."""
+        for coordinator in self._coordinators.values():
+            if any(sequence.num_pending for sequence in coordinator.sequences):
+                tokens = sum(sequence.num_tokens for sequence in coordinator.sequences)
+                needs = f"{len(coordinator.sequences)} sequences of {tokens} tokens in all do not fit"
+                has = f"{self.kv.num_blocks} blocks of {self.kv.block_size} tokens, {self.scheduler.config}"
+                return [self._end(coordinator, "error", f"the request cannot go on: {needs} ({has})")]
+        return []
 
     def close(self) -> list[RequestOutput]:
         """End all requests and the executor."""
@@ -113,8 +123,7 @@ class Engine:
 
     def _requests_of(self, plan: StepPlan) -> list[Coordinator]:
         """The requests that have a grant in this step, in the order in which they were added."""
-        granted = {grant.request_id for grant in plan.grants}
-        return [c for request_id, c in self._coordinators.items() if request_id in granted]
+        return self.scheduler.in_order({grant.request_id for grant in plan.grants})
 
     def _update(self, plan: StepPlan, step: StepResult) -> list[RequestOutput]:
         by_sequence = {g.sequence.id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
@@ -150,11 +159,8 @@ class Engine:
         coordinator.metrics.finished_time = now
         self.scheduler.remove(coordinator)
         del self._coordinators[coordinator.request_id]
-        if error is not None:
-            self.events.emit(EventKind.FAILED, coordinator.request_id, Reason.ERROR, error)
-        else:
-            ended = Reason.ABORT if reason == "abort" else Reason.NONE
-            self.events.emit(EventKind.FINISHED, coordinator.request_id, ended)
+        kind = EventKind.FINISHED if error is None else EventKind.FAILED
+        self.events.emit(kind, coordinator.request_id, coordinator.end_reason, error or "")
         output = coordinator.take_output(now)
         if output is None:
             raise RuntimeError(f"request {coordinator.request_id} ended without an output")

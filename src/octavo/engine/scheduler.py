@@ -14,11 +14,12 @@ oldest always ends and so does everyone after it. What was preempted waits in it
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
 from octavo.core.coordinator import Coordinator
+from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.sequence import Sequence
@@ -41,15 +42,16 @@ class SchedulerConfig:
             )
 
 
-@dataclass(slots=True, order=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     """A request in the queues. Ordered by importance, then arrival; both are fixed for its life."""
 
     key: tuple[int, int]
     coordinator: Coordinator
+    running: bool = False
 
-    def __hash__(self) -> int:
-        return id(self)
+    def __lt__(self, other: _Entry) -> bool:
+        return self.key < other.key
 
 
 class _Step:
@@ -100,7 +102,17 @@ class Scheduler:
     def coordinators(self) -> Iterator[Coordinator]:
         return (entry.coordinator for entry in self._entries.values())
 
+    def in_order(self, request_ids: Iterable[str]) -> list[Coordinator]:
+        """The requests of these ids, as they arrived."""
+        entries = sorted((self._entries[request_id] for request_id in request_ids), key=lambda entry: entry.key[1])
+        return [entry.coordinator for entry in entries]
+
     def add(self, coordinator: Coordinator) -> None:
+        """Queue a request. Raises InvalidRequestError for one whose sequences must all run in one step and cannot."""
+        if coordinator.lockstep and coordinator.width > self.config.max_num_seqs:
+            raise InvalidRequestError(
+                "width", f"{coordinator.width} sequences in lockstep do not fit max_num_seqs={self.config.max_num_seqs}"
+            )
         priority = coordinator.priority if self.config.policy == "priority" else 0
         entry = _Entry((priority, next(self._arrivals)), coordinator)
         self._entries[coordinator.request_id] = entry
@@ -109,7 +121,7 @@ class Scheduler:
     def remove(self, coordinator: Coordinator) -> None:
         """The request has ended; its blocks go home."""
         entry = self._entries.pop(coordinator.request_id)
-        (self._running if entry in self._running else self._waiting).remove(entry)
+        (self._running if entry.running else self._waiting).remove(entry)
         coordinator.drop_all()
 
     # --- one step ---
@@ -143,8 +155,8 @@ class Scheduler:
 
     def _grant(self, step: _Step, entry: _Entry, unit: list[Sequence]) -> None:
         """Grant all of a unit or nothing of it."""
-        if entry not in self._running:
-            return  # preempted earlier in this very step
+        if not entry.running or any(sequence.share is not None for sequence in unit):
+            return  # preempted, or part of it evicted, earlier in this very step
         if len(unit) > min(step.rows_left, step.tokens_left):
             return
         coordinator = entry.coordinator
@@ -189,6 +201,7 @@ class Scheduler:
                 return
             self._waiting.pop(0)
             insort(self._running, entry)
+            entry.running = True
             kind = EventKind.RESTORED if coordinator.metrics.num_preemptions else EventKind.ADMITTED
             self._events.emit(kind, coordinator.request_id)
             for unit in self._units(coordinator):
@@ -248,8 +261,10 @@ class Scheduler:
             sequence.evict()
         coordinator.metrics.num_preemptions += 1
         self._running.remove(entry)
+        entry.running = False
         insort(self._waiting, entry)
-        self._events.emit(EventKind.PREEMPTED, coordinator.request_id, Reason.HIGHER_PRIORITY)
+        reason = Reason.HIGHER_PRIORITY if entry.key[0] > self._running[0].key[0] else Reason.NO_BLOCKS
+        self._events.emit(EventKind.PREEMPTED, coordinator.request_id, reason)
 
     def _evict(self, step: _Step, entry: _Entry, sequence: Sequence, reason: Reason) -> None:
         """Take the blocks of one sequence; what it shares with an earlier sibling comes back from there."""

@@ -68,6 +68,11 @@ class Ops(Protocol):
 
     name: str
 
+    @property
+    def identity(self) -> str:
+        """All of this backend that an answer may depend on: types, instruction set, libraries."""
+        ...
+
     def why_not(self, config: ModelConfig) -> str | None:
         """Why this backend cannot run such a model; None when it can."""
         ...

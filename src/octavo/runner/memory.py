@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,16 +90,39 @@ def size(num_bytes: int) -> str:
 def available_memory() -> int:
     """Bytes this process may still take: the machine's available memory, or less if a cgroup says so."""
     available = _meminfo()
-    for limit_file, used_file in (
-        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+    for folder, limit_name, used_name, cache_name in (
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit, used = int(limit_file.read_text()), int(used_file.read_text())
+            limit, used = int((folder / limit_name).read_text()), int((folder / used_name).read_text())
         except (OSError, ValueError):  # no such cgroup, or "max"
             continue
+        # Cached file pages count as used, but make room when memory is wanted.
+        used -= min(_statistic(folder / "memory.stat", cache_name), used)
         available = min(available, max(limit - used, 0))
-    return available
+    return min(available, _address_space_left())
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        return next(int(value) for key, value in map(str.split, path.read_text().splitlines()) if key == name)
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
+def _address_space_left() -> int:
+    """What `ulimit -v` leaves this process; a very large number without one."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 62
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        used = 0
+    return max(limit - used, 0)
 
 
 def _meminfo() -> int:
@@ -108,6 +132,4 @@ def _meminfo() -> int:
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         pass
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -123,7 +123,7 @@ class IncrementalText:
         include_stop: bool,
         stop_after: int = 0,
     ) -> None:
-        """`skipped`: tokens without text. `stop_after`: first tokens in whose text stop strings are not looked for.
+        """`skipped`: tokens without text. `stop_after`: first tokens in whose text no stop string ends.
         `strip_leading_space`: the first character of the whole text is dropped if a space.
         """
         self._token_bytes = token_bytes
@@ -223,7 +223,10 @@ class IncrementalText:
         data = state.pending + data
         piece, read = codecs.utf_8_decode(data, "replace", final)
         node, found, kept = state.node, None, len(piece)
-        if self._stop is not None and state.tokens >= self._stop_after:
+        if self._stop is not None and state.tokens < self._stop_after:
+            for char in piece:  # may begin a stop string that ends later
+                node = self._stop.step(node, char)
+        elif self._stop is not None:
             node, found, kept = self._stop.feed(node, piece)
             piece = piece[:kept]
         length = released = state.length + kept

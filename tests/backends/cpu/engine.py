@@ -130,7 +130,9 @@ def alone(path: Path, max_model_len: int, requests: Sequence[Request], **setting
     with LLM(str(path), backend="cpu", max_model_len=max_model_len, **({"threads": 1} | settings)) as llm:
         outputs = run_alone(llm, requests)
     answers = [output.outputs[0].token_ids for output in outputs]
-    assert len({tuple(token_ids) for token_ids in answers}) == len(answers), "requests that all answer alike show nothing"
+    assert len({tuple(token_ids) for token_ids in answers}) == len(answers), (
+        "requests that all answer alike show nothing"
+    )
     return outputs
 
 

@@ -38,7 +38,7 @@ def ops() -> CpuOps:
         ({"head_dim": 12}, "head_dim must be a multiple of 16.*not 12"),
         ({"head_dim": 1040}, "head_dim must be.*at most 1024, not 1040"),
         (
-            {"head_dim": 16, "num_attention_heads": 65, "num_key_value_heads": 1},
+            {"head_dim": 16, "hidden_size": 65, "num_attention_heads": 65, "num_key_value_heads": 1},
             "at most 64 query heads may share a KV head, not 65",
         ),
     ],
@@ -185,7 +185,7 @@ def test_packing_outside(ops: CpuOps) -> None:
         (0, rows, 17, ValueError),
         (0, rows, 2**64 - 1, ValueError),
         (0, np.ascontiguousarray(rows[:, 1:]), 0, ValueError),
-        (0, rows[:, ::2], 0, TypeError),
+        (0, np.repeat(rows, 2, axis=1)[:, ::2], 0, TypeError),
         (0, rows.view(np.int8), 0, TypeError),
     ):
         with pytest.raises(error):
@@ -193,6 +193,8 @@ def test_packing_outside(ops: CpuOps) -> None:
     for part, first, shape, error in ((1, 0, (1, 64), IndexError), (0, 20, (1, 64), ValueError)):
         with pytest.raises(error):
             weight.unpack(part, first, np.empty(shape, F32))
+    with pytest.raises(TypeError):
+        weight.unpack(0, 0, np.empty((1, 64)))
     for first, shape in ((2**64 - 1, (2, 64)), (0, (1, 63)), (0, (21, 64))):
         with pytest.raises(ValueError, match="shape"):
             weight.unpack(0, first, np.empty(shape, F32))
@@ -281,6 +283,8 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
     out = g.rope(x, 16, 16, np.ones(8, F32))
     with pytest.raises(ValueError, match="run:"):
         g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], *(None,) * 6, 3)
+    with pytest.raises(TypeError):
+        ops.attention(q, replace(good, positions=positions.astype(np.int64)), paged.kv, 1.0)
     ids = np.zeros(3, np.int32)
     with pytest.raises(ValueError, match="in full or not at all"):
         g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], ids, *(None,) * 5, 3)

@@ -88,7 +88,9 @@ def test_gated_damage_shows(activation: Activation) -> None:
     x = array(4, 64)
     x[1, 5], x[2, 40], x[3, 6] = np.nan, np.nan, np.inf
     got = everywhere(lambda ops: ops.to_numpy(ops.gated(ops.from_numpy(x), activation)))
-    assert np.isnan(got[1, 5]) and np.isnan(got[2, 8]) and np.isinf(got[3, 6]) and np.isfinite(got).sum() == got.size - 3
+    assert (
+        np.isnan(got[1, 5]) and np.isnan(got[2, 8]) and np.isinf(got[3, 6]) and np.isfinite(got).sum() == got.size - 3
+    )
     none = CpuOps(threads=2)
     assert none.to_numpy(none.gated(none.from_numpy(np.empty((0, 64), np.float32)), activation)).shape == (0, 32)
 
