@@ -48,9 +48,9 @@ WORKS = (
 )
 
 
-def prompt_ids(sequence: int, length: int) -> list[int]:
-    """Token ids inside every vocabulary here; sequences differ from the first token on, so no cache helps."""
-    return [(sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
+def prompt_ids(call: int, sequence: int, length: int) -> list[int]:
+    """Token ids inside every vocabulary here. Calls and sequences differ from the first token on: no cache helps."""
+    return [(call * 104_729 + sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
 
 
 # --- engines: each gives run(prompts, new) which computes the prompts and `new` tokens after the first of each ---
@@ -176,9 +176,9 @@ def serve(engine: str, model: str, threads: int) -> None:
     os.dup2(2, 1)  # whatever the engine prints goes elsewhere
     run = ENGINES[engine](model, threads)
     print("ready", file=output, flush=True)
-    for line in sys.stdin:
+    for call, line in enumerate(sys.stdin):
         sequences, prompt, new = json.loads(line)
-        prompts = [prompt_ids(sequence, prompt) for sequence in range(sequences)]
+        prompts = [prompt_ids(call, sequence, prompt) for sequence in range(sequences)]
         started = time.perf_counter()
         run(prompts, new)
         print(time.perf_counter() - started, file=output, flush=True)

@@ -141,6 +141,18 @@ struct TileReader {
   // Where 16 keys from `position` on begin inside a block.
   OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
 
+  // Ask for the K and V of the blocks of [first, last) ahead of their use: blocks lie anywhere, so that the processor
+  // cannot guess the next one.
+  void prefetch(std::size_t first, std::size_t last) const {
+    for (std::size_t position = first; position < last; position += kv.block_size) {
+      const std::size_t at = base(position);
+      for (std::size_t byte = 0; byte < head_bytes; byte += 64) {
+        __builtin_prefetch(kv.k + at + byte);
+        __builtin_prefetch(kv.v + at + byte);
+      }
+    }
+  }
+
   // K of the tile as float32 [D][64].
   void keys(const Tile& tile, float* out) const {
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
@@ -366,6 +378,7 @@ void attention(const AttentionPiece& piece, float* scratch) {
     for (std::size_t t = first_tile; t < last_tile; ++t) {
       Tile tile{t * kTile, std::min(kTile, limit - t * kTile), 0};
       tile.lanes = (tile.keys + kLanes - 1) / kLanes * kLanes;
+      if (t + 1 < last_tile) reader.prefetch(tile.start + kTile, std::min(tile.start + 2 * kTile, limit));
       float* into = split ? piece.states + (t - lowest / kTile) * group * size : tile_states;
       if (convert) {
         one_tile<true>(piece, reader, tile, queries, count, keys, values, scores, into);

@@ -76,13 +76,10 @@ OCTAVO_INLINE std::size_t kv_head_bytes(const KVView& kv) {
   return kv.type == KVType::I8 ? values + kv.block_size * sizeof(float) : values;
 }
 
+// Of float32 and int8.
 OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, float value, float steps) {
   if (type == KVType::F32) {
     reinterpret_cast<float*>(base)[index] = value;
-  } else if (type == KVType::F16) {
-    uint16_t eight[kLanes];
-    store_half(eight, set1(value));
-    reinterpret_cast<uint16_t*>(base)[index] = eight[0];
   } else {
     reinterpret_cast<int8_t*>(base)[index] =
         steps == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(value * steps));
@@ -104,6 +101,17 @@ void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_h
   const std::size_t block = static_cast<std::size_t>(slot) / kv.block_size;
   const std::size_t offset = static_cast<std::size_t>(slot) % kv.block_size;
   const std::size_t head = (block * kv.kv_heads + kv_head) * kv_head_bytes(kv);
+  if (kv.type == KVType::F16) {
+    auto* keys = reinterpret_cast<uint16_t*>(kv.k + head) + offset;
+    auto* values = reinterpret_cast<uint16_t*>(kv.v + head) + offset * kv.head_dim;
+    for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
+      uint16_t halves[kLanes];
+      store_half(halves, load(k + d));
+      for (std::size_t i = 0; i < static_cast<std::size_t>(kLanes); ++i) keys[(d + i) * kv.block_size] = halves[i];
+      store_half(values + d, load(v + d));
+    }
+    return;
+  }
   const float k_steps = put_scale(kv, kv.k + head, offset, k);
   const float v_steps = put_scale(kv, kv.v + head, offset, v);
   for (std::size_t d = 0; d < kv.head_dim; ++d) {

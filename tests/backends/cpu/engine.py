@@ -73,7 +73,7 @@ def awkward_llama(folder: Path, tokenizer_from: Path, **settings: Any) -> Path:
 
 
 def requests_for(vocab_size: int, long_prompt: int, max_tokens: int) -> list[Request]:
-    """Those of the invariance tests, and a prompt of several tiles of keys, whose rows' attention is split over threads."""
+    """Those of the invariance tests, and a prompt of several tiles of keys, so that threads share a row's attention."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=4, detokenize=False)
     return [*mixed_requests(vocab_size, max_tokens), (prompt(long_prompt, vocab_size, seed=77), params)]
 

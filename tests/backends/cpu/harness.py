@@ -78,9 +78,9 @@ def random_tensor(name: str, outputs: int, inputs: int, seed: int = 0, scales: N
     random = np.random.default_rng([seed, outputs, inputs, FORMATS.index(name)])
     kind = QuantType[name]
     if name in FLOATS:
-        values = random.standard_normal((outputs, inputs)).astype(np.float32)
+        values: NDArray[Any] = random.standard_normal((outputs, inputs)).astype(np.float32)
         if name == "F16":
-            values = values.astype(np.float16)  # type: ignore[assignment]
+            values = values.astype(np.float16)
         data: NDArray[np.uint8] = np.ascontiguousarray(values).view(np.uint8)
         if name == "BF16":
             data = np.ascontiguousarray(data.reshape(outputs, inputs, 4)[:, :, 2:]).reshape(outputs, -1)

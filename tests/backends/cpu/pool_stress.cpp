@@ -13,8 +13,8 @@ int main(int, char** arguments) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(arguments[2]));
   octavo::Pool pool(threads);
   octavo::Pool::Session session(pool);
-  std::vector<int> times(512);        // not atomic: a second thread on an item is a race that a sanitizer sees
-  std::atomic<long> running{0};       // pieces under way
+  std::vector<int> times(512);   // not atomic: a second thread on an item is a race that a sanitizer sees
+  std::atomic<long> running{0};  // pieces under way
   unsigned random = 1;
   long regions = 0;
   while (std::chrono::steady_clock::now() < end) {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from octavo.backends.cpu import KV_BYTES, CpuOps
-from octavo.backends.reference import ReferenceOps
 from octavo.backends.reference import KVLayer as ReferenceLayer
+from octavo.backends.reference import ReferenceOps
 from octavo.ops import KVSpec
 from tests.backends.cpu.harness import (
     INSTRUCTION_SETS,
@@ -107,7 +107,7 @@ def test_garbage_is_never_read(instruction_set: str, kv_dtype: str, window: int 
     results = []
     for fill in (None, np.nan, np.inf, -3e38):
         with np.errstate(all="ignore"):
-            paged = Paged(ops, [len + 3 for len in lengths], 2, 64, 16, window, fill=fill)
+            paged = Paged(ops, [length + 3 for length in lengths], 2, 64, 16, window, fill=fill)
             paged.store(ks, vs)
             hidden = 0 if window is None or fill is None else first - window + 1
             if hidden:  # no row of this step sees these any more

@@ -4,6 +4,7 @@ number of threads, with any instruction set."""
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ KV_DTYPES = ("float16", "float32", "int8")
 
 def layer(ops: CpuOps, shape: tuple[int, int, int, int | None], block_size: int = 16, others: bool = False) -> Paged:
     """One sequence of LENGTH, alone or the second of four."""
-    group, kv_heads, head_dim, window = shape
+    _, kv_heads, head_dim, window = shape
     lengths = [33, LENGTH, 260, 1] if others else [LENGTH]
     paged = Paged(ops, lengths, kv_heads, head_dim, block_size, window, seed=block_size + others)
     _, ks, vs = inputs(shape)
@@ -54,7 +55,7 @@ def test_any_chunk(kv_dtype: str, shape: tuple[int, int, int, int | None], block
     for chunk in CHUNKS[block_size // 16 :: 2]:
         for offset in {0, chunk // 2}:
             edges = [0, *range(chunk - offset, LENGTH, chunk), LENGTH]
-            rows = [paged.attend(qs, [(0, a, b)]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            rows = [paged.attend(qs, [(0, a, b)]) for a, b in pairwise(edges)]
             bits_equal(np.concatenate(rows), expected(shape, kv_dtype), f"chunks of {chunk} after {offset}")
 
 
@@ -92,7 +93,7 @@ def test_among_other_sequences(threads: int, shape: tuple[int, int, int, int | N
 def test_few_rows_are_split_and_many_are_not(threads: int) -> None:
     """The same decoding row among so many that each has a thread of its own."""
     shape = SHAPES[0]
-    group, kv_heads, head_dim, _ = shape
+    _, kv_heads, head_dim, _ = shape
     count = 8 * threads
     qs, ks, vs = (values[:1] * count for values in inputs(shape))
     paged = Paged(CpuOps(threads=threads), [LENGTH] * count, kv_heads, head_dim)
@@ -105,7 +106,7 @@ def test_few_rows_are_split_and_many_are_not(threads: int) -> None:
 def test_written_in_the_same_step() -> None:
     """Rows of a step read what the step itself stored, rounded, as later rows will: chunk by chunk is all at once."""
     shape = SHAPES[0]
-    group, kv_heads, head_dim, _ = shape
+    _, kv_heads, head_dim, _ = shape
     qs, ks, vs = (values[:1] for values in inputs(shape))
     for kv_dtype in KV_DTYPES:
         ops = CpuOps(threads=2, kv_dtype=kv_dtype)

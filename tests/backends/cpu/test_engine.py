@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, RequestOutput, SamplingParams, _C
+from octavo import _C, LLM, RequestOutput, SamplingParams
 from tests.backends.cpu.engine import (
     AXES,
     alone,
@@ -140,12 +140,13 @@ def test_real_models(request: pytest.FixtureRequest, fixture: str, settings: dic
     """Guards against what shows with real weights and quantised ones only."""
     path: Path = request.getfixturevalue(fixture)
     with LLM(str(path), backend="cpu", threads=1, max_model_len=64) as llm:
-        several = requests_for(llm.model_config.vocab_size, long_prompt=300, max_tokens=6)
-    requests = [several[i] for i in (2, 4, 6, 7)]
-    expected = alone(path, 320, requests, **settings)
-    combination = {"threads": 2, "block_size": 32, "chunk": 100, "extra_tokens": 60, "backwards": True}
+        several = requests_for(llm.model_config.vocab_size, long_prompt=300, max_tokens=24)
+    requests = [several[i] for i in (2, 4, 6)]
+    expected = alone(path, 80, requests, **settings)
+    # Six blocks of 16: the first two requests fit until both have grown, then one of them has to go.
+    combination = {"threads": 2, "block_size": 16, "chunk": None, "extra_tokens": 20, "backwards": False}
     counts = Counts()
-    run_combination(path, 320, requests, expected, combination | {"memory": "scarce"}, counts, **settings)
+    run_combination(path, 80, requests, expected, combination | {"memory": "scarce"}, counts, **settings)
     assert counts.preemptions > 0 and counts.beside > 0 and counts.shared > 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo import LLM, SamplingParams, _C
+from octavo import _C, LLM, SamplingParams
 from octavo.backends.cpu import CpuOps, available_processors
 from octavo.core.errors import ConfigError
 from octavo.ops import KVSpec
@@ -46,7 +46,7 @@ def ops() -> CpuOps:
 def test_model_without_kernels(
     tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, int], text: str
 ) -> None:
-    """Asked for, the backend says why it cannot and which can; by itself the engine takes that one and logs the reason."""
+    """Asked for, the backend says why it cannot and which one can; on "auto" the engine takes that one and logs why."""
     folder = awkward_llama(tmp_path / "model", tiny_llama_dir, **settings)
     with pytest.raises(ConfigError, match=f"(?s)cpu: {text}.*--backend reference"):
         LLM(str(folder), backend="cpu", max_model_len=32)
@@ -59,7 +59,7 @@ def test_model_without_kernels(
 
 def test_instruction_set_that_is_not_there(tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_INSTRUCTION_SET", "sse9")
-    with pytest.raises(ConfigError, match="this processor has no sse9"):
+    with pytest.raises(ConfigError, match="instruction_set: must be one of avx512, avx2, portable, not 'sse9'"):
         LLM(str(tiny_gemma3_dir), backend="cpu", max_model_len=32)
 
 
@@ -149,7 +149,7 @@ LAYER = _C.KVLayer("float16", 4, 16, 2, 16, 0)
 )  # fmt: skip
 def test_shapes_that_do_not_fit(ops: CpuOps, record: Record) -> None:
     g, x = graph(ops)
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         record(g, x, ops)
 
 
@@ -173,7 +173,7 @@ def test_shapes_that_do_not_fit(ops: CpuOps, record: Record) -> None:
     ],
 )
 def test_sizes_that_do_not_fit(make: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         make()
 
 

@@ -43,8 +43,10 @@ def expected(x: Floats, tensor: RawTensor) -> tuple[NDArray[np.float64], NDArray
     weights = tensor.dequantize().astype(np.float64)
     if tensor.dtype.name in CODES:
         codes, scales = quantised(x)
-        x = (codes.astype(np.float64) * scales).reshape(x.shape)
-    return x @ weights.T, np.abs(x) @ np.abs(weights).T
+        values = (codes * scales.astype(np.float64)).reshape(x.shape)
+    else:
+        values = x.astype(np.float64)
+    return values @ weights.T, np.abs(values) @ np.abs(weights).T
 
 
 def weight_of(ops: CpuOps, name: str, outputs: int, inputs: int) -> tuple[Any, RawTensor]:
@@ -93,8 +95,8 @@ def test_any_number_of_inputs(name: str) -> None:
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_codes_of_activations(instruction_set: str) -> None:
-    """With weights of one scale 1 and one code 1 a row, y is code * scale, rounded once: so each code is seen. Ties go to
-    even; tiny, huge and zero groups."""
+    """With weights of scale 1 and one code of 1 a row, y is code * scale, rounded once: so each code is seen. Ties go
+    to even; tiny, huge and zero groups."""
     ops = machine(instruction_set)
     blocks = np.zeros((32, 34), np.uint8)
     blocks[:, :2] = np.array([1], np.float16).view(np.uint8)
@@ -136,7 +138,7 @@ def test_damage_shows(name: str, value: float) -> None:
 # --- integer sums ---
 
 # Block bytes by format such that every scale is 1 and every minimum 0 (or 1 where `ones`); codes are filled in after.
-SCALES = {
+SCALES: dict[str, tuple[slice, Any, Any]] = {
     "Q2_K": (slice(0, 16), 0x01, 0x11),
     "Q4_K": (slice(4, 16), [1] * 4 + [0] * 4 + [0x01] * 4, [1] * 8 + [0x11] * 4),
     "Q5_K": (slice(4, 16), [1] * 4 + [0] * 4 + [0x01] * 4, [1] * 8 + [0x11] * 4),
@@ -228,8 +230,8 @@ def test_a_row_is_the_same_among_others(instruction_set: str, name: str) -> None
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_output_is_the_same_among_others(name: str) -> None:
-    """For every number of outputs from 1 to 50. Guards against another way of computing for the last, partial panel, and
-    outputs that are written past the end."""
+    """For every number of outputs from 1 to 50. Guards against another way of computing for the last, partial panel,
+    and outputs that are written past the end."""
     ops = machine("portable") if name in FLOATS else CpuOps(threads=1)
     tensor = random_tensor(name, 50, 256)
     x, residual = activations(3, 256), array(3, 50, seed=9)

@@ -100,8 +100,8 @@ def test_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*FORMATS, "F64"])
 def test_float32_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """compute_dtype float32 keeps dequantised values; a type without kernels (F64) is always kept so. Made a few rows at
-    a time: guards against rows lost between."""
+    """compute_dtype float32 keeps dequantised values; a type without kernels (F64) is always kept so. Made a few rows
+    at a time: guards against rows lost between."""
     monkeypatch.setattr(cpu, "_PACK_BYTES", 4 * 256 * 7)
     if name == "F64":
         ops = CpuOps(threads=1)

@@ -93,8 +93,8 @@ def test_fork_before_the_pool_ran(ops: CpuOps) -> None:
 
 
 def test_fork_while_another_thread_computes(ops: CpuOps) -> None:
-    """Guards against a lock that the other thread holds at that moment, and that nobody in the child will ever open, and
-    against a graph caught half way."""
+    """Guards against a lock that the other thread holds at that moment, and that nobody in the child will ever open,
+    and against a graph caught half way."""
     weight = ops.linear_weight([TENSOR])
     expected = compute(ops, weight)
     stop = threading.Event()
@@ -256,7 +256,7 @@ def test_threads_end_with_the_pool() -> None:
     """Guards against threads that outlive their engine."""
 
     def count() -> int:
-        return len(os.listdir("/proc/self/task"))
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
 
     before = count()
     for _ in range(20):

@@ -72,7 +72,7 @@ def test_rms_norm_of_zeros_and_of_damage() -> None:
 @pytest.mark.parametrize("n", [1, 16, 64, 83])
 def test_gated(activation: Activation, n: int) -> None:
     """From tiny to huge gates: guards against overflow on the way to a finite result."""
-    big = np.float32([1e-30, 1e-6, 0.1, 1, 5, 20, 87, 88, 89, 100, 1e3, 1e10, 1e20, 1e30, 3e38])
+    big = np.array([1e-30, 1e-6, 0.1, 1, 5, 20, 87, 88, 89, 100, 1e3, 1e10, 1e20, 1e30, 3e38], np.float32)
     x = array(2 * len(big) + 20, 2 * n)
     x[: 2 * len(big), :n] = np.sign(x[: 2 * len(big), :n]) * np.repeat(big, 2)[:, None]
     with np.errstate(over="ignore"):
