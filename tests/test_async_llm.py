@@ -29,7 +29,7 @@ async def llm(tiny_llama_dir: Path) -> AsyncIterator[AsyncLLM]:
     yield llm
     await asyncio.to_thread(llm.close)
     kv = llm._loop._engine.kv
-    assert kv.num_free == kv.num_blocks
+    assert kv.num_available == kv.num_blocks
 
 
 def params(**given: Any) -> SamplingParams:
@@ -49,7 +49,7 @@ async def until_idle(llm: AsyncLLM) -> None:
     """Aborts are carried out between steps: wait for them, but not until the request ends by itself (480 steps)."""
     engine = llm._loop._engine
     deadline, last_step = time.monotonic() + 20, engine.num_steps + 100
-    while llm.num_unfinished_requests or engine.kv.num_free < engine.kv.num_blocks:
+    while llm.num_unfinished_requests or engine.kv.num_available < engine.kv.num_blocks:
         assert time.monotonic() < deadline and engine.num_steps < last_step, "blocks did not come home"
         await asyncio.sleep(0.001)
 
@@ -86,7 +86,7 @@ async def test_requests_run_side_by_side(llm: AsyncLLM) -> None:
 
 async def test_cancelling_frees_blocks(llm: AsyncLLM) -> None:
     task = asyncio.create_task(last(llm, PROMPT, LONG))
-    while llm._loop._engine.kv.num_free == llm._loop._engine.kv.num_blocks:
+    while llm._loop._engine.kv.num_available == llm._loop._engine.kv.num_blocks:
         await asyncio.sleep(0.001)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -188,7 +188,7 @@ async def test_closing_tells_everybody_who_waits(tiny_llama_dir: Path) -> None:
     llm.close()
     assert not llm._loop._thread.is_alive()
     kv = llm._loop._engine.kv
-    assert kv.num_free == kv.num_blocks
+    assert kv.num_available == kv.num_blocks
 
 
 async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

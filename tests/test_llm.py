@@ -36,7 +36,7 @@ def check_idle(llm: LLM) -> None:
     kv = llm._engine.kv
     assert llm._engine.num_requests == 0
     assert llm._engine.scheduler.num_waiting == llm._engine.scheduler.num_running == 0
-    assert kv.num_free == kv.num_blocks
+    assert kv.num_available == kv.num_blocks
     assert not llm._outputs
 
 
@@ -211,7 +211,7 @@ def test_output_kinds_tell_the_same(tiny: LLM, n: int) -> None:
 def test_closing_a_stream_early_frees_its_blocks(tiny: LLM) -> None:
     stream = tiny.stream(PROMPT, LONG)
     next(stream)
-    assert tiny._engine.kv.num_free < tiny._engine.kv.num_blocks
+    assert tiny._engine.kv.num_available < tiny._engine.kv.num_blocks
     stream.close()
     check_idle(tiny)
 
@@ -468,7 +468,7 @@ def test_close_ends_everything(tiny_llama_dir: Path) -> None:
     llm.close()
     llm.close()
     check_kv = llm._engine.kv
-    assert check_kv.num_free == check_kv.num_blocks
+    assert check_kv.num_available == check_kv.num_blocks
     for stream in (started, unstarted):
         with pytest.raises(EngineClosedError):
             next(stream)

@@ -8,20 +8,22 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.core.outputs import RequestOutput
+from octavo.core.outputs import CacheExplanation, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.engine import Engine
-from octavo.frontend import ChatPrompt, Messages, Prompt, make_frontend
+from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
 Command = Callable[[Engine], None]
 Deliver = Callable[[RequestOutput | Exception], None]
 
@@ -109,6 +111,16 @@ class AsyncLLM:
         """The prompt that `chat` answers: see `LLM.chat_prompt`. Not for the event loop: a long one takes a while."""
         return self._frontend.chat_prompt(messages, chat_template, options)
 
+    async def explain_cache(self, prompt: Prompt) -> CacheExplanation:
+        """See `LLM.explain_cache`."""
+        _, token_ids = await asyncio.to_thread(self._frontend.tokens_of, prompt)
+        salt = cache_salt(prompt)
+        return await self._loop.ask(lambda engine: engine.explain_cache(token_ids, salt))
+
+    async def reset_prefix_cache(self) -> int:
+        """See `LLM.reset_prefix_cache`."""
+        return await self._loop.ask(lambda engine: engine.reset_prefix_cache())
+
     async def abort(self, request_id: str) -> None:
         """End a request; whoever iterates over it gets a last output with finish_reason "abort"."""
         self._loop.abort(request_id)
@@ -166,6 +178,20 @@ class _EngineLoop:
 
         with suppress(EngineClosedError):  # then it has ended already
             self._send(command)
+
+    async def ask(self, question: Callable[[Engine], Answer]) -> Answer:
+        """The answer to a question that the engine's thread puts between two steps. Raises EngineClosedError."""
+        answer: Future[Answer] = Future()
+
+        def command(engine: Engine) -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question(engine))
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self._send(command)
+        return await asyncio.wrap_future(answer)
 
     def close(self) -> None:
         with self._lock:

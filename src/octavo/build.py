@@ -89,8 +89,10 @@ def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
         max_num_batched_tokens=config.step_tokens,
         max_chunk_tokens=config.long_prefill_token_threshold,
         policy=config.scheduling_policy,
+        max_overtakes=config.max_cache_overtakes,
     )
-    engine = Engine(scheduler, KVCacheManager(plan.num_blocks, config.block_size), LocalExecutor(runner), clock)
+    kv = KVCacheManager(plan.num_blocks, config.block_size, caching=config.enable_prefix_caching, clock=clock)
+    engine = Engine(scheduler, kv, LocalExecutor(runner), clock)
     return BuiltEngine(engine, codec, model_config, plan, max_model_len, _fingerprint(config, ops, path))
 
 

@@ -22,6 +22,7 @@ COMPUTE_DTYPES = ("auto", "float32", "float64")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 BLOCK_SIZES = (1, 16, 32, 64)
 MAX_TOKENS = 2**31 - 1
+_BOOLS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:  # noqa: A002 - argparse's word
@@ -46,6 +47,11 @@ class EngineConfig:
     block_size: int = _setting(16, "tokens of a KV block", choices=BLOCK_SIZES)
     kv_cache_dtype: str = _setting("auto", "type of stored keys and values", choices=KV_DTYPES)
     kv_cache_memory_bytes: int | None = _setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
+    enable_prefix_caching: bool = _setting(True, "let requests use KV that earlier ones computed")
+    max_cache_overtakes: int = _setting(
+        16, "how often requests with more of their prompt cached may pass a waiting one", low=0, high=MAX_TOKENS
+    )
+    cascade_attention: bool = _setting(True, "read KV that sequences of a step share once for all of them")
     compute_dtype: str = _setting("auto", "type of weights and activations in arithmetic", choices=COMPUTE_DTYPES)
     seed: int | None = _setting(None, "seed of requests that give none", low=0, high=2**64 - 1)
     max_logprobs: int = _setting(20, "most log-probabilities a request may ask for per token", low=0, high=MAX_TOKENS)
@@ -97,6 +103,10 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
     """A setting's value from text. Raises ConfigError naming it."""
     if hint in (str, str | None):
         return text
+    if hint is bool:
+        if text.lower() not in _BOOLS:
+            raise ConfigError(f"{name}: must be true or false, not {shown(text)}")
+        return _BOOLS[text.lower()]
     try:
         return int(text)
     except ValueError:
@@ -106,6 +116,10 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
 def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
     optional = hint in (str | None, int | None)
     if value is None and optional:
+        return
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}: must be true or false, not {shown(value)}")
         return
     kind = str if hint in (str, str | None) else int
     if isinstance(value, bool) or not isinstance(value, kind):

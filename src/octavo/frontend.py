@@ -73,7 +73,7 @@ class Frontend:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
-        text, token_ids = self._tokens_of(prompt)
+        text, token_ids = self.tokens_of(prompt)
         self._check_params(params)
         request = CompletionRequest(
             request_id=request_id if request_id is not None else f"{self._id_prefix}-{next(self._ids)}",
@@ -85,6 +85,7 @@ class Frontend:
             bad_words=self._bad_words(params),
             prompt=text,
             priority=priority,
+            cache_salt=cache_salt(prompt),
             codec=self._codec,
             system_fingerprint=self._system_fingerprint,
         )
@@ -128,15 +129,17 @@ class Frontend:
 
     # --- checks ---
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
         text: Any = None
         if isinstance(prompt, str):
             text = prompt
         elif isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
             if unknown or not prompt:
                 keys = sorted(map(str, prompt))
-                raise InvalidRequestError("prompt", f'allowed keys are "prompt" and "prompt_token_ids", not {keys}')
+                allowed = '"prompt", "prompt_token_ids" and "cache_salt"'
+                raise InvalidRequestError("prompt", f"allowed keys are {allowed}, not {keys}")
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
                 return text, self._checked_ids(prompt["prompt_token_ids"])
@@ -226,6 +229,14 @@ def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> 
         if not isinstance(key, str) or key in options or key in _RENDER_ARGUMENTS:
             raise InvalidRequestError(f"chat_template_kwargs.{key}", "this name is reserved")
     return {**options, **(variables or {})}
+
+
+def cache_salt(prompt: Prompt) -> str | None:
+    """A prompt's cache_salt: cached KV is shared among requests with the same one. Raises InvalidRequestError."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise InvalidRequestError("cache_salt", f"must be a string, not empty, not {shown(salt)}")
+    return salt
 
 
 def _check_unicode(field: str, text: str) -> None:

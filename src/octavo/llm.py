@@ -6,15 +6,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.core.outputs import RequestOutput
+from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
-from octavo.frontend import ChatPrompt, Messages, Prompt, make_frontend
+from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
 
 
 class LLM:
@@ -132,6 +133,28 @@ class LLM:
         `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template.
         """
         return self._frontend.chat_prompt(messages, chat_template, options)
+
+    # --- the prefix cache ---
+
+    def explain_cache(self, prompt: Prompt) -> CacheExplanation:
+        """How many tokens of a prompt are cached now, the first token that differs and from which request, and when
+        and why something that used to be there was evicted. Raises InvalidRequestError."""
+        _, token_ids = self._frontend.tokens_of(prompt)
+        salt = cache_salt(prompt)
+        with self._lock:
+            self._check_open()
+            return self._engine.explain_cache(token_ids, salt)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached KV; running requests keep what they have. Returns the number of blocks forgotten."""
+        with self._lock:
+            self._check_open()
+            return self._engine.reset_prefix_cache()
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """Counters since the start: tokens looked up and found, blocks inserted, evicted and copied."""
+        return replace(self._engine.kv.stats)
 
     # --- life ---
 

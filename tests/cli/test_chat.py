@@ -186,7 +186,7 @@ def test_a_stopped_answer_stays_and_frees_its_blocks(
     assert answer["role"] == "assistant" and shown == answer["content"].removesuffix("\n") + "\n" != "\n"
     engine = chat._answerer.llm._loop._engine
     deadline = time.monotonic() + 20
-    while engine.num_requests or engine.kv.num_free < engine.kv.num_blocks:
+    while engine.num_requests or engine.kv.num_available < engine.kv.num_blocks:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     chat._params = GREEDY

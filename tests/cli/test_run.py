@@ -21,6 +21,7 @@ from octavo import LLM, EngineConfig, SamplingParams
 from octavo.cli.answering import harmless
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
+from octavo.core.errors import ConfigError
 
 from .conftest import Invoke
 
@@ -203,6 +204,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "logit_bias": (["--logit-bias", '{"5": -1.5, "6": 2}'], {5: -1.5, 6: 2.0}),
     "allowed_token_ids": (["--allowed-token-ids", "7,5"], (5, 7)),
     "bad_words": (["--bad-words", "x y"], ("x y",)),
+    "skip_reading_prefix_cache": (["--skip-reading-prefix-cache"], True),
 }
 
 
@@ -220,7 +222,8 @@ def test_every_sampling_parameter_has_a_flag() -> None:
 def test_every_engine_setting_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flag over variable over default."""
     values = {"backend": "reference", "scheduling_policy": "priority", "kv_cache_dtype": "float16", "model": "x",
-              "compute_dtype": "float64", "max_num_seqs": 16, "block_size": 32, "instruction_set": "avx2"}  # fmt: skip
+              "compute_dtype": "float64", "max_num_seqs": 16, "block_size": 32, "instruction_set": "avx2",
+              "enable_prefix_caching": False, "cascade_attention": False}  # fmt: skip
     given = {field.name: values.get(field.name, 1000) for field in fields(EngineConfig) if field.name != "seed"}
     arguments = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     monkeypatch.setenv("OCTAVO_BLOCK_SIZE", "64")
@@ -230,6 +233,10 @@ def test_every_engine_setting_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name: getattr(got, name) for name in given} == given
     assert got.seed == 9
     assert engine_config(parsed()).block_size == 64
+    assert engine_config(parsed("--no-enable-prefix-caching")).enable_prefix_caching is False
+    assert engine_config(parsed("--enable-prefix-caching")).enable_prefix_caching is True
+    with pytest.raises(ConfigError, match="true or false"):
+        engine_config(parsed("--cascade-attention", "perhaps"))
     monkeypatch.delenv("OCTAVO_BLOCK_SIZE")
     assert engine_config(parsed()).block_size == 16
 

@@ -79,7 +79,7 @@ def outputs(tokens: Sequence[int], eos: tuple[int, ...] = (END,), **params: Any)
     got: list[RequestOutput] = []
     while engine.has_unfinished_requests:
         got += engine.step()
-    assert engine.kv.num_free == 32
+    assert engine.kv.num_available == 32
     return got
 
 

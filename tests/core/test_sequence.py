@@ -107,7 +107,7 @@ def test_truncate_forgets_tokens_blocks_and_wants(sequence: Sequence, kv: KVCach
     assert sequence.token_ids == [0, 1, 2] and sequence.num_computed == 3 and len(sequence.block_table) == 1
     assert sequence.num_pending == 0 and sequence.want is None
     sequence.truncate(0)
-    assert kv.num_free == kv.num_blocks
+    assert kv.num_available == kv.num_blocks
 
 
 def test_drop_is_final_and_idempotent(sequence: Sequence, kv: KVCacheManager) -> None:
@@ -115,7 +115,7 @@ def test_drop_is_final_and_idempotent(sequence: Sequence, kv: KVCacheManager) ->
     compute(sequence, kv)
     sequence.drop()
     sequence.drop()
-    assert sequence.dropped and kv.num_free == kv.num_blocks
+    assert sequence.dropped and kv.num_available == kv.num_blocks
 
 
 @pytest.mark.parametrize("at", [-1, 11])
@@ -132,7 +132,7 @@ def test_evicted_and_idle_asks_for_nothing(sequence: Sequence, kv: KVCacheManage
     sequence.extend(list(range(10)), WANT)
     compute(sequence, kv)
     sequence.evict()
-    assert sequence.num_pending == 0 and kv.num_free == kv.num_blocks
+    assert sequence.num_pending == 0 and kv.num_available == kv.num_blocks
     sequence.extend([5], WANT)
     assert sequence.num_pending == 11
 

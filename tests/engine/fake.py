@@ -95,18 +95,32 @@ class FakeExecutor:
 class Harness:
     """An engine over the fake executor, its pool checked after every step."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, **config: object) -> None:
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: object) -> None:
         defaults: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
         self.executor = FakeExecutor(block_size)
-        self.kv = KVCacheManager(num_blocks, block_size)
         self.now = 0.0
+        self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now)
         self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
         self.outputs: dict[str, RequestOutput] = {}
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int = 8, priority: int = 0, **params: object) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int = 8,
+        priority: int = 0,
+        salt: str | None = None,
+        **params: object,
+    ) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
         request = CompletionRequest(
-            request_id, list(prompt), sampling, seed=sampling.seed or 0, max_tokens=max_tokens, priority=priority
+            request_id,
+            list(prompt),
+            sampling,
+            seed=sampling.seed or 0,
+            max_tokens=max_tokens,
+            priority=priority,
+            cache_salt=salt,
         )
         kind = SingleCoordinator if sampling.n == 1 else SamplesCoordinator
         self.engine.add(kind(request, RequestMetrics(self.now)))
@@ -128,7 +142,7 @@ class Harness:
     def run(self, most: int = 10_000) -> dict[str, RequestOutput]:
         for _ in range(most):
             if not self.engine.has_unfinished_requests:
-                assert self.kv.num_free == self.kv.num_blocks
+                assert self.kv.num_available == self.kv.num_blocks
                 return self.outputs
             self.step()
         raise AssertionError(f"not finished after {most} steps")

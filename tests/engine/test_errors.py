@@ -115,7 +115,7 @@ def test_close_ends_everything() -> None:
     outputs = harness.engine.close()
     assert {output.request_id for output in outputs} == set("abc")
     assert {output.outputs[0].finish_reason for output in outputs} == {"abort"}
-    assert harness.kv.num_free == harness.kv.num_blocks
+    assert harness.kv.num_available == harness.kv.num_blocks
     assert harness.executor.closed
 
 

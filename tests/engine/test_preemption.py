@@ -36,9 +36,11 @@ def test_preempted_requests_resume_where_they_were() -> None:
         )
 
 
-def test_forks_are_restored_shared() -> None:
-    """After a preemption the prompt that n samples share is computed once again, not n times."""
-    harness = Harness(num_blocks=40, max_num_batched_tokens=256)
+@pytest.mark.parametrize("caching", [True, False])
+def test_forks_are_restored_shared(caching: bool) -> None:
+    """After a preemption the prompt that n samples share is computed at most once again, not n times; also where
+    requests may not use one another's KV."""
+    harness = Harness(num_blocks=40, max_num_batched_tokens=256, caching=caching)
     harness.add("old", [1] * 40, max_tokens=80)
     harness.step()
     harness.add("forks", [2] * 64, max_tokens=24, n=4)
@@ -46,8 +48,8 @@ def test_forks_are_restored_shared() -> None:
         harness.step()
     before = harness.executor.computed
     harness.run()
-    shared = [e for e in harness.engine.events.of(EventKind.RESTORED) if e.reason is Reason.SHARED_FORK]
-    assert len(shared) >= 3
+    hits = [e for e in harness.engine.events.of(EventKind.CACHE_HIT) if e.request_id == "forks"]
+    assert len(hits) >= 4
     # The prompt once, what each had generated once more, and what was left to generate. Not four times the prompt.
     assert harness.executor.computed - before < 64 + 2 * (4 * 24) + 80 < 4 * 64 + 4 * 24 + 80
     for index in range(4):

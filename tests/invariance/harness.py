@@ -28,6 +28,8 @@ class Counts:
     shared: int = 0  # steps in which two sequences read the same block
     copies: int = 0  # blocks copied on write
     preemptions: int = 0
+    hits: int = 0  # tokens taken from the prefix cache
+    cache_evictions: int = 0  # blocks
     compared: int = 0  # tokens
     excused: list[str] = field(default_factory=list)
 
@@ -61,6 +63,7 @@ def run(llm: LLM, requests: Sequence[Request], counts: Counts | None = None) -> 
     """All requests at once; nothing may be left behind."""
     engine, executor = llm._engine, llm._engine._executor  # no door leads to plans and events
     before = len(engine.events.of(EventKind.PREEMPTED))
+    stats = llm.cache_stats
     if counts is not None:
         engine._executor = _Watched(executor, counts)
     try:
@@ -70,13 +73,20 @@ def run(llm: LLM, requests: Sequence[Request], counts: Counts | None = None) -> 
         engine._executor = executor
     if counts is not None:
         counts.preemptions += len(engine.events.of(EventKind.PREEMPTED)) - before
-    assert engine.kv.num_free == engine.kv.num_blocks
+        counts.hits += llm.cache_stats.hit_tokens - stats.hit_tokens
+        counts.cache_evictions += llm.cache_stats.evicted_blocks - stats.evicted_blocks
+    assert engine.kv.num_available == engine.kv.num_blocks
     assert [output.error for output in outputs] == [None] * len(outputs)
     return outputs
 
 
 def run_alone(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
-    return [run(llm, [request])[0] for request in requests]
+    """Each by itself and with nothing cached."""
+    outputs = []
+    for request in requests:
+        llm.reset_prefix_cache()
+        outputs += run(llm, [request])
+    return outputs
 
 
 def run_stream(llm: LLM, request: Request, index: int) -> CompletionOutput:

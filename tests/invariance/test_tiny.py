@@ -133,6 +133,7 @@ def test_forks(folder: Path, plain: LLM, length: int) -> None:
     )
     expected = [run_stream(plain, (token_ids, params), index) for index in range(5)]
     counts = Counts()
+    plain.reset_prefix_cache()
     (together,) = run(plain, [(token_ids, params)], counts)
     with LLM(
         str(folder), backend="reference", max_model_len=64, block_size=1, kv_cache_memory_bytes=blocks(plain, 64)

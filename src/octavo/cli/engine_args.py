@@ -31,6 +31,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, leave_out: Collecti
     for setting in fields(EngineConfig):
         if setting.name in leave_out:
             continue
+        if isinstance(setting.default, bool):
+            _add_switch(group, setting.name, setting.metadata["help"] + _default(setting.default))
+            continue
         group.add_argument(
             flag(setting.name),
             *_ALIASES.get(setting.name, ()),
@@ -39,6 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, leave_out: Collecti
             help=setting.metadata["help"] + _default(setting.default),
         )
     group.add_argument("--trust-remote-code", action=_RefuseRemoteCode, nargs=0, help=argparse.SUPPRESS)
+
+
+def _add_switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    """``--x``, ``--x true``, ``--x=false`` or ``--no-x``."""
+    group.add_argument(flag(name), dest=name, nargs="?", const="true", metavar="{true,false}", help=text)
+    group.add_argument(flag(f"no_{name}"), dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
 
 
 def _metavar(name: str, choices: Collection[object] | None) -> str:

@@ -40,6 +40,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "include_stop_str_in_output": ("", "keep the stop string or end token in the text (default off)"),
     "logit_bias": ("JSON", 'add to logits, as in {"15": -100}, by token id'),
     "allowed_token_ids": ("ID,…", "draw no other tokens; may be repeated"),
+    "skip_reading_prefix_cache": ("", "compute the whole prompt, whatever of it is cached"),
     "bad_words": ("TEXT", "never complete the tokens that spell TEXT; may be repeated"),
 }
 

@@ -27,6 +27,7 @@ class CompletionRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words
     prompt: str | None = None
     priority: int = 0
+    cache_salt: str | None = None  # requests with different salts share no cached KV
     codec: TextCodec | None = None  # None: no text is made
     system_fingerprint: str | None = None
 

@@ -17,6 +17,8 @@ class GeneratingCoordinator(Coordinator):
     def __init__(self, request: CompletionRequest, metrics: RequestMetrics) -> None:
         super().__init__(request.request_id, request.priority, metrics)
         self.request = request
+        self.cache_salt = request.cache_salt
+        self.reads_cache = not request.params.skip_reading_prefix_cache
         self.completions = [Completion(request, index) for index in range(request.params.n)]
         self.prompt_logprobs = PromptLogprobs(request)
         self.error: str | None = None
@@ -75,6 +77,7 @@ class GeneratingCoordinator(Coordinator):
             finished=self.finished,
             prompt_logprobs=prompt_logprobs,
             seed=self.request.seed,
+            num_cached_tokens=self.metrics.num_cached_tokens,
             error=self.error,
             system_fingerprint=self.request.system_fingerprint,
             metrics=self.metrics,

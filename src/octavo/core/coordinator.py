@@ -37,6 +37,8 @@ class Coordinator(ABC):
 
     lockstep = False  # all its wanted rows in one step, or none
     width = 1  # most sequences alive at once
+    cache_salt: str | None = None  # prefix cache blocks are shared among requests with equal salts
+    reads_cache = True  # whether blocks that others computed may be used
 
     def __init__(self, request_id: str, priority: int, metrics: RequestMetrics) -> None:
         self.request_id = request_id

@@ -18,6 +18,8 @@ class EventKind(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     STEP_RETRIED = "step_retried"
+    CACHE_HIT = "cache_hit"  # tokens taken from the prefix cache
+    CACHE_EVICTED = "cache_evicted"  # a block left the prefix cache
 
 
 class Reason(StrEnum):
@@ -27,7 +29,9 @@ class Reason(StrEnum):
     NO_BLOCKS = "no_blocks"  # the pool has too few free blocks
     HIGHER_PRIORITY = "higher_priority"  # blocks went to an older or more important request
     IDLE = "idle"  # a sequence that nobody asks anything of
-    SHARED_FORK = "shared_fork"  # blocks taken over from a sibling instead of recomputing
+    SHARED_PREFIX = "shared_prefix"  # another sequence computes the block that is needed next
+    CAPACITY = "capacity"  # its memory was needed
+    RESET = "reset"  # somebody asked for it
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"

@@ -41,6 +41,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
 
 
 @dataclass(slots=True)
@@ -58,3 +59,34 @@ class RequestOutput:
     error: str | None = None  # why the request failed, when finish_reason is "error"
     system_fingerprint: str | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Of the prefix cache, since the engine was built. Work that is restored after a preemption counts as well."""
+
+    query_tokens: int = 0  # tokens of requests when they began to run
+    hit_tokens: int = 0  # of them, taken from the cache instead of computed
+    inserted_blocks: int = 0
+    evicted_blocks: int = 0
+    copied_blocks: int = 0  # on write
+
+    @property
+    def miss_tokens(self) -> int:
+        return self.query_tokens - self.hit_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CacheExplanation:
+    """What the prefix cache has of a prompt now, and why not more. Positions count tokens from 0."""
+
+    num_tokens: int  # of the prompt
+    num_cached_tokens: int  # that a request would not compute; the last token is always computed
+    block_size: int  # only whole blocks are cached
+    reason: str  # one sentence: why it ends there
+    first_difference: int | None = None  # position of the first token that differs from what an earlier request had
+    token_id: int | None = None  # the prompt's, there
+    earlier_token_id: int | None = None  # the earlier request's, there
+    earlier_request_id: str | None = None  # who computed what is cached up to there, or who differs
+    evicted_reason: str | None = None  # the next block was cached once: "capacity" or "reset"
+    evicted_seconds_ago: float | None = None

@@ -63,6 +63,7 @@ class SamplingParams:
         allowed_token_ids: when given, no other token can be drawn.
         bad_words: strings whose tokens may not be completed in the output.
         output_kind: what streamed outputs carry.
+        skip_reading_prefix_cache: compute the whole prompt, whatever of it is cached.
     """
 
     n: int = 1
@@ -89,6 +90,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     output_kind: OutputKind = OutputKind.CUMULATIVE
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -139,6 +141,7 @@ class SamplingParams:
             "skip_special_tokens",
             "spaces_between_special_tokens",
             "include_stop_str_in_output",
+            "skip_reading_prefix_cache",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, f"must be true or false, not {shown(getattr(self, name))}")

@@ -10,7 +10,7 @@ something wants its row, so forking and then decoding, a full cache hit and n sa
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.core.want import Sample
 
@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from octavo.core.want import Draw, NextLogprobs, Want
 
 
+BlockTable = Any  # a list of block ids; what else the KV cache manager keeps in it is its own
+
+
 class BlockTables(Protocol):
     """The part of the KV cache manager that verbs need. A table is a list of block ids, owned by one sequence."""
 
-    def fork(self, table: list[int], num_tokens: int) -> list[int]: ...
+    def new_table(self) -> BlockTable: ...
 
-    def truncate(self, table: list[int], num_tokens: int) -> None: ...
+    def fork(self, table: BlockTable, num_tokens: int) -> BlockTable: ...
 
-    def free(self, table: list[int]) -> None: ...
+    def truncate(self, table: BlockTable, num_tokens: int) -> None: ...
+
+    def free(self, table: BlockTable) -> None: ...
 
 
 class Sequence:
@@ -42,23 +47,28 @@ class Sequence:
         "each_row",
         "id",
         "num_computed",
-        "share",
         "stream",
         "token_ids",
         "want",
     )
 
-    def __init__(self, seq_id: int, kv: BlockTables, new_id: SequenceIds, stream: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        seq_id: int,
+        kv: BlockTables,
+        new_id: SequenceIds,
+        stream: tuple[int, ...] = (),
+        block_table: BlockTable | None = None,
+    ) -> None:
         self.id = seq_id  # unique in the engine, ascending in order of creation
         self.token_ids: list[int] = []
-        self.block_table: list[int] = []
+        self.block_table = kv.new_table() if block_table is None else block_table
         self.num_computed = 0  # KV of positions [0, num_computed) is committed
         self.asked = False  # a verb has asked for work that is not done yet
         self.want: Want | None = None  # of the last token's row
         self.each_row: NextLogprobs | None = None  # of the rows not yet computed
         self.stream = stream
         self.dropped = False
-        self.share: tuple[Sequence, int] | None = None  # after preemption: (whose blocks to take, how many tokens)
         self._attached: list[tuple[SequenceState, int]] = []  # (state, length of the sequence when it was attached)
         self._kv = kv
         self._new_id = new_id
@@ -112,11 +122,11 @@ class Sequence:
         """A new sequence of the first `at` tokens. Blocks are shared until one of the two writes (copy on write)."""
         if not 0 <= at <= len(self.token_ids):
             raise ValueError(f"fork at {at} of a sequence of {len(self.token_ids)} tokens")
-        child = Sequence(self._new_id(), self._kv, self._new_id, stream)
+        num_computed = min(self.num_computed, at)
+        table = self._kv.fork(self.block_table, num_computed)
+        child = Sequence(self._new_id(), self._kv, self._new_id, stream, table)
         child.token_ids = self.token_ids[:at]
-        child.num_computed = min(self.num_computed, at)
-        child.block_table = self._kv.fork(self.block_table, child.num_computed)
-        child.share = self.share
+        child.num_computed = num_computed
         for state, since in self._attached:
             if since <= at:
                 copy = state.fork()

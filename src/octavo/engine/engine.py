@@ -7,17 +7,21 @@ request: it ends with a reason, its blocks go home, the engine goes on.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from octavo.core.coordinator import Coordinator, SequenceResult
 from octavo.core.events import EventKind, EventRing, Reason
-from octavo.core.outputs import RequestOutput
+from octavo.core.outputs import CacheExplanation, RequestOutput
 from octavo.core.plan import GrantResult, StepPlan, StepResult
 from octavo.core.protocols import Clock, Executor
 from octavo.core.sequence import Sequence
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
+from octavo.kv_cache.eviction_log import Evicted
+from octavo.kv_cache.explain import explain
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class Engine:
         self.kv = kv
         self.events = EventRing(clock)
         self.scheduler = Scheduler(config, kv, self.events)
+        kv.on_evict = self._note_eviction
         self._executor = executor
         self._sequence_ids = count()
         self._coordinators: dict[str, Coordinator] = {}
@@ -40,12 +45,17 @@ class Engine:
         if coordinator.request_id in self._coordinators:
             raise ValueError(f"request id {coordinator.request_id!r} is in use")
         self.scheduler.add(coordinator)
-        coordinator.start(self._new_sequence)
+        coordinator.start(partial(self._new_sequence, coordinator))
         self._coordinators[coordinator.request_id] = coordinator
         self.events.emit(EventKind.QUEUED, coordinator.request_id)
 
-    def _new_sequence(self, stream: tuple[int, ...]) -> Sequence:
-        return Sequence(next(self._sequence_ids), self.kv, self._sequence_ids.__next__, stream)
+    def _new_sequence(self, coordinator: Coordinator, stream: tuple[int, ...]) -> Sequence:
+        table = self.kv.new_table(coordinator.request_id, coordinator.cache_salt, coordinator.reads_cache)
+        return Sequence(next(self._sequence_ids), self.kv, self._sequence_ids.__next__, stream, table)
+
+    def _note_eviction(self, evicted: Evicted) -> None:
+        detail = f"block {evicted.depth} of its prefix, cached for {evicted.age:.3f} s"
+        self.events.emit(EventKind.CACHE_EVICTED, evicted.request_id, Reason(evicted.reason), detail)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, at any moment between steps; its last output, or None when it has ended already."""
@@ -53,6 +63,14 @@ class Engine:
         if coordinator is None:
             return None
         return self._end(coordinator, "abort")
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached KV; running requests keep what they have. Returns the number of blocks forgotten."""
+        return self.kv.reset()
+
+    def explain_cache(self, token_ids: SequenceOf[int], salt: str | None = None) -> CacheExplanation:
+        """How much of a prompt is cached now, and why not more."""
+        return explain(self.kv, token_ids, salt, self.clock())
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -134,6 +152,7 @@ class Engine:
             if error is None:
                 for grant, _ in mine:
                     grant.sequence.commit(grant.stop)
+                    self.kv.commit(grant.sequence.block_table, grant.token_ids, grant.stop)
                 error = self._tell(coordinator, [SequenceResult(g.sequence, g.start, g.stop, r) for g, r in mine])
             if error is not None:
                 outputs.append(self._end(coordinator, "error", error))

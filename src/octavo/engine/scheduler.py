@@ -8,13 +8,18 @@ batch. Chunked prefill, continuous batching, preemption and restoring are all th
 3. waiting requests, in order, none overtaking another, while places, tokens and blocks last.
 
 When blocks run out, whole requests are preempted, the newest and least important first and never the oldest, so the
-oldest always ends and so does everyone after it. What was preempted waits in its old place in the queue.
+oldest always ends and so does everyone after it. What was preempted waits in its old place in the queue, and finds its
+KV in the prefix cache as far as it was not evicted; what its forks shared is computed once, by the first of them.
+
+What is cached is taken, not computed. Of several sequences about to compute the same block, the first granted in a step
+computes it and the others wait for the next step. That is no lock: if the first ends, the next one computes.
+Waiting requests with more of their prompt cached may pass others, a bounded number of times.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -23,8 +28,10 @@ from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.sequence import Sequence
-from octavo.engine.restore import remember_shares, settle_shares
 from octavo.kv_cache import KVCacheManager
+from octavo.kv_cache.radix_tree import Node
+
+_LOOK_AHEAD = 64  # waiting requests among which the one with the longest cached prefix is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int  # most tokens in a step
     max_chunk_tokens: int | None = None  # most tokens of one sequence in a step
     policy: str = "fcfs"  # or "priority"
+    max_overtakes: int = 16  # how often later requests, with more cached, may be admitted before a waiting one
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -49,6 +57,8 @@ class _Entry:
     key: tuple[int, int]
     coordinator: Coordinator
     running: bool = False
+    overtaken: int = 0  # later requests admitted before it for their cached prefixes
+    cached: Node | None = None  # how far its prompt was found in the cache when it was last looked up
 
     def __lt__(self, other: _Entry) -> bool:
         return self.key < other.key
@@ -64,6 +74,8 @@ class _Step:
         # A copy stays in the step even when the grant that needed it is taken back: the table already names its target.
         # If the target was freed instead, whoever got it writes it after all copies.
         self.copies: list[BlockCopy] = []
+        self.computing: dict[Hashable, Sequence] = {}  # the next block of each sequence that is granted a prefill
+        self.following: set[int] = set()  # ids of sequences that wait for a block of another's
 
     def add(self, grant: Grant) -> None:
         self.grants[grant.sequence.id] = grant
@@ -87,7 +99,9 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}
         self._arrivals = count()
         self._num_steps = 0
-        self._head_waits: tuple[str, Reason] | None = None  # so that a wait is an event once, not every step
+        # So that a wait is an event once, not every step.
+        self._head_waits: tuple[str, Reason] | None = None
+        self._following: set[int] = set()
 
     # --- queues ---
 
@@ -123,6 +137,7 @@ class Scheduler:
         entry = self._entries.pop(coordinator.request_id)
         (self._running if entry.running else self._waiting).remove(entry)
         coordinator.drop_all()
+        self.kv.end_request(coordinator.request_id)
 
     # --- one step ---
 
@@ -130,13 +145,14 @@ class Scheduler:
         """The next step; it is empty when nothing can or needs to run."""
         step = _Step(self.config)
         for entry in self._running:
-            settle_shares(entry.coordinator, self.kv, self._events)
+            self._take_cached(entry.coordinator)
         for single in (True, False):
             for entry in tuple(self._running):
                 for unit in self._units(entry.coordinator):
                     if (unit[0].num_pending == 1) == single:
                         self._grant(step, entry, unit)
         self._admit(step)
+        self._following = step.following
         plan = StepPlan(self._num_steps, tuple(step.grants.values()), tuple(step.copies))
         if plan:
             self._num_steps += 1
@@ -145,19 +161,51 @@ class Scheduler:
 
     def _units(self, coordinator: Coordinator) -> list[list[Sequence]]:
         """What can be granted by itself: each sequence, or in lockstep all together that stand at their last row."""
-        pending = [s for s in coordinator.sequences if s.num_pending and s.share is None]
+        pending = [sequence for sequence in coordinator.sequences if sequence.num_pending]
         if not coordinator.lockstep or len(coordinator.sequences) == 1:
             return [[sequence] for sequence in pending]
         behind = [[sequence] for sequence in pending if sequence.num_pending > 1]
-        if behind or any(s.share is not None for s in coordinator.sequences):
-            return behind  # rows that stand ready wait for those being restored
-        return [pending] if pending else []
+        return behind or ([pending] if pending else [])  # rows that stand ready wait for those being restored
+
+    def _take_cached(self, coordinator: Coordinator) -> None:
+        """Let the cache answer what it can of the pending work. A wanted row is always computed."""
+        for sequence in coordinator.sequences:
+            if sequence.num_pending < 2 or sequence.each_row is not None:
+                continue
+            limit = sequence.target - (sequence.want is not None)
+            table, before = sequence.block_table, sequence.num_computed
+            computed = self.kv.match(table, sequence.token_ids, before, limit)
+            if computed == before:
+                continue
+            sequence.commit(computed)
+            metrics = coordinator.metrics
+            if not metrics.num_generated_tokens and not metrics.num_preemptions:
+                metrics.num_cached_tokens += computed - before
+            detail = f"sequence {sequence.id}: positions {before} to {computed}"
+            self._events.emit(EventKind.CACHE_HIT, coordinator.request_id, detail=detail)
+
+    def _follows(self, step: _Step, entry: _Entry, sequence: Sequence) -> bool:
+        """Whether another sequence computes in this step the block that this one needs next."""
+        if sequence.num_pending < 2 or sequence.each_row is not None:
+            return False
+        block = self.kv.pending_block(sequence.block_table, sequence.token_ids, sequence.target)
+        if block is None:
+            return False
+        leader = step.computing.setdefault(block, sequence)
+        if leader is sequence or leader.id not in step.grants:
+            step.computing[block] = sequence
+            return False
+        step.following.add(sequence.id)
+        if sequence.id not in self._following:
+            detail = f"sequence {sequence.id} waits for sequence {leader.id}"
+            self._events.emit(EventKind.WAITING, entry.coordinator.request_id, Reason.SHARED_PREFIX, detail)
+        return True
 
     def _grant(self, step: _Step, entry: _Entry, unit: list[Sequence]) -> None:
         """Grant all of a unit or nothing of it."""
-        if not entry.running or any(sequence.share is not None for sequence in unit):
+        if not entry.running or (len(unit) > 1 and any(sequence.num_pending != 1 for sequence in unit)):
             return  # preempted, or part of it evicted, earlier in this very step
-        if len(unit) > min(step.rows_left, step.tokens_left):
+        if len(unit) > min(step.rows_left, step.tokens_left) or self._follows(step, entry, unit[0]):
             return
         coordinator = entry.coordinator
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
@@ -190,41 +238,85 @@ class Scheduler:
 
     def _admit(self, step: _Step) -> None:
         while self._waiting:
-            entry = self._waiting[0]
+            index = self._next_waiting() if self._running else 0
+            entry = self._waiting[index]
             coordinator = entry.coordinator
-            settle_shares(coordinator, self.kv, self._events)
-            reason = self._why_not(step, coordinator)
+            reason = self._why_not(step, entry)
             if reason is not None:
                 if self._head_waits != (coordinator.request_id, reason):
                     self._head_waits = (coordinator.request_id, reason)
                     self._events.emit(EventKind.WAITING, coordinator.request_id, reason)
                 return
-            self._waiting.pop(0)
+            for passed in self._waiting[:index]:
+                passed.overtaken += 1
+            self._waiting.pop(index)
             insort(self._running, entry)
             entry.running = True
             kind = EventKind.RESTORED if coordinator.metrics.num_preemptions else EventKind.ADMITTED
             self._events.emit(kind, coordinator.request_id)
+            self.kv.stats.query_tokens += sum(sequence.num_pending for sequence in coordinator.sequences)
+            self._take_cached(coordinator)
             for unit in self._units(coordinator):
                 self._grant(step, entry, unit)
 
-    def _why_not(self, step: _Step, coordinator: Coordinator) -> Reason | None:
+    def _next_waiting(self) -> int:
+        """Index of the request to admit next: the one with the longest cached prefix, the first among equals.
+
+        Only requests of the same importance are passed, none that was preempted, and none more than `max_overtakes`
+        times.
+        """
+        head = self._waiting[0]
+        best, best_length = 0, self._cached_blocks(head)
+        for index, entry in enumerate(self._waiting[1:_LOOK_AHEAD], 1):
+            before = self._waiting[index - 1]
+            if before.overtaken >= self.config.max_overtakes or before.coordinator.metrics.num_preemptions:
+                break
+            if entry.key[0] != head.key[0]:
+                break
+            length = self._cached_blocks(entry)
+            if length > best_length:
+                best, best_length = index, length
+        return best
+
+    def _cached_blocks(self, entry: _Entry) -> int:
+        """Blocks of a waiting request's first sequence that are cached now."""
+        for sequence in entry.coordinator.sequences[:1]:
+            entry.cached = self.kv.probe(sequence.block_table, sequence.token_ids, entry.cached)
+        return 0 if entry.cached is None else entry.cached.depth
+
+    def _why_not(self, step: _Step, entry: _Entry) -> Reason | None:
         """Why a waiting request cannot run yet; None when it can."""
         if not self._running:
             return None
-        places = sum(entry.coordinator.width for entry in self._running)
+        coordinator = entry.coordinator
+        places = sum(running.coordinator.width for running in self._running)
         if places + coordinator.width > self.config.max_num_seqs:
             return Reason.MAX_NUM_SEQS
         if step.tokens_left < 1 or step.rows_left < 1:
             return Reason.TOKEN_BUDGET
         # Its whole pending work must fit now, and a block more for everybody running: to admit a request only to
         # preempt it a few steps later computes its prompt twice. Each time that happened it waits for more.
-        needed = places * (1 + coordinator.metrics.num_preemptions)
+        needed = places * (1 + coordinator.metrics.num_preemptions) + self._distinct_blocks(coordinator)
+        if needed > self.kv.num_available:
+            self._cached_blocks(entry)
+            # What others hold costs nothing; what is cached and idle counts as available until it is taken.
+            needed -= sum(not node.idle for node in entry.cached.path()) if entry.cached is not None else 0
+        return Reason.NO_BLOCKS if needed > self.kv.num_available else None
+
+    def _distinct_blocks(self, coordinator: Coordinator) -> int:
+        """Blocks that the pending work of a waiting request takes; its sequences share what they have in common."""
+        size = self.kv.block_size
+        if len(coordinator.sequences) == 1:
+            return self.kv.blocks_for(coordinator.sequences[0].target)
+        prefixes: set[int] = set()
+        partial = 0
         for sequence in coordinator.sequences:
-            if sequence.share is None:
-                needed += self.kv.blocks_missing(sequence.block_table, sequence.num_computed, sequence.target)
-            else:  # full blocks come from the sibling
-                needed += self.kv.blocks_for(sequence.target) - sequence.share[1] // self.kv.block_size
-        return Reason.NO_BLOCKS if needed > self.kv.num_free else None
+            prefix = 0
+            for start in range(0, sequence.target - size + 1, size):
+                prefix = hash((prefix, *sequence.token_ids[start : start + size]))
+                prefixes.add(prefix)
+            partial += sequence.target % size > 0
+        return len(prefixes) + partial
 
     # --- blocks run out ---
 
@@ -255,21 +347,19 @@ class Scheduler:
 
     def _preempt(self, step: _Step, entry: _Entry) -> None:
         coordinator = entry.coordinator
-        remember_shares(coordinator.sequences)
         for sequence in coordinator.sequences:
             step.remove(sequence)
             sequence.evict()
         coordinator.metrics.num_preemptions += 1
         self._running.remove(entry)
         entry.running = False
+        entry.cached = None
         insort(self._waiting, entry)
         reason = Reason.HIGHER_PRIORITY if entry.key[0] > self._running[0].key[0] else Reason.NO_BLOCKS
         self._events.emit(EventKind.PREEMPTED, coordinator.request_id, reason)
 
     def _evict(self, step: _Step, entry: _Entry, sequence: Sequence, reason: Reason) -> None:
-        """Take the blocks of one sequence; what it shares with an earlier sibling comes back from there."""
+        """Take the blocks of one sequence."""
         step.remove(sequence)
-        siblings = entry.coordinator.sequences
-        remember_shares(siblings[: siblings.index(sequence) + 1], only=sequence)
         sequence.evict()
         self._events.emit(EventKind.EVICTED, entry.coordinator.request_id, reason, f"sequence {sequence.id}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BlockPool:
-    """`num_blocks` blocks, each free or referenced by one table or more.
+    """`num_blocks` blocks, each free or referenced: by tables, and at most once by the radix tree.
 
     A block freed last is handed out first: its memory is the likeliest to be in a CPU cache still.
     """
@@ -29,17 +29,20 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
-    def share(self, block: int) -> None:
-        """One more reference to a block that has some."""
-        if self._ref_counts[block] < 1:
+    def share(self, block: int) -> int:
+        """One more reference to a block that has some; how many it has now."""
+        count = self._ref_counts[block] + 1
+        if count < 2:
             raise ValueError(f"block {block} is free and cannot be shared")
-        self._ref_counts[block] += 1
+        self._ref_counts[block] = count
+        return count
 
-    def release(self, block: int) -> None:
-        """One reference less; without any the block is free."""
+    def release(self, block: int) -> int:
+        """One reference less; how many are left. Without any the block is free."""
         left = self._ref_counts[block] - 1
         if left < 0:
             raise ValueError(f"block {block} is free already")
         self._ref_counts[block] = left
         if left == 0:
             self._free.append(block)
+        return left

@@ -21,6 +21,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "extra_tokens": (8, 500),  # in a step, besides those that decode
     "memory": ("ample", "scarce"),
     "backwards": (False, True),  # the order in which requests arrive
+    "caching": (True, False),  # all requests twice: cold, and warm if they may use what was computed before
+    "cascade": (True, False),  # whether rows that share blocks read them together
 }
 
 
@@ -96,6 +98,8 @@ def open_llm(path: Path, max_model_len: int, combination: Mapping[str, Any], **s
         long_prefill_token_threshold=combination["chunk"],
         max_num_seqs=12,
         max_num_batched_tokens=12 + combination["extra_tokens"],
+        enable_prefix_caching=combination["caching"],
+        cascade_attention=combination["cascade"],
         **settings,
     )
 
@@ -115,13 +119,16 @@ def run_combination(
         order.reverse()
     mine = Counts()
     with open_llm(path, max_model_len, combination, **settings) as llm:
-        outputs = run(llm, [requests[i] for i in order], mine)
-    for i, output in zip(order, outputs, strict=True):
-        same_bits(output, expected[i], f"{label(combination)}: request {i}")
+        for temperature in ("cold", "warm"):
+            outputs = run(llm, [requests[i] for i in order], mine)
+            for i, output in zip(order, outputs, strict=True):
+                same_bits(output, expected[i], f"{label(combination)}: request {i}, {temperature}")
+            if temperature == "warm" and combination["caching"] and combination["memory"] == "ample":
+                assert max(output.num_cached_tokens for output in outputs) > 100
     assert mine.mixed > 0 and mine.copies > 0
     assert mine.chunks > 0 or (combination["chunk"] is None and combination["extra_tokens"] == 500)
     assert mine.preemptions == 0 or combination["memory"] == "scarce"
-    for name in ("chunks", "mixed", "beside", "shared", "copies", "preemptions"):
+    for name in ("chunks", "mixed", "beside", "shared", "copies", "preemptions", "hits", "cache_evictions"):
         setattr(counts, name, getattr(counts, name) + getattr(mine, name))
 
 
