@@ -111,7 +111,7 @@ void unpack(const Weight& whole, std::size_t index, std::size_t first, const Mat
 void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound,
          std::optional<Ints> input_ids, std::optional<Ints> positions, std::optional<Ints> query_start_loc,
          std::optional<Ints> seq_lens, std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping,
-         std::size_t rows) {
+         std::size_t rows, std::optional<Ints> tree_starts, std::optional<Ints> tree_parents) {
   if (bound.size() != bound_ids.size() || bound_ids != graph.bound_buffers()) {
     throw nb::value_error("run: needs the bound buffers in order, then the last op's output");
   }
@@ -141,6 +141,13 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     batch.block_tables = block_tables->data();
     batch.table_width = block_tables->shape(1);
     if (block_tables->shape(0) != batch.seqs) throw nb::value_error("run: a block table for each sequence");
+  }
+  if (tree_starts.has_value() != tree_parents.has_value() || (tree_starts && !input_ids)) {
+    throw nb::value_error("run: starts and parents of draft trees are given together, with a batch");
+  }
+  if (tree_starts) {
+    batch.tree_starts = check(*tree_starts, batch.seqs);
+    batch.tree_parents = check(*tree_parents, rows);
   }
   nb::gil_scoped_release release;
   graph.run(batch, rows, pointers);
@@ -192,8 +199,13 @@ NB_MODULE(_C, m) {
   nb::class_<Machine>(m, "Machine", "Kernels of one instruction set and a pool of threads.")
       .def(
           "__init__",
-          [](Machine* self, const std::string& name, int threads) { new (self) Machine(kernels_of(name), threads); },
-          nb::arg("instruction_set"), nb::arg("threads"))
+          [](Machine* self, const std::string& name, int threads, bool share_prefixes, bool pin) {
+            new (self) Machine(kernels_of(name), threads, share_prefixes, pin);
+          },
+          nb::arg("instruction_set"), nb::arg("threads"), nb::arg("share_prefixes") = true, nb::arg("pin") = false)
+      .def_prop_ro(
+          "shared_tiles", [](const Machine& machine) { return machine.shared_tiles.load(); },
+          "Tiles of K and V, of one KV head, that rows of several sequences have read together so far.")
       .def_prop_ro("instruction_set", [](const Machine& machine) { return machine.kernels.name; })
       .def_prop_ro("threads", [](const Machine& machine) { return machine.pool.threads(); });
   nb::class_<Weight>(m, "Weight", "Packed matrices [outputs, inputs] that share their input, side by side.")
@@ -273,5 +285,7 @@ NB_MODULE(_C, m) {
            nb::arg("positions").noconvert().none(), nb::arg("query_start_loc").noconvert().none(),
            nb::arg("seq_lens").noconvert().none(), nb::arg("block_tables").noconvert().none(),
            nb::arg("slot_mapping").noconvert().none(), nb::arg("rows"),
+           nb::arg("tree_starts").noconvert().none() = nb::none(),
+           nb::arg("tree_parents").noconvert().none() = nb::none(),
            "Run with the memory of bound buffers and, last, of the last op's output.");
 }

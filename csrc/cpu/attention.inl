@@ -133,11 +133,19 @@ struct TileReader {
   const int32_t* table;
   std::size_t kv_head;
   std::size_t head_bytes;
+  const int32_t* tail;
+  std::size_t tail_start;
 
+  OCTAVO_INLINE std::size_t base_of(std::size_t block) const { return (block * kv.kv_heads + kv_head) * head_bytes; }
   OCTAVO_INLINE std::size_t base(std::size_t position) const {
-    const std::size_t block = static_cast<std::size_t>(table[position / kv.block_size]);
-    return (block * kv.kv_heads + kv_head) * head_bytes;
+    return base_of(static_cast<std::size_t>(table[position / kv.block_size]));
   }
+  OCTAVO_INLINE std::size_t slot_of(std::size_t position) const {
+    if (position >= tail_start) return static_cast<std::size_t>(tail[position - tail_start]);
+    return static_cast<std::size_t>(table[position / kv.block_size]) * kv.block_size + position % kv.block_size;
+  }
+  // Whether some keys of the tile are those of a draft tree: they lie anywhere.
+  OCTAVO_INLINE bool in_tail(const Tile& tile) const { return tile.start + tile.keys > tail_start; }
   // Where 16 keys from `position` on begin inside a block.
   OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
 
@@ -155,6 +163,7 @@ struct TileReader {
 
   // K of the tile as float32 [D][64].
   void keys(const Tile& tile, float* out) const {
+    if (in_tail(tile)) return gathered_keys(tile, out);
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
       const std::size_t at = offset(tile.start + key);
       const uint8_t* head = kv.k + base(tile.start + key);
@@ -167,8 +176,9 @@ struct TileReader {
   // V of the tile as float32 [64][D].
   void values(const Tile& tile, float* out) const {
     for (std::size_t key = 0; key < tile.keys; ++key) {
-      const std::size_t at = offset(tile.start + key);
-      const uint8_t* head = kv.v + base(tile.start + key);
+      const std::size_t slot = slot_of(tile.start + key);
+      const std::size_t at = slot % kv.block_size;
+      const uint8_t* head = kv.v + base_of(slot / kv.block_size);
       float scale = 0.0f;
       if (kv.type == KVType::I8)
         std::memcpy(&scale, head + kv.block_size * kv.head_dim + at * sizeof(float), sizeof scale);
@@ -182,6 +192,23 @@ struct TileReader {
   OCTAVO_INLINE F scales(const uint8_t* head, std::size_t at) const {
     return load(reinterpret_cast<const float*>(head + kv.block_size * kv.head_dim) + at);
   }
+  // Key by key; the same values as sixteen at a time.
+  void gathered_keys(const Tile& tile, float* out) const {
+    for (std::size_t d = 0; d < kv.head_dim; ++d) std::fill(out + d * kTile, out + d * kTile + tile.lanes, 0.0f);
+    for (std::size_t key = 0; key < tile.keys; ++key) {
+      const std::size_t slot = slot_of(tile.start + key);
+      const std::size_t at = slot % kv.block_size;
+      const uint8_t* head = kv.k + base_of(slot / kv.block_size);
+      // A block has K transposed: 16 keys of one d lie together, of which one is taken.
+      const std::size_t lane = at % kLanes;
+      const F scale = kv.type == KVType::I8 ? scales(head, at - lane) : zero();
+      for (std::size_t d = 0; d < kv.head_dim; ++d) {
+        alignas(64) float lanes[kLanes];
+        store(lanes, sixteen(head, d * kv.block_size + at - lane, scale));
+        out[d * kTile + key] = lanes[lane];
+      }
+    }
+  }
   OCTAVO_INLINE F sixteen(const uint8_t* head, std::size_t index, F scale) const {
     if (kv.type == KVType::F32) return load(reinterpret_cast<const float*>(head) + index);
     if (kv.type == KVType::F16) return load_half(reinterpret_cast<const uint16_t*>(head) + index);
@@ -194,6 +221,7 @@ struct Query {
   const float* q;
   std::size_t lowest, limit;  // it sees positions [lowest, limit)
   float* state;               // max, sum, out [D]
+  float* tile;                // the same of one tile
   bool begun;
 };
 
@@ -260,12 +288,11 @@ std::size_t attention_scratch(std::size_t head_dim, std::size_t group) {
   return 2 * kTile * head_dim + queries * (kTile + 2 * (2 + head_dim));
 }
 
-// One tile for a block of queries: scores, weights and out of each query that sees some of it, into tile_states.
+// One tile for a block of queries: scores, weights and out of each query that sees some of it, into its `tile`.
 template <bool Convert>
 void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile& tile, const Query* queries,
-              std::size_t count, float* keys, float* values, float* scores, float* tile_states) {
+              std::size_t count, float* keys, float* values, float* scores) {
   const std::size_t dim = piece.kv.head_dim;
-  const std::size_t size = 2 + dim;
   const float* a[kRowBlock * 64] = {};
   float* c[kRowBlock * 64] = {};
   for (std::size_t i = 0; i < count; ++i) {
@@ -293,13 +320,13 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
       continue;
     }
     std::fill(c[i] + tile.lanes, c[i] + kTile, 0.0f);
-    soften(c[i], first, last, piece.scale, tile_states + i * size);
+    soften(c[i], first, last, piece.scale, queries[i].tile);
     common_first = std::max(common_first, first);
     common_last = std::min(common_last, last);
   }
   for (std::size_t i = 0; i < count; ++i) {
     a[i] = scores + i * kTile;
-    c[i] = tile_states + i * size + 2;
+    c[i] = queries[i].tile + 2;
   }
   // Keys that every query sees are done together; what only some see, before and after, one query at a time.
   const auto span = [&](std::size_t from, std::size_t queries_here, std::size_t begin, std::size_t end, bool go_on) {
@@ -349,27 +376,31 @@ void attention(const AttentionPiece& piece, float* scratch) {
   float* scores = values + kTile * dim;
   float* states = scores + kRowBlock * group * kTile;
   float* tile_states = states + kRowBlock * group * size;
-  const TileReader reader{piece.kv, piece.block_table, piece.kv_head, kv_head_bytes(piece.kv)};
+  const TileReader reader{piece.kv,   piece.block_table, piece.kv_head, kv_head_bytes(piece.kv),
+                          piece.tail, piece.tail_start};
+  const bool split = piece.last_tile != 0;
   Query queries[kRowBlock * 64];
-  for (std::size_t row = piece.first_row; row < piece.first_row + piece.num_rows; row += kRowBlock) {
-    const std::size_t rows = std::min(kRowBlock, piece.first_row + piece.num_rows - row);
+  for (std::size_t row = 0; row < piece.num_rows; row += kRowBlock) {
+    const std::size_t rows = std::min(kRowBlock, piece.num_rows - row);
     const std::size_t count = rows * group;
     std::size_t lowest = SIZE_MAX;
     std::size_t limit = 0;
     for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t r = row + i / group;
+      const auto r = static_cast<std::size_t>(piece.rows[row + i / group]);
       const auto position = static_cast<std::size_t>(piece.positions[r]);
       const auto window = static_cast<std::size_t>(piece.window);
       const std::size_t head = piece.kv_head * group + i % group;
       queries[i] = {piece.q + r * piece.q_stride + head * dim,
-                    window != 0 && position >= window ? position - window + 1 : 0, position + 1, states + i * size,
+                    window != 0 && position >= window ? position - window + 1 : 0,
+                    position + 1,
+                    states + i * size,
+                    tile_states + i * size,
                     false};
       lowest = std::min(lowest, queries[i].lowest);
       limit = std::max(limit, queries[i].limit);
     }
     std::size_t first_tile = lowest / kTile;
     std::size_t last_tile = (limit + kTile - 1) / kTile;
-    const bool split = piece.last_tile != 0;
     if (split) {
       first_tile = std::max(first_tile, piece.first_tile);
       last_tile = std::min(last_tile, piece.last_tile);
@@ -378,12 +409,20 @@ void attention(const AttentionPiece& piece, float* scratch) {
     for (std::size_t t = first_tile; t < last_tile; ++t) {
       Tile tile{t * kTile, std::min(kTile, limit - t * kTile), 0};
       tile.lanes = (tile.keys + kLanes - 1) / kLanes * kLanes;
-      if (t + 1 < last_tile) reader.prefetch(tile.start + kTile, std::min(tile.start + 2 * kTile, limit));
-      float* into = split ? piece.states + (t - lowest / kTile) * group * size : tile_states;
-      if (convert) {
-        one_tile<true>(piece, reader, tile, queries, count, keys, values, scores, into);
+      if (t + 1 < last_tile) {
+        reader.prefetch(tile.start + kTile, std::min({tile.start + 2 * kTile, limit, piece.tail_start}));
+      }
+      if (split) {
+        for (std::size_t i = 0; i < count; ++i) {
+          const auto state =
+              static_cast<std::size_t>(piece.row_states[row + i / group] + static_cast<std::ptrdiff_t>(t));
+          queries[i].tile = piece.states + (state * group + i % group) * size;
+        }
+      }
+      if (convert || reader.in_tail(tile)) {
+        one_tile<true>(piece, reader, tile, queries, count, keys, values, scores);
       } else {
-        one_tile<false>(piece, reader, tile, queries, count, keys, values, scores, into);
+        one_tile<false>(piece, reader, tile, queries, count, keys, values, scores);
       }
       if (split) continue;
       for (std::size_t i = 0; i < count; ++i) {
@@ -391,9 +430,9 @@ void attention(const AttentionPiece& piece, float* scratch) {
         seen(queries[i], tile, first, last);
         if (first >= last) continue;
         if (queries[i].begun) {
-          fold_one(queries[i].state, tile_states + i * size, dim);
+          fold_one(queries[i].state, queries[i].tile, dim);
         } else {
-          std::memcpy(queries[i].state, tile_states + i * size, size * sizeof(float));
+          std::memcpy(queries[i].state, queries[i].tile, size * sizeof(float));
           queries[i].begun = true;
         }
       }
@@ -401,7 +440,8 @@ void attention(const AttentionPiece& piece, float* scratch) {
     if (split) continue;
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t head = piece.kv_head * group + i % group;
-      finish_state(queries[i].state, dim, piece.out + (row + i / group) * piece.heads * dim + head * dim);
+      const auto r = static_cast<std::size_t>(piece.rows[row + i / group]);
+      finish_state(queries[i].state, dim, piece.out + r * piece.heads * dim + head * dim);
     }
   }
 }

@@ -262,8 +262,25 @@ void Graph::check(const BatchView& batch) const {
     }
     needs(batch.seqs > 0 && static_cast<std::size_t>(batch.query_start_loc[batch.seqs]) == batch.tokens);
   }
+  if (before != nullptr && batch.tree_starts != nullptr) check_trees(batch);
   if (embed_rows_ == SIZE_MAX) return;
   for (std::size_t t = 0; t < batch.tokens; ++t) needs(below(batch.input_ids[t], embed_rows_));
+}
+
+// Rows of a draft tree come after their parents, one position further; the first are at the tree's start.
+void Graph::check_trees(const BatchView& batch) {
+  for (std::size_t s = 0; s < batch.seqs; ++s) {
+    const int32_t start = batch.tree_starts[s];
+    const int32_t first = batch.query_start_loc[s];
+    for (int32_t row = first; row < batch.query_start_loc[s + 1]; ++row) {
+      const int32_t parent = batch.tree_parents[row];
+      if (start < 0 || batch.positions[row] < start) continue;
+      const bool root = parent < 0 && batch.positions[row] == start;
+      const bool child = parent >= first && parent < row && batch.positions[row] == batch.positions[parent] + 1 &&
+                         batch.positions[parent] >= start;
+      if (!root && !child) throw std::invalid_argument("run: the draft tree does not fit");
+    }
+  }
 }
 
 // Gives buffers places in the arena; a place is used again once its buffer was read for the last time.
@@ -305,19 +322,11 @@ struct Graph::Work {
   const BatchView& batch;
   std::size_t rows;
   const std::vector<float*>& bound;
-  struct Item {
-    std::size_t seq, kv_head, first_row, num_rows, first_tile, last_tile, state;
-  };
-  struct Fold {
-    std::size_t row, kv_head, tiles, state;
-  };
-  // Cut once for all layers with the same window and heads.
+  // Cut once for all layers with the same window, heads and blocks.
   struct Cut {
     long window;
-    std::size_t kv_heads;
-    std::vector<Item> items;
-    std::vector<Fold> folds;
-    std::size_t states;
+    std::size_t kv_heads, block_size;
+    AttentionPlan plan;
   };
   std::vector<Cut> cuts;
 };
@@ -493,8 +502,6 @@ void Graph::run_linear(const Node& node, Work& work) {
 }
 
 void Graph::run_attention(const Node& node, Work& work) {
-  constexpr std::size_t kRowsPerItem = 8;   // the kernel's row block
-  constexpr std::size_t kTilesPerItem = 4;  // when one row's tiles are spread over threads
   const Kernels& kernels = machine_->kernels;
   Pool& pool = machine_->pool;
   const KVLayer& layer = *node.layer;
@@ -502,41 +509,23 @@ void Graph::run_attention(const Node& node, Work& work) {
   const std::size_t dim = layer.view.head_dim;
   const std::size_t heads = node.x.columns / dim;
   const std::size_t group = heads / layer.view.kv_heads;
+  const KVView& kv = layer.view;
   auto cut = std::find_if(work.cuts.begin(), work.cuts.end(), [&](const Work::Cut& c) {
-    return c.window == layer.window && c.kv_heads == layer.view.kv_heads;
+    return c.window == layer.window && c.kv_heads == kv.kv_heads && c.block_size == kv.block_size;
   });
   if (cut == work.cuts.end()) {
-    work.cuts.push_back({layer.window, layer.view.kv_heads, {}, {}, 0});
+    const auto window = static_cast<std::size_t>(layer.window);
+    work.cuts.push_back(
+        {layer.window, kv.kv_heads, kv.block_size,
+         AttentionPlan(batch, window, kv.kv_heads, kv.block_size, pool.threads(), machine_->share_prefixes)});
     cut = work.cuts.end() - 1;
-    const bool spread = batch.seqs * layer.view.kv_heads < 4 * static_cast<std::size_t>(pool.threads());
-    for (std::size_t s = 0; s < batch.seqs; ++s) {
-      const auto first = static_cast<std::size_t>(batch.query_start_loc[s]);
-      const auto last = static_cast<std::size_t>(batch.query_start_loc[s + 1]);
-      for (std::size_t h = 0; h < layer.view.kv_heads; ++h) {
-        if (last - first == 1 && spread && pool.threads() > 1) {
-          const auto position = static_cast<std::size_t>(batch.positions[first]);
-          const auto window = static_cast<std::size_t>(layer.window);
-          const std::size_t lowest = (window != 0 && position >= window ? position - window + 1 : 0) / kTile;
-          const std::size_t stop = position / kTile + 1;
-          if (stop - lowest > kTilesPerItem) {
-            cut->folds.push_back({first, h, stop - lowest, cut->states});
-            for (std::size_t t = lowest; t < stop; t += kTilesPerItem) {
-              cut->items.push_back({s, h, first, 1, t, std::min(t + kTilesPerItem, stop), cut->states});
-            }
-            cut->states += stop - lowest;
-            continue;
-          }
-        }
-        for (std::size_t row = first; row < last; row += kRowsPerItem) {
-          cut->items.push_back({s, h, row, std::min(kRowsPerItem, last - row), 0, 0, 0});
-        }
-      }
-    }
   }
+  const AttentionPlan& plan = cut->plan;
+  machine_->shared_tiles += plan.shared_tiles;
   const std::size_t state_size = group * (2 + dim);
-  states_.grow(cut->states * state_size * sizeof(float));
+  states_.grow(plan.num_states * state_size * sizeof(float));
   const std::size_t scratch = (kernels.attention_scratch(dim, group) + 15) / 16 * 16;
-  const std::size_t pieces = cut->items.size();
+  const std::size_t pieces = plan.items.size();
   const std::size_t grain = std::max<std::size_t>(1, pieces / (static_cast<std::size_t>(pool.threads()) * 16));
   scratch_.grow(scratch * static_cast<std::size_t>(pool.threads()) * sizeof(float));
   const int result = nodes_.back().out;
@@ -551,29 +540,32 @@ void Graph::run_attention(const Node& node, Work& work) {
   float* out = base(node.out);
   pool.parallel(pieces, grain, [&](std::size_t begin, std::size_t end, std::size_t thread) {
     for (std::size_t i = begin; i < end; ++i) {
-      const Work::Item& item = cut->items[i];
-      AttentionPiece piece{layer.view,
-                           q,
-                           q_stride,
-                           heads,
-                           node.number,
-                           layer.window,
-                           batch.positions,
-                           batch.block_tables + item.seq * batch.table_width,
-                           item.first_row,
-                           item.num_rows,
-                           item.kv_head,
-                           out,
-                           item.first_tile,
-                           item.last_tile,
-                           states_.as<float>() + item.state * state_size};
+      const AttentionPlan::Item& item = plan.items[i];
+      const AttentionPiece piece{kv,
+                                 q,
+                                 q_stride,
+                                 heads,
+                                 node.number,
+                                 layer.window,
+                                 batch.positions,
+                                 batch.block_tables + item.seq * batch.table_width,
+                                 plan.rows.data() + item.first,
+                                 item.count,
+                                 item.kv_head,
+                                 out,
+                                 item.first_tile,
+                                 item.last_tile,
+                                 states_.as<float>(),
+                                 plan.states.data() + item.first,
+                                 plan.tails.data() + item.tail,
+                                 item.tail_start};
       kernels.attention(piece, scratch_.as<float>() + thread * scratch);
     }
   });
-  if (!cut->folds.empty()) {
-    pool.parallel(cut->folds.size(), 1, [&](std::size_t begin, std::size_t end) {
+  if (!plan.folds.empty()) {
+    pool.parallel(plan.folds.size(), 4, [&](std::size_t begin, std::size_t end) {
       for (std::size_t i = begin; i < end; ++i) {
-        const Work::Fold& fold = cut->folds[i];
+        const AttentionPlan::Fold& fold = plan.folds[i];
         kernels.fold(states_.as<float>() + fold.state * state_size, fold.tiles, group, dim,
                      out + fold.row * heads * dim + fold.kv_head * group * dim);
       }

@@ -1,6 +1,7 @@
 // A step of a model as a list of ops on numbered buffers, recorded once and run with each batch's metadata.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -9,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "attention_plan.h"
+#include "batch.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -66,9 +69,12 @@ struct KVLayer {
 
 struct Machine {
   const Kernels& kernels;
+  const bool share_prefixes;  // whether rows of several sequences read the blocks they share together
   Pool pool;
+  std::atomic<uint64_t> shared_tiles{0};  // tiles of K and V, of one KV head, that were read so
 
-  Machine(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
+  Machine(const Kernels& kernels, int threads, bool share_prefixes, bool pin)
+      : kernels(kernels), share_prefixes(share_prefixes), pool(threads, pin) {}
 };
 
 // Some columns of a buffer.
@@ -76,16 +82,6 @@ struct View {
   int buffer = -1;
   std::size_t first = 0;
   std::size_t columns = 0;
-};
-
-struct BatchView {
-  std::size_t tokens = 0, seqs = 0, table_width = 0;
-  const int32_t* input_ids = nullptr;
-  const int32_t* positions = nullptr;
-  const int32_t* query_start_loc = nullptr;
-  const int32_t* seq_lens = nullptr;
-  const int32_t* block_tables = nullptr;
-  const int32_t* slot_mapping = nullptr;
 };
 
 class Graph {
@@ -135,6 +131,7 @@ class Graph {
 
   void check(const View& view) const;
   void check(const BatchView& batch) const;
+  static void check_trees(const BatchView& batch);
   int add(Node node, std::size_t columns);
   void plan();
   void run_node(const Node& node, Work& work);

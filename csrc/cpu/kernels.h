@@ -47,15 +47,19 @@ struct AttentionPiece {
   std::size_t q_stride;  // floats from one token's row to the next
   std::size_t heads;
   float scale;
-  long window;                      // 0: none
-  const int32_t* positions;         // [tokens]
-  const int32_t* block_table;       // of this sequence
-  std::size_t first_row, num_rows;  // rows of this sequence that this piece computes
+  long window;                 // 0: none
+  const int32_t* positions;    // [tokens]
+  const int32_t* block_table;  // of the sequence, or of one of those that have the same blocks here
+  const int32_t* rows;         // [num_rows] rows of q and out that this piece computes
+  std::size_t num_rows;
   std::size_t kv_head;
   float* out;  // [tokens, heads * D]
   // Tiles [first_tile, last_tile) only, written as states instead of folded; last_tile 0: all tiles, folded into out.
   std::size_t first_tile, last_tile;
-  float* states;  // [tiles, heads per KV head, 2 + D] of one row: max, sum, out
+  float* states;                     // [.., heads per KV head, 2 + D]: max, sum, out
+  const std::ptrdiff_t* row_states;  // [num_rows]: a row's tile t goes to states number row_states[row] + t
+  const int32_t* tail;     // slots of the positions from tail_start on: of a row of a draft tree, its ancestors
+  std::size_t tail_start;  // SIZE_MAX: the block table holds them all
 };
 
 struct Kernels {

@@ -13,8 +13,9 @@ namespace octavo {
 
 class Pool {
  public:
-  // `threads` counts the caller's own; at least 1. Workers start with the first region.
-  explicit Pool(int threads);
+  // `threads` counts the caller's own; at least 1. Workers start with the first region. `pin`: worker i stays on the
+  // i-th processor that the process may use; the caller's thread is its own business.
+  explicit Pool(int threads, bool pin = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -58,6 +59,7 @@ class Pool {
   void start();
 
   int threads_;
+  bool pin_;
   std::mutex in_use_;
   std::unique_ptr<Shared> shared_;
   unsigned forks_seen_ = 0;

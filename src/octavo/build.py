@@ -135,7 +135,14 @@ def _make_cpu(config: EngineConfig) -> Ops:
         raise ConfigError("block_size 1 is of the reference backend")
     kv_dtype = "float16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     try:
-        return CpuOps(config.instruction_set, config.threads, kv_dtype, config.compute_dtype)
+        return CpuOps(
+            config.instruction_set,
+            config.threads,
+            kv_dtype,
+            config.compute_dtype,
+            share_prefixes=config.cascade_attention,
+            pin_threads=config.pin_threads,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -30,6 +30,7 @@ class Counts:
     preemptions: int = 0
     hits: int = 0  # tokens taken from the prefix cache
     cache_evictions: int = 0  # blocks
+    shared_tiles: int = 0  # tiles of keys that rows of several sequences read together
     compared: int = 0  # tokens
     excused: list[str] = field(default_factory=list)
 

@@ -64,6 +64,8 @@ class CpuOps:
         threads: None: the processors this process may use.
         kv_dtype: float16, float32 or int8.
         compute_dtype: "auto" multiplies integer weights by int8 activations; "float32" all in float32.
+        share_prefixes: read blocks that several sequences of a step share once for all of them. Changes no result.
+        pin_threads: keep each worker thread on one processor.
     """
 
     name = "cpu"
@@ -74,8 +76,13 @@ class CpuOps:
         threads: int | None = None,
         kv_dtype: str = "float16",
         compute_dtype: str = "auto",
+        *,
+        share_prefixes: bool = True,
+        pin_threads: bool = False,
     ) -> None:
-        self.machine = _C.Machine(instruction_set or _C.instruction_sets()[0], threads or available_processors())
+        self.machine = _C.Machine(
+            instruction_set or _C.instruction_sets()[0], threads or available_processors(), share_prefixes, pin_threads
+        )
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
@@ -273,6 +280,8 @@ def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batc
         batch.block_tables,
         batch.slot_mapping,
         rows,
+        batch.tree_starts,
+        batch.tree_parents,
     )
 
 

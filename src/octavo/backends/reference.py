@@ -134,7 +134,11 @@ class ReferenceOps:
         out = np.empty((len(q), q.shape[1] * q.shape[2]), self.dtype)
         for s in range(batch.num_seqs):
             rows = slice(batch.query_start_loc[s], batch.query_start_loc[s + 1])
-            out[rows] = self._attend(q[rows], batch.positions[rows], batch.block_tables[s], batch, kv, scale)
+            if batch.tree_starts is not None and batch.tree_starts[s] >= 0:
+                for row in range(rows.start, rows.stop):
+                    out[row] = self._attend_node(q, row, s, batch, kv, scale)
+            else:
+                out[rows] = self._attend(q[rows], batch.positions[rows], batch.block_tables[s], batch, kv, scale)
         return out
 
     def _attend(
@@ -155,6 +159,28 @@ class ReferenceOps:
         hidden = key_positions[None, :] > positions[:, None]  # [n, L]
         if kv.window is not None:
             hidden |= key_positions[None, :] <= positions[:, None] - kv.window
+        return self._mix(q, keys, values, hidden, scale)
+
+    def _attend_node(self, q: Floats, row: int, s: int, batch: Batch, kv: KVLayer, scale: float) -> Floats:
+        """One row of a sequence with a draft tree: the positions before the tree, its ancestors and itself -> [H * D]."""
+        assert batch.tree_starts is not None
+        assert batch.tree_parents is not None
+        size, position = batch.block_size, int(batch.positions[row])
+        before = np.arange(min(int(batch.tree_starts[s]), position + 1))
+        slots = list(batch.block_tables[s][before // size] * size + before % size)
+        path, node = [], row
+        while position >= batch.tree_starts[s] and node >= 0:
+            path.append(batch.slot_mapping[node])
+            node = batch.tree_parents[node]
+        slots = np.array(slots + path[::-1], np.int64)
+        if kv.window is not None:
+            slots = slots[max(position - kv.window + 1, 0) :]
+        keys = kv.k[slots // size, slots % size].astype(self.dtype)
+        values = kv.v[slots // size, slots % size].astype(self.dtype)
+        return self._mix(q[row : row + 1], keys, values, np.zeros((1, len(slots)), bool), scale)[0]
+
+    def _mix(self, q: Floats, keys: Floats, values: Floats, hidden: NDArray[np.bool_], scale: float) -> Floats:
+        """q [n, H, D], keys and values [L, KH, D], hidden [n, L] -> [n, H * D]."""
         n, heads, dim = q.shape
         kv_heads = keys.shape[1]
         grouped = q.reshape(n, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)

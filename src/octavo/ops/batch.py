@@ -26,6 +26,10 @@ class Batch:
     slot_mapping: Ints  # [T] block * block_size + offset: where a token's K and V go
     logits_indices: Ints  # [R] rows that something wants, ascending
     block_size: int
+    # Draft trees, or None where no sequence has one. Node i of a tree lies in a slot of its own; it sees the positions
+    # before the tree and its ancestors and itself, in the order of their positions. A node follows its parent.
+    tree_starts: Ints | None = None  # [S] position of a sequence's first drafts; -1: it has no tree
+    tree_parents: Ints | None = None  # [T] row of a node's parent; -1: it is one of the first, or no node
 
     @property
     def num_tokens(self) -> int:

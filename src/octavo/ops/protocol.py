@@ -142,7 +142,8 @@ class Ops(Protocol):
 
     def attention(self, q: Array, batch: Batch, kv: KVLayer, scale: float) -> Array:
         """[T, H * D]: causal attention of each row over its own sequence's stored K and V, up to its own position and
-        inside the layer's window; query head h reads KV head h // (H / KH) (Ainslie et al., 2023)."""
+        inside the layer's window; query head h reads KV head h // (H / KH) (Ainslie et al., 2023). A node of a draft
+        tree sees the positions before the tree, its ancestors and itself."""
         ...
 
     def gated(self, x: Array, activation: Activation) -> Array:

@@ -75,9 +75,12 @@ def awkward_llama(folder: Path, tokenizer_from: Path, **settings: Any) -> Path:
 
 
 def requests_for(vocab_size: int, long_prompt: int, max_tokens: int) -> list[Request]:
-    """Those of the invariance tests, and a prompt of several tiles of keys, so that threads share a row's attention."""
+    """Those of the invariance tests, a prompt of several tiles of keys, so that threads share a row's attention, and
+    one that begins like it, so that two requests share tiles."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=4, detokenize=False)
-    return [*mixed_requests(vocab_size, max_tokens), (prompt(long_prompt, vocab_size, seed=77), params)]
+    long = prompt(long_prompt, vocab_size, seed=77)
+    similar = long[: long_prompt // 2] + prompt(9, vocab_size, seed=78)
+    return [*mixed_requests(vocab_size, max_tokens), (long, params), (similar, params)]
 
 
 # --- running and comparing ---
@@ -98,8 +101,8 @@ def open_llm(path: Path, max_model_len: int, combination: Mapping[str, Any], **s
         long_prefill_token_threshold=combination["chunk"],
         max_num_seqs=12,
         max_num_batched_tokens=12 + combination["extra_tokens"],
-        enable_prefix_caching=combination["caching"],
-        cascade_attention=combination["cascade"],
+        enable_prefix_caching=combination.get("caching", True),
+        cascade_attention=combination.get("cascade", True),
         **settings,
     )
 
@@ -123,12 +126,24 @@ def run_combination(
             outputs = run(llm, [requests[i] for i in order], mine)
             for i, output in zip(order, outputs, strict=True):
                 same_bits(output, expected[i], f"{label(combination)}: request {i}, {temperature}")
-            if temperature == "warm" and combination["caching"] and combination["memory"] == "ample":
+            if temperature == "warm" and combination.get("caching", True) and combination["memory"] == "ample":
                 assert max(output.num_cached_tokens for output in outputs) > 100
+        mine.shared_tiles += llm._engine._executor._runner._ops.machine.shared_tiles
     assert mine.mixed > 0 and mine.copies > 0
+    assert mine.shared_tiles == 0 or combination.get("cascade", True)
     assert mine.chunks > 0 or (combination["chunk"] is None and combination["extra_tokens"] == 500)
     assert mine.preemptions == 0 or combination["memory"] == "scarce"
-    for name in ("chunks", "mixed", "beside", "shared", "copies", "preemptions", "hits", "cache_evictions"):
+    for name in (
+        "chunks",
+        "mixed",
+        "beside",
+        "shared",
+        "copies",
+        "preemptions",
+        "hits",
+        "cache_evictions",
+        "shared_tiles",
+    ):
         setattr(counts, name, getattr(counts, name) + getattr(mine, name))
 
 

@@ -1,0 +1,38 @@
+// How the attention of a step is cut into pieces of work. What a piece computes of a row does not depend on the cut:
+// work is divided at the edges of tiles only, and a row's tiles are folded left to right.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "batch.h"
+
+namespace octavo {
+
+struct AttentionPlan {
+  // Rows that see the same blocks in tiles [first_tile, last_tile), and one KV head.
+  struct Item {
+    std::size_t seq;  // whose block table to read
+    std::size_t kv_head;
+    std::size_t first, count;           // of `rows` and `states`
+    std::size_t first_tile, last_tile;  // last_tile 0: all that the rows see, folded into the output at once
+    std::size_t tail, tail_start;       // the first of `tails` is of position tail_start; SIZE_MAX: there is no tail
+  };
+  // States of one row's tiles, to be folded into the output.
+  struct Fold {
+    std::size_t row, kv_head, tiles, state;
+  };
+  std::vector<Item> items;
+  std::vector<int32_t> rows;           // of the items, one after the other
+  std::vector<std::ptrdiff_t> states;  // beside `rows`: where the state of tile 0 would be
+  std::vector<int32_t> tails;          // slots of a row's ancestors in its draft tree, by position
+  std::vector<Fold> folds;
+  std::size_t num_states = 0;
+  std::size_t shared_tiles = 0;  // tiles that rows of several sequences read together, of one KV head
+
+  AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, std::size_t block_size, int threads,
+                bool share);
+};
+
+}  // namespace octavo
