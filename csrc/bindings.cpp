@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu/graph.h"
+#include "cpu/sampling.h"
 
 namespace nb = nanobind;
 using namespace octavo;
@@ -19,6 +20,8 @@ using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::c
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PackedRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MutableFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MutableInts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PyView = std::tuple<int, std::size_t, std::size_t>;  // buffer, first column, columns
 
@@ -153,6 +156,37 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
   graph.run(batch, rows, pointers);
 }
 
+// A row of logits, of which there is at least one.
+std::size_t size_of(const Floats& row) {
+  if (row.shape(0) == 0) throw nb::value_error("a row of logits has at least one value");
+  return row.shape(0);
+}
+
+void row_best(const Machine& machine, const Floats& row, const MutableInts& ids) {
+  if (ids.shape(0) > size_of(row)) throw nb::value_error("row_best: more than there are");
+  nb::gil_scoped_release release;
+  const std::vector<int32_t> found = best(machine.kernels, row.data(), row.shape(0), ids.shape(0));
+  std::copy(found.begin(), found.end(), ids.data());
+}
+
+void row_log_softmax(const Machine& machine, const Floats& row, const MutableFloats& out) {
+  if (out.shape(0) != size_of(row)) throw nb::value_error("row_log_softmax: wrong length");
+  nb::gil_scoped_release release;
+  const double by = log_sum_exp(machine.kernels, row.data(), row.shape(0));
+  machine.kernels.row_shift(row.data(), row.shape(0), by, out.data());
+}
+
+std::size_t row_draw(const Machine& machine, const Floats& row, double temperature, std::size_t top_k, double top_p,
+                     double min_p, uint64_t seed, const std::vector<uint64_t>& stream, uint32_t position) {
+  size_of(row);
+  if (!(temperature > 0.0)) throw nb::value_error("row_draw: the temperature must be more than 0");
+  nb::gil_scoped_release release;
+  const uint64_t path = stream_id(seed, stream);
+  const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(path),
+                     static_cast<uint32_t>(path >> 32), position};
+  return draw(machine.kernels, row.data(), row.shape(0), {temperature, top_k, top_p, min_p}, key);
+}
+
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
   if (source >= layer.num_blocks || target >= layer.num_blocks) throw nb::index_error("copy_block: no such block");
   const std::size_t bytes = layer.block_bytes();
@@ -208,6 +242,28 @@ NB_MODULE(_C, m) {
           "Tiles of K and V, of one KV head, that rows of several sequences have read together so far.")
       .def_prop_ro("instruction_set", [](const Machine& machine) { return machine.kernels.name; })
       .def_prop_ro("threads", [](const Machine& machine) { return machine.pool.threads(); });
+  m.def(
+      "row_greatest",
+      [](const Machine& machine, const Floats& row) { return greatest(machine.kernels, row.data(), size_of(row)); },
+      nb::arg("machine"), nb::arg("row").noconvert(), "Index and value of the greatest; NaN if any value is.");
+  m.def(
+      "row_log_sum_exp",
+      [](const Machine& machine, const Floats& row) { return log_sum_exp(machine.kernels, row.data(), size_of(row)); },
+      nb::arg("machine"), nb::arg("row").noconvert());
+  m.def("row_log_softmax", &row_log_softmax, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("out").noconvert(),
+        "Log-probabilities, rounded from float64.");
+  m.def("row_best", &row_best, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("ids").noconvert(),
+        "Indices of the len(ids) greatest, greatest first.");
+  m.def(
+      "row_rank",
+      [](const Machine& machine, const Floats& row, std::size_t id) {
+        if (id >= size_of(row)) throw nb::index_error("row_rank: no such value");
+        return machine.kernels.row_rank(row.data(), row.shape(0), id);
+      },
+      nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("id"), "Values that stand before this one, from 0.");
+  m.def("row_draw", &row_draw, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("temperature"), nb::arg("top_k"),
+        nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("stream"), nb::arg("position"),
+        "A token id; top_k 0 is off.");
   nb::class_<Weight>(m, "Weight", "Packed matrices [outputs, inputs] that share their input, side by side.")
       .def(
           "__init__",

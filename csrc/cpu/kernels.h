@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "philox.h"
 
 namespace octavo {
 
@@ -78,6 +79,15 @@ struct Kernels {
   std::size_t (*attention_scratch)(std::size_t head_dim, std::size_t group);  // floats
   // Fold the states of one row's tiles, left to right, into out [heads per KV head, D].
   void (*fold)(const float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out);
+  // Rows of logits; see rows.inl.
+  float (*row_max)(const float* x, std::size_t n);
+  double (*row_sum_exp)(const float* x, std::size_t n, float top, float inverse_temperature);
+  void (*row_shift)(const float* x, std::size_t n, double by, float* out);  // out = x - by
+  // `ids` has room for last - first.
+  std::size_t (*row_above)(const float* x, std::size_t first, std::size_t last, float threshold, int32_t* ids);
+  std::size_t (*row_rank)(const float* x, std::size_t n, std::size_t id);
+  std::size_t (*row_draw)(const float* x, std::size_t n, std::size_t start, float top, double temperature,
+                          const NoiseKey& key);
 };
 
 const Kernels& portable_kernels();

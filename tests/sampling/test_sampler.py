@@ -12,11 +12,12 @@ from octavo.core.params import SamplingParams
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import Draw, Sample, Score, TopK
 from octavo.sampling import Sampler
-from octavo.sampling.processors import best, surviving
-from octavo.sampling.sampler import SamplingError, log_softmax
+from octavo.sampling.rows import NumpyRows, log_softmax
+from octavo.sampling.sampler import SamplingError
 
 VOCAB = 40
 sampler = Sampler()
+best = NumpyRows().best
 
 
 def row(seed: int = 0, scale: float = 3.0) -> np.ndarray:
@@ -41,8 +42,9 @@ def sample(logits: np.ndarray, **params: Any) -> int:
 
 
 def kept(logits: np.ndarray, **params: Any) -> list[int]:
-    made, _ = draw(**params)
-    return [int(i) for i in surviving(logits, made)[0]]
+    sampling = SamplingParams(**params)
+    left, _ = NumpyRows().surviving(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return [int(i) for i in left]
 
 
 def test_greedy_takes_the_best_and_of_equals_the_lower_id() -> None:

@@ -29,6 +29,9 @@ _MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
 
 
+Row = NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class CpuWeight:
     packed: _C.Weight
@@ -83,6 +86,7 @@ class CpuOps:
         self.machine = _C.Machine(
             instruction_set or _C.instruction_sets()[0], threads or available_processors(), share_prefixes, pin_threads
         )
+        self.rows = CpuRows(self.machine)
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
@@ -283,6 +287,46 @@ def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batc
         batch.tree_starts,
         batch.tree_parents,
     )
+
+
+class CpuRows:
+    """See octavo.ops.rows.RowOps."""
+
+    def __init__(self, machine: _C.Machine) -> None:
+        self._machine = machine
+
+    def greatest(self, row: Row) -> tuple[int, float]:
+        return _C.row_greatest(self._machine, row)
+
+    def log_sum_exp(self, row: Row) -> float:
+        return _C.row_log_sum_exp(self._machine, row)
+
+    def log_softmax(self, row: Row) -> Row:
+        out = np.empty_like(row)
+        _C.row_log_softmax(self._machine, row, out)
+        return out
+
+    def best(self, row: Row, k: int) -> NDArray[np.int32]:
+        ids = np.empty(k, np.int32)
+        _C.row_best(self._machine, row, ids)
+        return ids
+
+    def rank(self, row: Row, index: int) -> int:
+        return 1 + _C.row_rank(self._machine, row, index)
+
+    def draw(
+        self,
+        row: Row,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        stream: tuple[int, ...],
+        position: int,
+    ) -> int:
+        return _C.row_draw(self._machine, row, temperature, top_k, top_p, min_p, seed, stream, position)
 
 
 def available_processors() -> int:

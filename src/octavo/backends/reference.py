@@ -37,6 +37,7 @@ class ReferenceOps:
     """See octavo.ops.Ops. `dtype` is that of weights and activations, `kv_dtype` that of stored K and V."""
 
     name = "reference"
+    rows = None
 
     def __init__(self, dtype: str = "float32", kv_dtype: str = "float32") -> None:
         self.dtype = np.dtype(dtype)
@@ -162,22 +163,22 @@ class ReferenceOps:
         return self._mix(q, keys, values, hidden, scale)
 
     def _attend_node(self, q: Floats, row: int, s: int, batch: Batch, kv: KVLayer, scale: float) -> Floats:
-        """One row of a sequence with a draft tree: the positions before the tree, its ancestors and itself -> [H * D]."""
+        """One row of a sequence with a draft tree: positions before the tree, ancestors and itself -> [H * D]."""
         assert batch.tree_starts is not None
         assert batch.tree_parents is not None
         size, position = batch.block_size, int(batch.positions[row])
         before = np.arange(min(int(batch.tree_starts[s]), position + 1))
-        slots = list(batch.block_tables[s][before // size] * size + before % size)
-        path, node = [], row
-        while position >= batch.tree_starts[s] and node >= 0:
-            path.append(batch.slot_mapping[node])
-            node = batch.tree_parents[node]
-        slots = np.array(slots + path[::-1], np.int64)
+        path: list[int] = []
+        node = row if position >= batch.tree_starts[s] else -1
+        while node >= 0:
+            path.append(int(batch.slot_mapping[node]))
+            node = int(batch.tree_parents[node])
+        slots = np.concatenate([batch.block_tables[s][before // size] * size + before % size, path[::-1]]).astype(int)
         if kv.window is not None:
             slots = slots[max(position - kv.window + 1, 0) :]
         keys = kv.k[slots // size, slots % size].astype(self.dtype)
         values = kv.v[slots // size, slots % size].astype(self.dtype)
-        return self._mix(q[row : row + 1], keys, values, np.zeros((1, len(slots)), bool), scale)[0]
+        return self._mix(q[row : row + 1], keys, values, np.zeros((1, len(slots)), np.bool_), scale)[0]
 
     def _mix(self, q: Floats, keys: Floats, values: Floats, hidden: NDArray[np.bool_], scale: float) -> Floats:
         """q [n, H, D], keys and values [L, KH, D], hidden [n, L] -> [n, H * D]."""

@@ -48,6 +48,7 @@ class TraceOps:
     """See octavo.ops.Ops. `records` lists what was run, in order."""
 
     name = "trace"
+    rows = None
 
     def __init__(self, widths: Widths | None = None) -> None:
         self.widths = widths or Widths()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.ops.model_config import Activation, ModelConfig, RopeConfig
+from octavo.ops.rows import RowOps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,11 @@ class Ops(Protocol):
     """One backend."""
 
     name: str
+
+    @property
+    def rows(self) -> RowOps | None:
+        """What the sampler does to rows of logits; None: it has its own, in NumPy."""
+        ...
 
     @property
     def identity(self) -> str:

@@ -37,7 +37,7 @@ class ModelRunner:
         self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
         self._trunk = ops.capture(self._run_trunk)
-        self._sampler = Sampler()
+        self._sampler = Sampler(ops.rows)
         self._rows_per_slice = rows_per_slice(vocab_size)
 
     def run(self, plan: StepPlan) -> StepResult:

@@ -1,5 +1,5 @@
 """Logits processors, in the one order that applies everywhere: allowed_token_ids, bad_words, min_tokens, logit_bias,
-repetition, presence, frequency, temperature, min_p, top_k, top_p."""
+repetition, presence, frequency; then, in a draw, temperature, min_p, top_k, top_p (octavo.ops.rows)."""
 
 from __future__ import annotations
 
@@ -60,44 +60,3 @@ def _penalise(row: Row, draw: Draw) -> None:
         times = np.fromiter(counts.output.values(), np.float32)
         row[generated] -= np.float32(params.presence_penalty)
         row[generated] -= np.float32(params.frequency_penalty) * times
-
-
-def surviving(row: Row, draw: Draw) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Token ids that can be drawn, ascending, and their logits over the temperature, relative to the best (float64)."""
-    params = draw.params
-    token_ids = np.flatnonzero(row > -np.inf)
-    logits = row[token_ids].astype(np.float64)
-    logits -= logits.max()
-    logits /= params.temperature
-    if params.min_p > 0.0:
-        kept = logits >= np.log(params.min_p)
-        token_ids, logits = token_ids[kept], logits[kept]
-    if 0 < params.top_k < len(token_ids):
-        token_ids, logits = _take(token_ids, logits, best(logits, params.top_k))
-    if params.top_p < 1.0:
-        order = np.argsort(-logits, kind="stable")  # stable: of equals the lower id comes first
-        probabilities = np.exp(logits[order])
-        before = np.cumsum(probabilities) - probabilities
-        kept_count = int(np.count_nonzero(before < params.top_p * probabilities.sum()))
-        token_ids, logits = _take(token_ids, logits, order[: max(kept_count, 1)])
-    return token_ids, logits
-
-
-def _take(
-    token_ids: NDArray[np.int64], logits: NDArray[np.float64], chosen: NDArray[np.intp]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    chosen = np.sort(chosen)
-    return token_ids[chosen], logits[chosen]
-
-
-def best(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
-    """Indices of the k greatest, greatest first; of equals the lower index first. k is at most len(values)."""
-    if k < len(values):
-        threshold = np.partition(values, len(values) - k)[len(values) - k]
-        above = np.flatnonzero(values > threshold)
-        ties = np.flatnonzero(values == threshold)[: k - len(above)]
-        chosen = np.concatenate([above, ties])
-        chosen.sort()
-    else:
-        chosen = np.arange(len(values))
-    return chosen[np.argsort(-values[chosen], kind="stable")]

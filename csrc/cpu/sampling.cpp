@@ -1,0 +1,138 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace octavo {
+
+namespace {
+
+constexpr std::size_t kScan = 1024;  // values between two looks at whether the threshold can rise
+
+// x[a] stands before x[b].
+auto before(const float* x) {
+  return [x](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; };
+}
+
+double scaled(const float* x, std::size_t i, float top, double temperature) {
+  return (static_cast<double>(x[i]) - static_cast<double>(top)) / temperature;
+}
+
+// How many of the candidates, best first, top_p keeps, when they are a part of a whole of this weight; SIZE_MAX if it
+// would keep more than there are.
+std::size_t nucleus(const float* x, const std::vector<int32_t>& ids, float top, const Filters& filters, double whole) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (sum >= filters.top_p * whole) return std::max<std::size_t>(i, 1);
+    sum += std::exp(scaled(x, static_cast<std::size_t>(ids[i]), top, filters.temperature));
+  }
+  return SIZE_MAX;
+}
+
+// Candidates, best first.
+std::vector<int32_t> survivors(const Kernels& kernels, const float* x, std::size_t n, float top,
+                               const Filters& filters) {
+  const double lowest = filters.min_p > 0.0 ? std::log(filters.min_p) : -INFINITY;
+  const auto too_low = [&](int32_t id) {
+    const double logit = scaled(x, static_cast<std::size_t>(id), top, filters.temperature);
+    return !(logit >= lowest) || logit == -INFINITY;
+  };
+  if (filters.top_k == 0 && filters.min_p <= 0.0) {
+    // Of the whole vocabulary: as a rule a few tokens make up top_p of it.
+    const double whole = kernels.row_sum_exp(x, n, top, static_cast<float>(1.0 / filters.temperature));
+    for (std::size_t k = 64;; k *= 8) {
+      std::vector<int32_t> ids = best(kernels, x, n, std::min(k, n));
+      const std::size_t kept = nucleus(x, ids, top, filters, whole);
+      if (kept == SIZE_MAX && k < n) continue;
+      ids.resize(std::min(kept, ids.size()));
+      std::erase_if(ids, too_low);
+      return ids;
+    }
+  }
+  std::vector<int32_t> ids;
+  if (filters.top_k > 0) {
+    ids = best(kernels, x, n, std::min(filters.top_k, n));
+  } else {
+    ids.resize(n);
+    // A little lower than min_p says: what is above it is looked at again.
+    const double threshold = static_cast<double>(top) + filters.temperature * lowest;
+    const auto slack = static_cast<float>(threshold - 1e-5 * (1.0 + std::fabs(threshold)));
+    ids.resize(kernels.row_above(x, 0, n, slack, ids.data()));
+    std::sort(ids.begin(), ids.end(), before(x));
+  }
+  std::erase_if(ids, too_low);
+  if (filters.top_p < 1.0) {
+    double whole = 0.0;
+    for (const int32_t id : ids) whole += std::exp(scaled(x, static_cast<std::size_t>(id), top, filters.temperature));
+    ids.resize(std::min(nucleus(x, ids, top, filters, whole), ids.size()));
+  }
+  return ids;
+}
+
+}  // namespace
+
+std::pair<std::size_t, float> greatest(const Kernels& kernels, const float* x, std::size_t n) {
+  const float top = kernels.row_max(x, n);
+  return {static_cast<std::size_t>(std::find(x, x + n, top) - x), top};
+}
+
+double log_sum_exp(const Kernels& kernels, const float* x, std::size_t n) {
+  const float top = kernels.row_max(x, n);
+  return static_cast<double>(top) + std::log(kernels.row_sum_exp(x, n, top, 1.0f));
+}
+
+std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n, std::size_t k) {
+  if (k == 0) return {};
+  std::vector<int32_t> ids;
+  if (k >= n) {
+    ids.resize(n);
+    std::iota(ids.begin(), ids.end(), 0);
+    std::sort(ids.begin(), ids.end(), before(x));
+    return ids;
+  }
+  ids.reserve(2 * k + 2 * kScan);
+  float threshold = -INFINITY;  // at least k of those seen are as high: later ones must be above it
+  const auto cut = [&] {
+    std::nth_element(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(k - 1), ids.end(), before(x));
+    ids.resize(k);
+    threshold = x[ids[k - 1]];
+  };
+  for (std::size_t first = 0; first < n; first += kScan) {
+    const std::size_t last = std::min(first + kScan, n);
+    const std::size_t had = ids.size();
+    ids.resize(had + kScan);
+    std::size_t found = 0;
+    if (threshold == -INFINITY) {  // also tokens that cannot be drawn: k are asked for
+      std::iota(ids.begin() + static_cast<std::ptrdiff_t>(had), ids.end(), static_cast<int32_t>(first));
+      found = last - first;
+    } else {
+      found = kernels.row_above(x, first, last, threshold, ids.data() + had);
+    }
+    ids.resize(had + found);
+    if (ids.size() > 2 * k + kScan || (threshold == -INFINITY && ids.size() > k)) cut();
+  }
+  if (ids.size() > k) cut();
+  std::sort(ids.begin(), ids.end(), before(x));
+  return ids;
+}
+
+std::size_t draw(const Kernels& kernels, const float* x, std::size_t n, const Filters& filters, const NoiseKey& key) {
+  const auto [start, top] = greatest(kernels, x, n);
+  if (filters.top_k == 0 && filters.top_p >= 1.0 && filters.min_p <= 0.0) {
+    return kernels.row_draw(x, n, start, top, filters.temperature, key);
+  }
+  std::size_t winner = start;
+  double highest = -INFINITY;
+  for (const int32_t candidate : survivors(kernels, x, n, top, filters)) {
+    const auto id = static_cast<std::size_t>(candidate);
+    const double score = scaled(x, id, top, filters.temperature) + gumbel(key, static_cast<uint32_t>(id));
+    if (score > highest || (score == highest && id < winner)) {
+      highest = score;
+      winner = id;
+    }
+  }
+  return winner;
+}
+
+}  // namespace octavo

@@ -1,0 +1,33 @@
+// Sampling from one row of logits, float32 [n]; n is at least 1. Ties go to the lower id.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "philox.h"
+
+namespace octavo {
+
+struct Filters {
+  double temperature;
+  std::size_t top_k;  // 0: off
+  double top_p, min_p;
+};
+
+// The greatest value and its index; NaN if any value is.
+std::pair<std::size_t, float> greatest(const Kernels& kernels, const float* x, std::size_t n);
+
+// Natural logarithm of the sum of e^x.
+double log_sum_exp(const Kernels& kernels, const float* x, std::size_t n);
+
+// Indices of the k greatest, greatest first.
+std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n, std::size_t k);
+
+// One token: those that min_p, top_k and top_p leave, in this order, then the argmax with Gumbel noise. The row's
+// greatest value must be finite.
+std::size_t draw(const Kernels& kernels, const float* x, std::size_t n, const Filters& filters, const NoiseKey& key);
+
+}  // namespace octavo
