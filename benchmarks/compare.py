@@ -2,6 +2,7 @@
 
 Each engine lives in a process of its own, started with the interpreter it is installed for; they are asked in turn.
 A figure is the median over the rounds; a ratio is the median of the rounds' ratios, with the lowest and highest.
+Start-up is timed from outside, with a fresh process for each figure.
 
     python benchmarks/compare.py --model smollm2 --peer llama.cpp=PATH/python --peer openvino=PATH/python
 
@@ -29,12 +30,14 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed. `figure` is in tokens a second, or seconds for start-up."""
+    """What is timed."""
 
     name: str
     sequences: int
     prompt: int  # tokens of each
     new: int  # tokens of each; 0: the prompt alone is timed
+    beams: int = 0  # width of a beam search; 0: greedy
+    unit: str = "tok/s"
 
 
 WORKS = (
@@ -45,7 +48,11 @@ WORKS = (
     Work("decode, context 4096", 1, 4096, 32),
     Work("16 sequences of 128 + 64", 16, 128, 64),
     Work("32 sequences of 128 + 64", 32, 128, 64),
+    Work("beam search, width 4, 256 + 64", 1, 256, 64, beams=4, unit="steps/s"),
+    Work("beam search, width 8, 256 + 64", 1, 256, 64, beams=8, unit="steps/s"),
+    Work("start-up, exec to first byte", 1, 5, 0, unit="s"),
 )
+START_PROMPT = "The capital of France is"
 
 
 def prompt_ids(call: int, sequence: int, length: int) -> list[int]:
@@ -53,19 +60,29 @@ def prompt_ids(call: int, sequence: int, length: int) -> list[int]:
     return [(call * 104_729 + sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
 
 
-# --- engines: each gives run(prompts, new) which computes the prompts and `new` tokens after the first of each ---
+# --- engines: each gives run(prompts, new, beams): the prompts, and `new` tokens after the first of each ---
 
-Run = Callable[[list[list[int]], int], None]
+Run = Callable[[list[list[int]], int, int], None]
+
+
+class MissingError(Exception):
+    """An engine cannot do a work; the message says why."""
 
 
 def load_octavo(model: str, threads: int) -> Run:
-    from octavo import LLM, SamplingParams
+    import octavo
 
-    llm = LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
+    llm = octavo.LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
 
-    def run(prompts: list[list[int]], new: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
-        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        if not beams:
+            params = octavo.SamplingParams(temperature=0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
+            llm.generate(given, params)
+        elif hasattr(octavo, "BeamSearchParams"):
+            llm.beam_search(given, octavo.BeamSearchParams(beam_width=beams, max_tokens=new + 1, ignore_eos=True))
+        else:
+            raise MissingError("this version has no beam search")
 
     return run
 
@@ -101,7 +118,9 @@ def load_llama_cpp(model: str, threads: int) -> Run:
         if llama_cpp.llama_decode(context, batch) != 0:
             raise RuntimeError("llama_decode failed")
 
-    def run(prompts: list[list[int]], new: int) -> None:
+    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+        if beams:
+            raise MissingError("it has no beam search")
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
         batch.n_tokens = 0
         ends = []
@@ -127,10 +146,13 @@ def load_openvino(model: str, threads: int) -> Run:
     import openvino_genai as genai
 
     single = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
-    config = genai.GenerationConfig()
-    config.do_sample, config.ignore_eos = False, True
 
-    def run(prompts: list[list[int]], new: int) -> None:
+    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+        config = genai.GenerationConfig()
+        config.do_sample, config.ignore_eos = False, True
+        if beams:
+            config.num_beams, config.num_beam_groups, config.num_return_sequences = beams, 1, 1
+            config.stop_criteria = genai.StopCriteria.NEVER
         config.max_new_tokens = config.min_new_tokens = new + 1
         ids = np.array(prompts, np.int64)
         inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
@@ -147,7 +169,7 @@ def load_transformers(model: str, threads: int) -> Run:
     path = Path(model)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    def run(prompts: list[list[int]], new: int) -> None:
+    def run(prompts: list[list[int]], new: int, beams: int) -> None:
         ids = torch.tensor(prompts)
         with torch.no_grad():
             loaded.generate(
@@ -156,7 +178,9 @@ def load_transformers(model: str, threads: int) -> Run:
                 max_new_tokens=new + 1,
                 min_new_tokens=new + 1,
                 do_sample=False,
+                num_beams=beams or 1,
                 pad_token_id=0,
+                **({"early_stopping": "never"} if beams else {}),
             )
 
     return run
@@ -171,69 +195,119 @@ ENGINES: dict[str, Callable[[str, int], Run]] = {
 
 
 def serve(engine: str, model: str, threads: int) -> None:
-    """A child: loads one engine, then answers lines of [sequences, prompt, new] with seconds."""
+    """A child: loads one engine, then answers lines of [sequences, prompt, new, beams] with seconds or a reason."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes elsewhere
     run = ENGINES[engine](model, threads)
     print("ready", file=output, flush=True)
     for call, line in enumerate(sys.stdin):
-        sequences, prompt, new = json.loads(line)
+        sequences, prompt, new, beams = json.loads(line)
         prompts = [prompt_ids(call, sequence, prompt) for sequence in range(sequences)]
         started = time.perf_counter()
-        run(prompts, new)
-        print(time.perf_counter() - started, file=output, flush=True)
+        try:
+            run(prompts, new, beams)
+            answer: float | str = time.perf_counter() - started
+        except MissingError as reason:
+            answer = str(reason)
+        print(json.dumps(answer), file=output, flush=True)
+
+
+# --- start-up: what a user would run, in a process of its own; compare.py's imports are not part of it ---
+
+LLAMA_CPP_START = """
+import sys
+import llama_cpp
+model, threads, prompt = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+llm = llama_cpp.Llama(model, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+for part in llm(prompt, max_tokens=1, temperature=0, stream=True):
+    print(part["choices"][0]["text"], flush=True)
+    break
+"""
+
+
+def start_command(engine: str, python: str, model: str, threads: int) -> list[str]:
+    if engine == "octavo":
+        settings = ["--model", model, "--threads", str(threads), "--max-tokens", "1", "--ignore-eos"]
+        return [python, "-m", "octavo", "run", "--raw", *settings, START_PROMPT]
+    if engine == "llama.cpp":
+        return [python, "-c", LLAMA_CPP_START, model, str(threads), START_PROMPT]
+    raise MissingError("its start-up is not timed")
+
+
+def seconds_to_first_byte(command: list[str]) -> float:
+    log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
+    # An installed program has its bytecode beside it; one run from a checkout must be let write it, in the warm-up.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    if not first or process.returncode != 0:
+        raise RuntimeError(f"its start failed with exit code {process.returncode}")
+    return seconds
 
 
 class Child:
     def __init__(self, engine: str, python: str, model: str, threads: int) -> None:
         command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
         log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
+        self.start = (engine, python, model, threads)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != "ready":
             raise RuntimeError(f"it does not load with {python}")
 
-    def seconds(self, sequences: int, prompt: int, new: int) -> float:
+    def seconds(self, work: Work, new: int) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([sequences, prompt, new]) + "\n")
+        self.process.stdin.write(json.dumps([work.sequences, work.prompt, new, work.beams]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError("it died")
-        return float(line)
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise MissingError(answer)
+        return float(answer)
 
     def figure(self, work: Work) -> float:
-        """Tokens a second: of the prompt, or of what comes after the first token."""
+        """In the work's unit. Tokens are those of the prompt, or those after the first; a step is one of all beams."""
+        if work.unit == "s":
+            return seconds_to_first_byte(start_command(*self.start))
         if work.new == 0:
-            return work.sequences * work.prompt / self.seconds(work.sequences, work.prompt, 0)
-        first = self.seconds(work.sequences, work.prompt, 0)
-        whole = self.seconds(work.sequences, work.prompt, work.new)
+            return work.sequences * work.prompt / self.seconds(work, 0)
+        first = self.seconds(work, 0)
+        whole = self.seconds(work, work.new)
         return work.sequences * work.new / max(whole - first, 1e-9)
 
 
 def measure(children: dict[str, Child], work: Work, rounds: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {name: [] for name in children}
     for round_number in range(rounds + 1):
-        for name, child in list(children.items()):
+        for name in list(figures):
             try:
-                figure = child.figure(work)
+                figure = children[name].figure(work)
+            except MissingError as reason:
+                print(f"{name}: {work.name}: {reason}; skipped", file=sys.stderr)
+                del figures[name]
             except RuntimeError as error:
                 print(f"{name}: {work.name}: {error}; it is left out from here on", file=sys.stderr)
-                del children[name]
-                figures.pop(name)
-                continue
-            if round_number:  # the first warms up
-                figures[name].append(figure)
+                del children[name], figures[name]
+            else:
+                if round_number:  # the first warms up
+                    figures[name].append(figure)
     return figures
 
 
 def table(works: list[tuple[Work, dict[str, list[float]]]]) -> list[dict[str, Any]]:
     rows = []
     for work, figures in works:
-        row: dict[str, Any] = {"work": work.name, "median": {k: statistics.median(v) for k, v in figures.items()}}
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        row: dict[str, Any] = {"work": work.name, "unit": work.unit, "median": medians}
         ratios = {}
         for name, values in figures.items():
-            if name != "octavo":
+            if name != "octavo" and "octavo" in figures:
                 each = [ours / theirs for ours, theirs in zip(figures["octavo"], values, strict=True)]
                 ratios[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
         rows.append(row | {"ratio": ratios})
@@ -241,13 +315,16 @@ def table(works: list[tuple[Work, dict[str, list[float]]]]) -> list[dict[str, An
 
 
 def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
-    print(f"{'tokens a second':28}" + "".join(f"{name:>14}" for name in engines) + "   octavo / peer (min-max)")
+    """Ratios are of the figures as they stand: above 1 is better for rates, below 1 for seconds."""
+    print(f"{'':32}{'unit':8}" + "".join(f"{name:>14}" for name in engines) + "   octavo / peer (min-max)")
     for row in rows:
-        cells = "".join(f"{row['median'].get(name, float('nan')):14.1f}" for name in engines)
+        digits = 3 if row["unit"] == "s" else 1
+        medians = [row["median"].get(name) for name in engines]
+        cells = "".join(f"{'-':>14}" if median is None else f"{median:14.{digits}f}" for median in medians)
         ratios = ", ".join(
             f"{name} {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for name, r in row["ratio"].items()
         )
-        print(f"{row['work']:28}{cells}   {ratios}")
+        print(f"{row['work']:32}{row['unit']:8}{cells}   {ratios}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
+    from octavo.core.beam_params import BeamSearchParams
     from octavo.core.errors import OctavoError
     from octavo.core.outputs import CompletionOutput, RequestOutput
     from octavo.core.params import SamplingParams
@@ -23,6 +24,7 @@ _PUBLIC = {
     "AsyncLLM": "octavo.async_llm",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.core.params",
+    "BeamSearchParams": "octavo.core.beam_params",
     "RequestOutput": "octavo.core.outputs",
     "CompletionOutput": "octavo.core.outputs",
     "OctavoError": "octavo.core.errors",
@@ -31,6 +33,7 @@ _PUBLIC = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",

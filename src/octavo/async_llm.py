@@ -9,11 +9,12 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, RequestOutput
@@ -66,6 +67,28 @@ class AsyncLLM:
         params = sampling_params if sampling_params is not None else SamplingParams()
         # Tokenising a long prompt takes a while: not on the event loop.
         coordinator = await asyncio.to_thread(self._frontend.make, prompt, params, request_id, priority)
+        async with aclosing(self._follow(coordinator)) as answer:
+            async for output in answer:
+                yield output
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Search one prompt's most probable continuations; see `LLM.beam_search` and, for what is yielded,
+        `LLM.stream`."""
+        given = params if params is not None else BeamSearchParams()
+        coordinator = await asyncio.to_thread(self._frontend.make_beams, prompt, given, request_id, priority)
+        async with aclosing(self._follow(coordinator)) as answer:
+            async for output in answer:
+                yield output
+
+    async def _follow(self, coordinator: Coordinator) -> AsyncGenerator[RequestOutput, None]:
+        """Run a request, yielding its outputs; if the caller goes away, it is ended."""
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 
 from octavo.build import BuiltEngine
 from octavo.config import EngineConfig
-from octavo.coordinators import CompletionRequest, SamplesCoordinator, SingleCoordinator
+from octavo.coordinators import BeamCoordinator, CompletionRequest, SamplesCoordinator, SingleCoordinator
 from octavo.coordinators.generating import GeneratingCoordinator
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
@@ -67,6 +68,23 @@ class Frontend:
         """A coordinator for one prompt. Raises InvalidRequestError naming the field at fault."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
+        request = self._request(prompt, params, request_id, priority)
+        metrics = RequestMetrics(arrival_time=self._clock())
+        return (SingleCoordinator if params.n == 1 else SamplesCoordinator)(request, metrics)
+
+    def make_beams(
+        self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, priority: int = 0
+    ) -> BeamCoordinator:
+        """A beam search over one prompt. Raises InvalidRequestError naming the field at fault."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError("params", f"must be BeamSearchParams, not {type(params).__name__}")
+        request = self._request(prompt, params.sampling, request_id, priority)
+        return BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int
+    ) -> CompletionRequest:
+        """Checked against this model."""
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequestError("priority", f"must be an integer, not {shown(priority)}")
         if priority and not self._limits.priority_allowed:
@@ -75,7 +93,7 @@ class Frontend:
             raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
         text, token_ids = self.tokens_of(prompt)
         self._check_params(params)
-        request = CompletionRequest(
+        return CompletionRequest(
             request_id=request_id if request_id is not None else f"{self._id_prefix}-{next(self._ids)}",
             prompt_token_ids=token_ids,
             params=params,
@@ -89,8 +107,6 @@ class Frontend:
             codec=self._codec,
             system_fingerprint=self._system_fingerprint,
         )
-        metrics = RequestMetrics(arrival_time=self._clock())
-        return (SingleCoordinator if params.n == 1 else SamplesCoordinator)(request, metrics)
 
     def chat_prompt(
         self,

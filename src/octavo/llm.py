@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
@@ -75,6 +76,36 @@ class LLM:
             self._frontend.make(prompt, one.but(output_kind=OutputKind.FINAL_ONLY), priority=order)
             for prompt, one, order in zip(listed, params, priorities, strict=True)
         ]
+        return self._run(requests, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
+    ) -> list[RequestOutput]:
+        """The most probable continuations of prompts, as transformers' `generate` finds them; all prompts in one batch.
+
+        Args:
+            params: one for all prompts, or one each. Default: BeamSearchParams().
+            prompts, use_tqdm, priority: as in `generate`.
+
+        Returns one output a prompt; its `outputs` are the hypotheses, best `score` first. `token_ids` are those
+        generated, without the prompt's. Errors are those of `generate`.
+        """
+        listed = _list_of_prompts(prompts)
+        given = BeamSearchParams() if params is None else params
+        each = _one_each("params", given, BeamSearchParams, len(listed))
+        priorities = _one_each("priority", priority, int, len(listed))
+        requests = [
+            self._frontend.make_beams(prompt, one.but(output_kind=OutputKind.FINAL_ONLY), priority=order)
+            for prompt, one, order in zip(listed, each, priorities, strict=True)
+        ]
+        return self._run(requests, use_tqdm)
+
+    def _run(self, requests: Sequence[Coordinator], use_tqdm: bool | None) -> list[RequestOutput]:
         ids = [request.request_id for request in requests]
         shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
         try:
@@ -89,16 +120,18 @@ class LLM:
         return outputs
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt, sampling_params: SamplingParams | BeamSearchParams | None = None, *, priority: int = 0
     ) -> Generator[RequestOutput, None, None]:
-        """Answer one prompt, yielding as tokens come; `output_kind` says whether all so far or only what is new.
+        """Answer one prompt, yielding as tokens come; `output_kind` says whether all so far or only what is new. Of a
+        beam search comes first what all outputs that are still possible begin with, and at its end all of them.
 
         The request is checked at once (InvalidRequestError) and starts with the first `next`. Closing the iterator
         early ends the request and frees its blocks. Iterating raises RequestFailedError if the request failed inside
         the engine, EngineClosedError if the LLM was closed.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
-        request = self._frontend.make(prompt, params, priority=priority)
+        make = self._frontend.make_beams if isinstance(params, BeamSearchParams) else self._frontend.make
+        request = make(prompt, params, priority=priority)  # type: ignore[arg-type] # one of the two fits
         self._check_open()
         return self._stream(request)
 

@@ -1,7 +1,7 @@
 """The program `octavo`: finds the command, runs it, and turns errors into exit codes.
 
-Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 130 interrupted; 141 the reader of
-our output went away.
+Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 3 `verify` found a check that failed;
+130 interrupted; 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),
+    "doctor": ("octavo.cli.doctor", "say what is found on this machine, and how fast it can be"),
+    "bench": ("octavo.cli.bench", "measure latency, throughput or start-up"),
+    "verify": ("octavo.cli.verify", "check a model against transformers and against itself"),
 }
 
 logger = logging.getLogger("octavo.cli")

@@ -113,26 +113,26 @@ class SamplingParams:
             raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {shown(self.output_kind)}") from None
 
     def _check_numbers(self) -> None:
-        _set(self, "n", _integer("n", self.n, 1, MAX_N))
-        _set(self, "presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        _set(self, "frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        penalty = _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY)
+        _set(self, "n", integer("n", self.n, 1, MAX_N))
+        _set(self, "presence_penalty", number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        _set(self, "frequency_penalty", number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        penalty = number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY)
         _set(self, "repetition_penalty", penalty)
-        _set(self, "temperature", _number("temperature", self.temperature, 0.0, math.inf))
-        _set(self, "top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        _set(self, "top_k", _integer("top_k", self.top_k, -1, 2**31 - 1))
-        _set(self, "min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        _set(self, "temperature", number("temperature", self.temperature, 0.0, math.inf))
+        _set(self, "top_p", number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        _set(self, "top_k", integer("top_k", self.top_k, -1, 2**31 - 1))
+        _set(self, "min_p", number("min_p", self.min_p, 0.0, 1.0))
         if self.seed is not None:
-            _set(self, "seed", _integer("seed", self.seed, 0, MAX_SEED))
+            _set(self, "seed", integer("seed", self.seed, 0, MAX_SEED))
         if self.max_tokens is not None:
-            _set(self, "max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
-        _set(self, "min_tokens", _integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
+            _set(self, "max_tokens", integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+        _set(self, "min_tokens", integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", f"{self.min_tokens} is more than max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _set(self, name, _integer(name, value, 0, 2**31 - 1))
+                _set(self, name, integer(name, value, 0, 2**31 - 1))
 
     def _check_flags(self) -> None:
         for name in (
@@ -163,7 +163,7 @@ def _set(params: object, name: str, value: object) -> None:
     object.__setattr__(params, name, value)  # frozen: normalised once, in __post_init__
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int; NumPy's integers are welcome, bools are not."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidRequestError(name, f"must be an integer, not {shown(value)}")
@@ -173,7 +173,7 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     """`value` as a float; NumPy's numbers are welcome, bools are not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidRequestError(name, f"must be a number, not {shown(value)}")
@@ -231,7 +231,7 @@ def _logit_bias(value: object) -> dict[int, float]:
             "logit_bias", int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
         )
         try:
-            bias[token_id] = _number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+            bias[token_id] = number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         except InvalidRequestError as error:
             raise InvalidRequestError("logit_bias", f"of token {shown(token_id)} {error.problem}") from None
     return bias

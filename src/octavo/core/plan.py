@@ -78,6 +78,7 @@ class GrantResult:
 
     draws: tuple[DrawResult, ...] = ()  # Sample: in the order of its draws
     candidates: tuple[tuple[int, float], ...] = ()  # TopK: (token id, processed log-probability), best first
+    candidate_logprobs: tuple[TokenLogprobs, ...] = ()  # TopK: beside the candidates, when asked for
     scores: tuple[float, ...] = ()  # Score: log-probability of each set
     hidden: tuple[Any, ...] = ()  # Hidden: float32 arrays [hidden_size], in the order asked
     next_logprobs: SequenceOf[TokenLogprobs] = ()  # NextLogprobs: one per granted row whose next token is known

@@ -10,7 +10,7 @@ something wants its row, so forking and then decoding, a full cache hit and n sa
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from octavo.core.want import Sample
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octavo.core.want import Draw, NextLogprobs, Want
 
 
+State = TypeVar("State")
 BlockTable = Any  # a list of block ids; what else the KV cache manager keeps in it is its own
 
 
@@ -161,6 +162,10 @@ class Sequence:
     def attach(self, state: SequenceState) -> None:
         """From now on `state` follows the tokens of this sequence; it has not seen those already here."""
         self._attached.append((state, len(self.token_ids)))
+
+    def attached(self, kind: type[State]) -> State | None:
+        """The attached state of this type, if there is one."""
+        return next((state for state, _ in self._attached if isinstance(state, kind)), None)
 
     def evict(self) -> None:
         """Give the blocks back but stay alive: all KV is to be recomputed. Called by the scheduler alone."""

@@ -21,6 +21,7 @@ class Draw:
     counts: TokenCounts | None = None  # attached to the sequence; None unless a penalty needs it
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words, every spelling of each
     end_token_ids: tuple[int, ...] = ()  # cannot be drawn while fewer than params.min_tokens were
+    no_repeat_ngram_size: int = 0  # no n-gram of so many tokens comes twice, the prompt's included; 0: off
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class TopK:
 
     k: int
     draw: Draw
+    logprobs: int | None = None  # not None: each candidate's log-probability of the raw logits, and so many best ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +124,7 @@ class ModelRunner:
             result = self._sampler.run(logits, grant.want, grant.token_ids, grant.stop - 1)
         except SamplingError as failure:
             return GrantResult(error=str(failure))
-        return GrantResult(result.draws, result.candidates, result.scores, (), next_logprobs)
+        return replace(result, next_logprobs=next_logprobs)
 
 
 class _Done:

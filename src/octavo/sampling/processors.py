@@ -1,5 +1,6 @@
 """Logits processors, in the one order that applies everywhere: allowed_token_ids, bad_words, min_tokens, logit_bias,
-repetition, presence, frequency; then, in a draw, temperature, min_p, top_k, top_p (octavo.ops.rows)."""
+repetition, presence, frequency, no_repeat_ngram_size. In a draw then: temperature, min_p, top_k, top_p (ops.rows).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ def changes_logits(draw: Draw, num_output_tokens: int) -> bool:
         or params.logit_bias
         or params.has_penalties
         or (num_output_tokens < params.min_tokens and draw.end_token_ids)
+        or draw.no_repeat_ngram_size
     )
 
 
@@ -44,6 +46,19 @@ def process(row: Row, draw: Draw, token_ids: Sequence[int], position: int) -> No
         row[token_id] += np.float32(bias)
     if draw.counts is not None:
         _penalise(row, draw)
+    if draw.no_repeat_ngram_size:
+        row[_completions(token_ids[: position + 1], draw.no_repeat_ngram_size)] = -np.inf
+
+
+def _completions(token_ids: Sequence[int], size: int) -> NDArray[np.intp]:
+    """Tokens that followed earlier occurrences of the last size - 1 tokens."""
+    seen = np.asarray(token_ids, np.int64)
+    if len(seen) < size:
+        return np.empty(0, np.intp)
+    matches = np.ones(len(seen) - size + 1, np.bool_)
+    for offset in range(size - 1):
+        matches &= seen[offset : offset + len(matches)] == seen[len(seen) - size + 1 + offset]
+    return seen[size - 1 :][matches]
 
 
 def _penalise(row: Row, draw: Draw) -> None:

@@ -33,18 +33,25 @@ class Sampler:
         if isinstance(want, Sample):
             return GrantResult(draws=tuple(self._draw(row, best, draw, token_ids, position) for draw in want.draws))
         if isinstance(want, TopK):
-            return GrantResult(candidates=self._top_k(row, want, token_ids, position))
+            return self._top_k(row, want, token_ids, position)
         return GrantResult(scores=self._score(row, want))
 
     def logprobs(self, row: Row, token_id: int, top: int) -> TokenLogprobs:
         """Log-probability and rank of one token, and the `top` best. Of the raw logits."""
         self._check(row)
+        return self._logprobs(row, [token_id], top)[0]
+
+    def _logprobs(self, row: Row, token_ids: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
+        """The same of several tokens, one by one."""
         normalizer = self._rows.log_sum_exp(row)
+
+        def entry(token_id: int, rank: int) -> TokenLogprob:
+            return TokenLogprob(token_id, float(row[token_id]) - normalizer, rank)
+
         chosen = self._rows.best(row, min(top, len(row))) if top else ()
-        alternatives = tuple(TokenLogprob(int(i), float(row[i]) - normalizer, rank) for rank, i in enumerate(chosen, 1))
+        alternatives = tuple(entry(int(token_id), rank) for rank, token_id in enumerate(chosen, 1))
         # The rank is counted on the logits: two of them may round to one log-probability.
-        token = TokenLogprob(token_id, float(row[token_id]) - normalizer, self._rows.rank(row, token_id))
-        return TokenLogprobs(token, alternatives)
+        return tuple(TokenLogprobs(entry(i, self._rows.rank(row, i)), alternatives) for i in token_ids)
 
     def _check(self, row: Row) -> int:
         """Index of the best token. Raise SamplingError unless its logit is finite, and no other is NaN or +inf."""
@@ -81,12 +88,15 @@ class Sampler:
         logprobs = None if params.logprobs is None else self.logprobs(row, chosen, params.logprobs)
         return DrawResult(chosen, logprobs)
 
-    def _top_k(self, row: Row, want: TopK, token_ids: Sequence[int], position: int) -> tuple[tuple[int, float], ...]:
+    def _top_k(self, row: Row, want: TopK, token_ids: Sequence[int], position: int) -> GrantResult:
         values = self._rows.log_softmax(row)
         if changes_logits(want.draw, position + 1 - want.draw.num_prompt_tokens):
             process(values, want.draw, token_ids, position)
-        chosen = self._rows.best(values, min(want.k, len(values)))
-        return tuple((int(i), float(values[i])) for i in chosen)
+        chosen = [int(i) for i in self._rows.best(values, min(want.k, len(values)))]
+        return GrantResult(
+            candidates=tuple((i, float(values[i])) for i in chosen),
+            candidate_logprobs=() if want.logprobs is None else self._logprobs(row, chosen, want.logprobs),
+        )
 
     def _score(self, row: Row, want: Score) -> tuple[float, ...]:
         normalizer = self._rows.log_sum_exp(row)

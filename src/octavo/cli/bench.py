@@ -1,0 +1,127 @@
+"""Measure this machine's speed on a model: latency of one batch, throughput of many requests, or start-up.
+
+Prompts are random token ids, new ones in every iteration, so that no cache helps; end tokens are ignored. Figures
+carry the names of vLLM's benchmarks: TTFT is the time to the first token, ITL the time from one token to the next, TPOT
+its mean over a request. MBU and MFU are the shares reached of the memory bandwidth and the arithmetic measured beside
+it, which `octavo doctor` shows too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
+from octavo.core.errors import InvalidRequestError
+
+_MOST = 2**31 - 1
+# name of the setting -> (default, least, help)
+_NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
+    "latency": {
+        "input_len": (32, 1, "tokens of each prompt"),
+        "output_len": (128, 1, "tokens to generate for each"),
+        "batch_size": (1, 1, "requests at once"),
+        "num_iters_warmup": (2, 0, "iterations that do not count"),
+        "num_iters": (10, 1, "iterations that count"),
+        "seed": (0, 0, "of the random prompts"),
+    },
+    "throughput": {
+        "num_prompts": (64, 1, "requests, all there from the start"),
+        "input_len": (128, 1, "tokens of each prompt"),
+        "output_len": (64, 1, "tokens to generate for each"),
+        "seed": (0, 0, "of the random prompts"),
+    },
+    "startup": {
+        "num_iters_warmup": (1, 0, "starts that do not count: they bring the file into memory"),
+        "num_iters": (5, 1, "starts that count"),
+    },
+}
+_SUMMARIES = {
+    "latency": "end-to-end latency of one batch, again and again",
+    "throughput": "many requests at once: requests and tokens a second",
+    "startup": "from the start of the process to the first byte of an answer, by phase",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `octavo bench`."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(_NUMBERS) + "}")
+    for kind, numbers in _NUMBERS.items():
+        sub = kinds.add_parser(kind, help=_SUMMARIES[kind], description=_SUMMARIES[kind], allow_abbrev=False)
+        for name, (default, _, text) in numbers.items():
+            sub.add_argument(flag(name), metavar="N", help=f"{text} (default {default})")
+        if kind == "startup":
+            sub.add_argument("--prompt", default="The capital of France is", help="raw prompt (default: %(default)r)")
+        else:
+            sub.add_argument("--disable-detokenize", action="store_true", help="make no text of the tokens")
+        sub.add_argument("--output-json", type=Path, metavar="FILE", help="write all figures to FILE")
+        add_engine_arguments(sub, leave_out=["seed"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything that can be checked without the model is checked before it is loaded."""
+    numbers = {name: _number(args, name, least) for name, (_, least, _) in _NUMBERS[args.kind].items()}
+    config = engine_config(args)
+    if args.output_json is not None:
+        _check_writable(args.output_json)
+    from octavo.cli.answering import check_unicode, spinner
+
+    if args.kind == "startup":
+        from octavo.cli import bench_startup
+
+        check_unicode("--prompt", args.prompt)
+        with spinner("starting again and again"):
+            report = bench_startup.run(config, _engine_flags(args), args.prompt, **numbers)
+        lines = bench_startup.lines(report)
+    else:
+        from octavo.cli import bench_engine
+
+        with spinner(f"measuring {args.kind}"):
+            report = getattr(bench_engine, args.kind)(config, detokenize=not args.disable_detokenize, **numbers)
+        lines = bench_engine.lines(report)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if args.output_json is not None:
+        _write(args.output_json, report)
+    return 0
+
+
+def _number(args: argparse.Namespace, name: str, least: int) -> int:
+    text = getattr(args, name)
+    if text is None:
+        return _NUMBERS[args.kind][name][0]
+    try:
+        value = int(text)
+    except ValueError:
+        raise InvalidRequestError(flag(name), f"must be an integer, not {text!r}") from None
+    if not least <= value <= _MOST:
+        raise InvalidRequestError(flag(name), f"must be between {least} and {_MOST}, not {value}")
+    return value
+
+
+def _engine_flags(args: argparse.Namespace) -> list[str]:
+    """The engine settings of this command line, as another process takes them."""
+    from dataclasses import fields
+
+    from octavo.config import EngineConfig
+
+    given = ((setting.name, getattr(args, setting.name, None)) for setting in fields(EngineConfig))
+    return [f"{flag(name)}={text}" for name, text in given if text is not None]
+
+
+def _check_writable(path: Path) -> None:
+    """Now and not after minutes of measuring. What is there stays."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise InvalidRequestError("--output-json", f"{path} cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise InvalidRequestError("--output-json", f"{path} cannot be written: {error.strerror}") from None

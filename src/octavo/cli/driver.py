@@ -1,0 +1,135 @@
+"""An engine stepped by hand, so that every step and every token can be timed and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from octavo.build import build_engine
+from octavo.core.params import OutputKind, SamplingParams
+from octavo.core.want import Hidden
+from octavo.frontend import make_frontend
+from octavo.runner.input_batch import rows_with_next
+
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig
+    from octavo.core.outputs import CompletionOutput, RequestOutput
+    from octavo.core.plan import Grant, StepPlan
+
+Request = tuple[list[int], SamplingParams]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step: how long it took, and what was computed. The request's own work, its text too, is part of it."""
+
+    started: float  # seconds, the engine's clock
+    ended: float
+    sequences: tuple[tuple[int, int], ...]  # per grant: tokens of context already cached, tokens computed
+    logits_rows: int
+    prompt_tokens: int  # of the tokens computed
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request: its last output with all tokens, and when tokens came."""
+
+    arrived: float  # seconds, the engine's clock
+    output: RequestOutput | None = None
+    token_times: list[float] = field(default_factory=list)  # of each token of all outputs, ascending
+
+
+class EngineDriver:
+    """Owns an engine. Raises what `build_engine` raises."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.built = build_engine(config)
+        self._frontend = make_frontend(config, self.built)
+        self._engine = self.built.engine
+        self.clock = self._engine.clock
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_plan: Callable[[StepPlan], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> list[Answer]:
+        """Answer all requests at once. Raises InvalidRequestError; one that fails inside says so in its output."""
+        made = [
+            self._frontend.make({"prompt_token_ids": ids}, params.but(output_kind=OutputKind.CUMULATIVE))
+            for ids, params in requests
+        ]
+        arrived = self.clock()
+        answers = {coordinator.request_id: Answer(arrived) for coordinator in made}
+        prompt_lens = {c.request_id: len(ids) for c, (ids, _) in zip(made, requests, strict=True)}
+        plans: list[tuple[StepPlan, int]] = []
+        schedule = self._engine.scheduler.schedule
+
+        def watched() -> StepPlan:
+            plan = schedule()
+            plans.append((plan, sum(map(_rows, plan.grants))))  # now: sequences grow when the step returns
+            return plan
+
+        self._engine.scheduler.schedule = watched  # type: ignore[method-assign]
+        try:
+            for coordinator in made:
+                self._engine.add(coordinator)
+            while self._engine.has_unfinished_requests:
+                started = self.clock()
+                outputs = self._engine.step()
+                ended = self.clock()
+                for output in outputs:
+                    _note(answers[output.request_id], output, ended)
+                plan, rows = plans.pop()
+                if on_plan is not None:
+                    on_plan(plan)
+                if on_step is not None:
+                    on_step(_step(plan, rows, started, ended, prompt_lens))
+        finally:
+            del self._engine.scheduler.schedule  # the method of the class shows again
+            for coordinator in made:
+                self._engine.abort(coordinator.request_id)
+        return [answers[coordinator.request_id] for coordinator in made]
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> EngineDriver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _note(answer: Answer, output: RequestOutput, now: float) -> None:
+    new = output.metrics.num_generated_tokens - len(answer.token_times)
+    answer.token_times += [now] * new
+    answer.output = output
+
+
+def _step(plan: StepPlan, rows: int, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
+    return Step(
+        started,
+        ended,
+        tuple((grant.start, grant.num_tokens) for grant in plan.grants),
+        rows,
+        sum(max(min(grant.stop, prompt_lens[grant.request_id]) - grant.start, 0) for grant in plan.grants),
+    )
+
+
+def _rows(grant: Grant) -> int:
+    """Rows of a grant whose logits are made."""
+    rows = set() if grant.each_row is None else set(rows_with_next(grant))
+    if grant.want is not None and not isinstance(grant.want, Hidden):
+        rows.add(grant.num_tokens - 1)
+    return len(rows)
+
+
+def completions(answer: Answer) -> list[CompletionOutput]:
+    """The outputs of an answer. Raises RuntimeError with the engine's reason if the request failed."""
+    if answer.output is None:
+        raise RuntimeError("the request ended without an output")
+    if answer.output.error is not None:
+        raise RuntimeError(answer.output.error)
+    return answer.output.outputs

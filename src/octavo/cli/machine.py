@@ -1,0 +1,135 @@
+"""The machine and the backends, as `doctor`, `bench` and `verify` see them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from octavo.config import EngineConfig
+from octavo.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.backends.cpu import CpuOps
+    from octavo.observe import MachineLimits
+    from octavo.ops import ModelConfig, Ops
+
+_CGROUP = Path("/sys/fs/cgroup")
+BACKENDS = ("cpu", "reference")  # best first
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line)
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def cgroup_limits(folder: Path = _CGROUP) -> dict[str, float | None]:
+    """What the process's control group allows; None: no limit. As in cgroup version 2, seen from inside a container."""
+    limits: dict[str, float | None] = {"cpus": None, "memory_bytes": None}
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        limits["cpus"] = None if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        limits["memory_bytes"] = int((folder / "memory.max").read_text())
+    return limits
+
+
+def instruction_sets() -> list[str]:
+    """Those this processor has, best first; none if the cpu backend's extension does not load."""
+    try:
+        from octavo import _C
+    except ImportError:
+        return []
+    return _C.instruction_sets()
+
+
+def num_processors() -> int:
+    """Threads of the cpu backend when none are asked for."""
+    try:
+        from octavo.backends.cpu import available_processors
+    except ImportError:
+        return os.cpu_count() or 1
+    return available_processors()
+
+
+def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
+    """The backend that an engine of this configuration uses. Raises ConfigError saying why each refused."""
+    from octavo import build
+
+    return build._make_ops(config, model)
+
+
+def refusals(config: EngineConfig, model: ModelConfig | None = None) -> dict[str, str | None]:
+    """Why each backend cannot be used with these settings, and this model if one is given; None: it can."""
+    from octavo import build
+
+    reasons: dict[str, str | None] = {}
+    for name in BACKENDS:
+        make = build._make_cpu if name == "cpu" else build._make_reference
+        try:
+            ops = make(replace(config, backend=name))
+            reasons[name] = None if model is None else ops.why_not(model)
+        except (ConfigError, ImportError) as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def measure(config: EngineConfig, seconds: float = 1.2) -> MachineLimits | None:
+    """The machine's limits with the threads and instruction set of `config`; None if the cpu backend does not load."""
+    from octavo import build
+
+    if not instruction_sets():
+        return None
+    from octavo.observe import measure_limits
+    from octavo.runner.memory import available_memory
+
+    # Settings that change what is computed, and not how fast the machine is, as the measurement needs them.
+    ops = cast("CpuOps", build._make_cpu(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16)))
+    return measure_limits(ops, ops.machine.threads, available_memory(), seconds)
+
+
+def identity(config: EngineConfig, model: ModelConfig) -> dict[str, object]:
+    """What computes, for a report: backend, instruction set and threads (None where the backend has no such thing)."""
+    ops = make_ops(config, model)
+    machine = getattr(ops, "machine", None)
+    return {
+        "backend": ops.name,
+        "instruction_set": getattr(machine, "instruction_set", None),
+        "threads": getattr(machine, "threads", None),
+        "cpu": cpu_model(),
+    }
+
+
+def look_at_model(config: EngineConfig) -> dict[str, object]:
+    """A model's file, which backends refuse it, and its numeric fingerprint with these settings; no weight is read."""
+    from octavo import build
+    from octavo.hub import resolve_model
+
+    path = resolve_model(config.model)
+    model = model_config(path)
+    ops = make_ops(config, model)
+    return {
+        "name": config.model,
+        "path": str(path),
+        "architecture": model.architecture,
+        "refused": refusals(replace(config, backend="auto"), model),
+        "computes": ops.identity,
+        "system_fingerprint": build._fingerprint(config, ops, path),
+    }
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The configuration in a model's file or folder. Raises ModelFormatError, UnsupportedModelError."""
+    from octavo.formats import GGUFFile, open_weights
+    from octavo.runner.gguf_config import config_from_gguf
+    from octavo.runner.hf_config import config_from_folder
+
+    with open_weights(path) as file:
+        return config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)

@@ -1,0 +1,70 @@
+"""One start of `octavo run` with its phases timed: ``python -m octavo.cli.startup_child FD run …``.
+
+Writes one JSON object to the file descriptor FD: moments in seconds of the system's monotonic clock, which the parent
+reads too, so that the time before this line counts as well.
+"""
+
+import time
+
+STARTED = time.monotonic()
+
+import functools  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+SPANS: dict[str, tuple[float, float]] = {}  # name -> (beginning of the first call, end of the last)
+
+
+def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Callable[..., Any]:
+    """The function, its time added to the span `name`; with `once` only that of its first call."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if not (once and name in SPANS):
+                SPANS[name] = (SPANS.get(name, (began, 0.0))[0], time.monotonic())
+
+    return wrapper
+
+
+def main(file_descriptor: int, arguments: list[str]) -> int:
+    import octavo.async_llm
+    import octavo.cli.answering
+    import octavo.cli.run  # noqa: F401 - with the two above everything that an answer needs, but for the backend
+    from octavo import build
+    from octavo.cli.main import main as command_line
+    from octavo.runner.model_runner import ModelRunner
+    from octavo.runner.weights import FileWeights
+    from octavo.text.tokenizer import Tokenizer
+
+    imported = time.monotonic()
+    prompt_tokens = 0
+    build.open_weights = timed("index", build.open_weights)
+    Tokenizer.from_gguf = timed("tokenizer", Tokenizer.from_gguf)  # type: ignore[method-assign]
+    Tokenizer.from_directory = timed("tokenizer", Tokenizer.from_directory)  # type: ignore[method-assign]
+    # From the loader being made to its last check, everything is packed.
+    FileWeights.__init__ = timed("weights", FileWeights.__init__)  # type: ignore[method-assign]
+    FileWeights.finish = timed("weights", FileWeights.finish)  # type: ignore[method-assign]
+    run = ModelRunner.run
+
+    def first_step(runner: Any, plan: Any) -> Any:
+        nonlocal prompt_tokens
+        prompt_tokens = prompt_tokens or plan.num_tokens
+        return run(runner, plan)
+
+    ModelRunner.run = timed("first_step", first_step, once=True)  # type: ignore[method-assign]
+    code = command_line(arguments)
+    report = {"started": STARTED, "imported": imported, "spans": SPANS, "prompt_tokens": prompt_tokens}
+    with os.fdopen(file_descriptor, "w") as out:
+        json.dump(report, out)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

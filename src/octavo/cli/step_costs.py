@@ -1,0 +1,90 @@
+"""Costs of the steps of a run, from the cost table by way of a trace of the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from octavo.observe import StepCost
+from octavo.ops.cost import Widths
+
+if TYPE_CHECKING:
+    from octavo.backends.trace import OpRecord
+    from octavo.cli.driver import Step
+    from octavo.formats import RawTensor
+    from octavo.ops import ModelConfig
+
+_KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """A tensor's name, shape, format and sizes: what a trace reads of it, without the mapping behind it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    nbytes: int
+    size: int
+
+    def select_rows(self, _: object) -> _Sizes:
+        """Rows in another order are of the same size."""
+        return self
+
+
+class StepCosts:
+    """What steps of one model cost on one backend.
+
+    Args:
+        path: the model file or folder, for the packed sizes of its weights.
+        integer: whether integer codes are multiplied as such (`cpu` with compute_dtype "auto").
+        kv_dtype: of stored keys and values.
+    """
+
+    def __init__(self, path: Path, model: ModelConfig, *, integer: bool, kv_dtype: str) -> None:
+        from octavo.formats import GGUFFile, open_weights
+
+        with open_weights(path) as file:
+            self._gguf = isinstance(file, GGUFFile)
+            self._tensors = {
+                name: _Sizes(name, tensor.shape, tensor.dtype, tensor.nbytes, tensor.size)
+                for name, tensor in file.tensors.items()
+            }
+        self._model = model
+        self._integer = integer
+        self._widths = Widths(kv=_KV_BYTES[kv_dtype])
+        self._known: dict[tuple[Any, int], StepCost] = {}
+
+    def of(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> StepCost:
+        """One step: per sequence (tokens of context already cached, tokens computed), and rows of logits made."""
+        key = (tuple(sorted(sequences)), logits_rows)
+        if key not in self._known:
+            self._known[key] = self._trace(*key)
+        return self._known[key]
+
+    def total(self, steps: Iterable[Step]) -> StepCost:
+        counts = Counter((step.sequences, step.logits_rows) for step in steps)
+        return sum((self.of(*shape) * count for shape, count in counts.items()), StepCost())
+
+    def _trace(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> StepCost:
+        from octavo.runner.trace import trace_step
+
+        tensors = cast("Mapping[str, RawTensor]", self._tensors)
+        records = trace_step(
+            self._model,
+            sequences,
+            tensors=tensors,
+            gguf=self._gguf,
+            widths=self._widths,
+            logits_rows=logits_rows,
+        )
+        return sum(map(self._split, records), StepCost())
+
+    def _split(self, record: OpRecord) -> StepCost:
+        formats = [self._tensors[name].dtype.name for name in record.weights]
+        integer = self._integer and record.op == "linear" and all(name.startswith("Q") for name in formats)
+        flops = record.cost.flops
+        return StepCost(record.cost.bytes, flops if integer else 0, 0 if integer else flops)

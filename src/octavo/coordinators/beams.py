@@ -1,0 +1,306 @@
+"""Beam search: all beams run in every step, over shared blocks. A beam that goes on keeps its sequence; one that goes
+on twice is forked, which shares its blocks; KV is never moved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from octavo.coordinators.beam_group import BeamGroup, Candidate, Finished, Row, float32
+from octavo.coordinators.completion import CompletionRequest, Sent, to_dict
+from octavo.core.beam_params import BeamSearchParams
+from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
+from octavo.core.events import Reason
+from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.core.params import OutputKind
+from octavo.core.plan import GrantResult, TokenLogprobs
+from octavo.core.protocols import TextStream
+from octavo.core.sequence import Sequence
+from octavo.core.token_counts import TokenCounts
+from octavo.core.want import Draw, TopK
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Log-probabilities of a beam's tokens, last first: beams share what they have in common."""
+
+    entry: TokenLogprobs
+    before: _Chain | None
+
+
+@dataclass(slots=True)
+class _Beam:
+    sequence: Sequence
+    logprobs: _Chain | None = None
+
+
+@dataclass(slots=True)
+class _Hypothesis:
+    token_ids: list[int]
+    logprobs: _Chain | None
+    finish_reason: str
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class _Group:
+    search: BeamGroup[_Hypothesis]
+    beams: list[_Beam] = field(default_factory=list)
+
+
+class BeamCoordinator(Coordinator):
+    """One prompt's search. See BeamSearchParams for what the settings mean."""
+
+    lockstep = True
+
+    def __init__(self, request: CompletionRequest, params: BeamSearchParams, metrics: RequestMetrics) -> None:
+        super().__init__(request.request_id, request.priority, metrics)
+        self.request = request
+        self.params = params
+        self.cache_salt = request.cache_salt
+        self.reads_cache = not params.skip_reading_prefix_cache
+        self.width = params.width
+        self.error: str | None = None
+        self._reason: str | None = None
+        self._text_type: type[TextStream] | None = None  # of the streams attached to beams, which look for stop strings
+        # While streaming: what all outputs that are still possible begin with.
+        self._common: list[int] = []
+        self._common_text = self._text_stream() if params.output_kind is not OutputKind.FINAL_ONLY else None
+        self._sent = Sent()
+        size = params.width // params.num_beam_groups
+        ends = len(request.end_token_ids)
+        self._groups = [
+            _Group(BeamGroup(size, ends, params.length_penalty, params.early_stopping, request.max_tokens))
+            for _ in range(params.num_beam_groups)
+        ]
+
+    def start(self, new_sequence: NewSequence) -> None:
+        prompt = new_sequence(())
+        self.sequences.append(prompt)
+        for group in self._groups:
+            group.beams = [_Beam(prompt) for _ in range(group.search.width)]
+        counts = TokenCounts(self.request.prompt_token_ids) if self.request.params.has_penalties else None
+        prompt.extend(self.request.prompt_token_ids, want=self._want(counts))
+        if counts is not None:
+            prompt.attach(counts)
+        if self.request.params.stop and (text := self._text_stream()) is not None:
+            self._text_type = type(text)
+            prompt.attach(text)
+
+    def _want(self, counts: TokenCounts | None) -> TopK:
+        request, params = self.request, self.params
+        draw = Draw(
+            params=request.params,
+            seed=0,  # nothing is drawn
+            stream=(),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            counts=counts,
+            bad_words=request.bad_words,
+            end_token_ids=request.end_token_ids,
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+        )
+        # A group's penalties lower at most as many tokens of a row as earlier groups have beams: with so many more,
+        # none that would be among the best after the penalty is missed.
+        search = self._groups[0].search
+        extra = self.width - search.width if params.diversity_penalty else 0
+        return TopK(search.num_candidates + extra, draw, params.logprobs)
+
+    def _text_stream(self) -> TextStream | None:
+        params = self.params
+        if self.request.codec is None or not params.detokenize:
+            return None
+        return self.request.codec.text_stream(
+            self.request.prompt_token_ids,
+            stop=tuple(params.stop or ()),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            stop_after=params.min_tokens,
+        )
+
+    # --- a step ---
+
+    def update(self, results: SequenceOf[SequenceResult]) -> None:
+        answers = {result.sequence.id: result.result for result in results if result.result.candidates}
+        if not answers:
+            return  # part of the prompt, or of what is restored
+        chosen: Counter[int] = Counter()  # tokens that earlier groups took in this step
+        moves: list[tuple[_Group, _Beam, Candidate]] = []
+        for group in self._groups:
+            if not group.search.ended:
+                candidates = self._step(group, answers, chosen)
+                chosen.update(candidate.token_id for candidate in candidates)
+                moves += [(group, group.beams[candidate.beam], candidate) for candidate in candidates]
+        self._move(moves, answers)
+        if not moves:
+            self._reason = self._best()[0].what.finish_reason
+
+    def _step(self, group: _Group, answers: dict[int, GrantResult], chosen: Counter[int]) -> list[Candidate]:
+        """One step of a group: the candidates that become its beams."""
+        rows = [self._row(answers[beam.sequence.id].candidates, chosen) for beam in group.beams]
+        ranked = group.search.rank(rows)
+        hypotheses = {}
+        for index, candidate in enumerate(ranked):
+            beam = group.beams[candidate.beam]
+            end = self._end_of(beam, candidate.token_id, group.search.length + 1)
+            candidate.hit = end is not None
+            if end is not None and index < group.search.width:
+                token_ids = [*self._generated(beam.sequence), candidate.token_id]
+                hypotheses[index] = _Hypothesis(token_ids, self._chain(beam, candidate, answers), *end)
+        return group.search.advance(ranked, hypotheses)
+
+    def _row(self, candidates: Row, chosen: Counter[int]) -> Row:
+        """A beam's continuations after the penalty for what earlier groups chose."""
+        penalty = self.params.diversity_penalty
+        if not penalty or not chosen:
+            return candidates
+        lowered = [(token_id, float32(logprob - penalty * chosen[token_id])) for token_id, logprob in candidates]
+        return sorted(lowered, key=lambda candidate: (-candidate[1], candidate[0]))
+
+    def _end_of(self, beam: _Beam, token_id: int, length: int) -> tuple[str, int | str | None] | None:
+        """Finish reason and stop reason, if a hypothesis ends with this token."""
+        if token_id in self.request.end_token_ids:
+            return "stop", None if token_id in self.request.eos_token_ids else token_id
+        text = None if self._text_type is None else beam.sequence.attached(self._text_type)
+        if text is not None:
+            text = text.fork()
+            text.advance((token_id,))
+            if text.stop_reason is not None:
+                return "stop", text.stop_reason
+        return ("length", None) if length >= self.request.max_tokens else None
+
+    def _chain(self, beam: _Beam, candidate: Candidate, answers: dict[int, GrantResult]) -> _Chain | None:
+        if self.params.logprobs is None:
+            return None
+        answer = answers[beam.sequence.id]
+        place = next(i for i, (token_id, _) in enumerate(answer.candidates) if token_id == candidate.token_id)
+        return _Chain(answer.candidate_logprobs[place], beam.logprobs)
+
+    def _generated(self, sequence: Sequence) -> list[int]:
+        return sequence.token_ids[len(self.request.prompt_token_ids) :]
+
+    def _move(self, moves: list[tuple[_Group, _Beam, Candidate]], answers: dict[int, GrantResult]) -> None:
+        """Let the sequences be those of the new beams, in order. All forks are made before anything is appended."""
+        for group in self._groups:
+            group.beams = []
+        kept: set[int] = set()
+        for group, beam, candidate in moves:
+            sequence = beam.sequence
+            if sequence.id in kept:
+                sequence = sequence.fork(sequence.num_tokens, ())
+            kept.add(sequence.id)
+            group.beams.append(_Beam(sequence, self._chain(beam, candidate, answers)))
+        for sequence in self.sequences:
+            if sequence.id not in kept:
+                sequence.drop()
+        self.sequences[:] = [beam.sequence for group in self._groups for beam in group.beams]
+        for sequence, (_, _, candidate) in zip(self.sequences, moves, strict=True):
+            sequence.extend((candidate.token_id,), want=self._want(sequence.attached(TokenCounts)))
+        self.metrics.num_generated_tokens += max(len(moves), 1)
+
+    # --- ending, and what the user sees ---
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        if self._reason is not None:
+            return
+        self.error = error
+        self._reason = reason
+        for group in self._groups:  # what runs is the answer so far
+            for beam, score in zip(group.beams, group.search.scores, strict=True):
+                if token_ids := self._generated(beam.sequence):
+                    normalised = group.search.normalised(score, len(token_ids))
+                    hypothesis = _Hypothesis(token_ids, beam.logprobs, reason)
+                    group.search.finished.append(Finished(normalised, score, hypothesis))
+
+    @property
+    def finished(self) -> bool:
+        return self._reason is not None
+
+    @property
+    def end_reason(self) -> Reason:
+        return Reason(self._reason or "")
+
+    def _best(self) -> list[Finished[_Hypothesis]]:
+        """Finished hypotheses of all groups, as many as are asked for, best first."""
+        pooled = [finished for group in self._groups for finished in group.search.finished]
+        return sorted(pooled, key=lambda finished: -finished.score)[: self.params.num_outputs]
+
+    def take_output(self, now: float) -> RequestOutput | None:
+        if self.metrics.first_token_time is None and self.metrics.num_generated_tokens:
+            self.metrics.first_token_time = now
+        kind = self.params.output_kind
+        if self.finished:
+            outputs = [self._output(index, finished) for index, finished in enumerate(self._best())]
+            if not outputs:
+                outputs = [CompletionOutput(0, "", [], finish_reason=self._reason)]
+            if kind is OutputKind.DELTA:
+                outputs[0].text = outputs[0].text[self._sent.chars :]
+                outputs[0].token_ids = outputs[0].token_ids[self._sent.tokens :]
+        else:
+            if kind is OutputKind.FINAL_ONLY or not self._grow_common():
+                return None
+            outputs = [self._common_output(kind)]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=outputs,
+            finished=self.finished,
+            num_cached_tokens=self.metrics.num_cached_tokens,
+            error=self.error,
+            system_fingerprint=self.request.system_fingerprint,
+            metrics=self.metrics,
+        )
+
+    def _grow_common(self) -> bool:
+        """Whether the tokens that all possible outputs begin with have become more. What is shown is never taken back:
+        every later hypothesis goes on from a running beam."""
+        possible = [self._generated(beam.sequence) for group in self._groups for beam in group.beams]
+        possible += [finished.what.token_ids for finished in self._best()]
+        shortest, longest = min(possible), max(possible)  # in the order of lists, all others lie between these
+        length = len(self._common)
+        while length < min(len(shortest), len(longest)) and shortest[length] == longest[length]:
+            length += 1
+        added = shortest[len(self._common) : length]
+        self._common += added
+        if self._common_text is not None:
+            self._common_text.advance(added)
+        return bool(added)
+
+    def _common_output(self, kind: OutputKind) -> CompletionOutput:
+        text = "" if self._common_text is None else self._common_text.text
+        first = self._sent if kind is OutputKind.DELTA else Sent()
+        output = CompletionOutput(0, text[first.chars :], self._common[first.tokens :])
+        self._sent = Sent(len(self._common), len(text))
+        return output
+
+    def _output(self, index: int, finished: Finished[_Hypothesis]) -> CompletionOutput:
+        hypothesis = finished.what
+        stream, text = self._text_stream(), ""
+        if stream is not None:
+            # An end token is part of token_ids, and of the text only when the user wants to see it.
+            ended = hypothesis.token_ids[-1] in self.request.end_token_ids
+            hidden = ended and not self.params.include_stop_str_in_output
+            stream.advance(hypothesis.token_ids[:-1] if hidden else hypothesis.token_ids)
+            stream.finish()
+            text = stream.text
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=hypothesis.token_ids,
+            cumulative_logprob=finished.sum,
+            logprobs=None if self.params.logprobs is None else _unrolled(hypothesis.logprobs),
+            finish_reason=hypothesis.finish_reason,
+            stop_reason=hypothesis.stop_reason,
+            score=finished.score,
+        )
+
+
+def _unrolled(chain: _Chain | None) -> list[dict[int, Logprob]]:
+    entries: list[dict[int, Logprob]] = []
+    while chain is not None:
+        entries.append(to_dict(chain.entry))
+        chain = chain.before
+    return entries[::-1]
