@@ -194,6 +194,24 @@ void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
   std::memcpy(layer.v.data() + target * bytes, layer.v.data() + source * bytes, bytes);
 }
 
+nb::bytes read_block(const KVLayer& layer, std::size_t block) {
+  if (block >= layer.num_blocks) throw nb::index_error("read_block: no such block");
+  const std::size_t bytes = layer.block_bytes();
+  std::string both;
+  both.reserve(2 * bytes);
+  both.append(reinterpret_cast<const char*>(layer.k.data() + block * bytes), bytes);
+  both.append(reinterpret_cast<const char*>(layer.v.data() + block * bytes), bytes);
+  return nb::bytes(both.data(), both.size());
+}
+
+void write_block(const KVLayer& layer, std::size_t block, const nb::bytes& kv) {
+  const std::size_t bytes = layer.block_bytes();
+  if (block >= layer.num_blocks) throw nb::index_error("write_block: no such block");
+  if (kv.size() != 2 * bytes) throw nb::value_error("write_block: not a block of this layer");
+  std::memcpy(layer.k.data() + block * bytes, kv.c_str(), bytes);
+  std::memcpy(layer.v.data() + block * bytes, kv.c_str() + bytes, bytes);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
 #if defined(OCTAVO_X86)
@@ -294,6 +312,10 @@ NB_MODULE(_C, m) {
           nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"),
           nb::arg("window"))
       .def("copy_block", &copy_block, nb::arg("source"), nb::arg("target"))
+      .def("read_block", &read_block, nb::arg("block"), "K and V of a block.")
+      .def("write_block", &write_block, nb::arg("block"), nb::arg("kv"), "What `read_block` gave.")
+      .def_prop_ro(
+          "block_bytes", [](const KVLayer& layer) { return 2 * layer.block_bytes(); }, "Of K and V.")
       .def_prop_ro("nbytes", [](const KVLayer& layer) { return layer.k.size() + layer.v.size(); });
   nb::class_<Graph>(m, "Graph", "Ops on numbered buffers; a view is (buffer, first column, columns).")
       .def(nb::init<std::shared_ptr<Machine>>(), nb::arg("machine"))

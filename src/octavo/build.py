@@ -18,6 +18,7 @@ from octavo.hub import resolve_model
 from octavo.kv_cache import KVCacheManager
 from octavo.models import model_class
 from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.runner.block_files import BlockFiles
 from octavo.runner.fingerprint import fingerprint
 from octavo.runner.gguf_config import config_from_gguf
 from octavo.runner.hf_config import config_from_folder
@@ -91,9 +92,20 @@ def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
         policy=config.scheduling_policy,
         max_overtakes=config.max_cache_overtakes,
     )
-    kv = KVCacheManager(plan.num_blocks, config.block_size, caching=config.enable_prefix_caching, clock=clock)
-    engine = Engine(scheduler, kv, LocalExecutor(runner), clock)
-    return BuiltEngine(engine, codec, model_config, plan, max_model_len, _fingerprint(config, ops, path))
+    identity = _fingerprint(config, ops, path)
+    tier = None
+    if config.kv_offload_dir is not None:
+        tier = BlockFiles(Path(config.kv_offload_dir).expanduser(), config.kv_offload_bytes, runner.read_block)
+    kv = KVCacheManager(
+        plan.num_blocks,
+        config.block_size,
+        caching=config.enable_prefix_caching,
+        clock=clock,
+        tier=tier,
+        identity=identity,
+    )
+    engine = Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
+    return BuiltEngine(engine, codec, model_config, plan, max_model_len, identity)
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

@@ -49,6 +49,8 @@ class EngineConfig:
     kv_cache_dtype: str = _setting("auto", "type of stored keys and values", choices=KV_DTYPES)
     kv_cache_memory_bytes: int | None = _setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
     enable_prefix_caching: bool = _setting(True, "let requests use KV that earlier ones computed")
+    kv_offload_dir: str | None = _setting(None, "folder for KV blocks that leave memory")
+    kv_offload_bytes: int = _setting(4 << 30, "most bytes in that folder", low=1, high=2**63 - 1)
     max_cache_overtakes: int = _setting(
         16, "how often requests with more of their prompt cached may pass a waiting one", low=0, high=MAX_TOKENS
     )
@@ -67,6 +69,8 @@ class EngineConfig:
                 f"max_num_batched_tokens: must be at least max_num_seqs ({self.max_num_seqs}), not {tokens}: every "
                 "running sequence may decode in every step"
             )
+        if self.kv_offload_dir is not None and not self.enable_prefix_caching:
+            raise ConfigError("kv_offload_dir: needs enable_prefix_caching")
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EngineConfig:
@@ -79,8 +83,9 @@ class EngineConfig:
                 raise ConfigError(f"{name}: unknown setting{hint}")
         values = _from_environment(cls, os.environ if environ is None else environ)
         values.update({name: value for name, value in given.items() if value is not None})
-        if isinstance(values.get("model"), os.PathLike):
-            values["model"] = os.fspath(values["model"])
+        for name in ("model", "kv_offload_dir"):
+            if isinstance(values.get(name), os.PathLike):
+                values[name] = os.fspath(values[name])
         return cls(**values)
 
     @property

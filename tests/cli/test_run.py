@@ -223,7 +223,8 @@ def test_every_engine_setting_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> Non
     """Flag over variable over default."""
     values = {"backend": "reference", "scheduling_policy": "priority", "kv_cache_dtype": "float16", "model": "x",
               "compute_dtype": "float64", "max_num_seqs": 16, "block_size": 32, "instruction_set": "avx2",
-              "enable_prefix_caching": False, "cascade_attention": False, "pin_threads": True}  # fmt: skip
+              "enable_prefix_caching": True, "cascade_attention": False, "pin_threads": True,
+              "kv_offload_dir": "/x"}  # fmt: skip
     given = {field.name: values.get(field.name, 1000) for field in fields(EngineConfig) if field.name != "seed"}
     arguments = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     monkeypatch.setenv("OCTAVO_BLOCK_SIZE", "64")

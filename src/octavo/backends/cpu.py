@@ -254,6 +254,17 @@ class CpuOps:
             for kv in layers:
                 kv.layer.copy_block(source, target)
 
+    def read_block(self, layers: Sequence[CpuKV], block: int) -> bytes:
+        return b"".join(kv.layer.read_block(block) for kv in layers)
+
+    def write_block(self, layers: Sequence[CpuKV], block: int, kv: bytes) -> None:
+        if len(kv) != sum(layer.layer.block_bytes for layer in layers):
+            raise ValueError("write_block: not a block of these layers")
+        at = 0
+        for layer in layers:
+            layer.layer.write_block(block, kv[at : at + layer.layer.block_bytes])
+            at += layer.layer.block_bytes
+
     def to_numpy(self, x: CpuArray) -> NDArray[np.float32]:
         data = _data(x)[:, x.first : x.first + x.columns]
         return data.reshape(len(data), x.heads, x.columns // x.heads) if x.heads else data

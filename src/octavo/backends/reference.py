@@ -205,6 +205,18 @@ class ReferenceOps:
     def take_rows(self, x: Floats, rows: NDArray[np.int32]) -> Floats:
         return x[rows]
 
+    def read_block(self, layers: Sequence[KVLayer], block: int) -> bytes:
+        return b"".join(part[block].tobytes() for kv in layers for part in (kv.k, kv.v))
+
+    def write_block(self, layers: Sequence[KVLayer], block: int, kv: bytes) -> None:
+        parts = [part[block] for layer in layers for part in (layer.k, layer.v)]
+        if len(kv) != sum(part.nbytes for part in parts):
+            raise ValueError("write_block: not a block of these layers")
+        at = 0
+        for part in parts:
+            part[...] = np.frombuffer(kv, part.dtype, part.size, at).reshape(part.shape)
+            at += part.nbytes
+
     def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:  # in order: a target may be the source of a later copy
             for layer in layers:

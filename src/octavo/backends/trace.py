@@ -150,6 +150,12 @@ class TraceOps:
     def copy_blocks(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
         raise TypeError("a trace is of one batch and copies no blocks")
 
+    def read_block(self, layers: Sequence[KVSpec], block: int) -> bytes:
+        raise TypeError("the trace backend has shapes and no values")
+
+    def write_block(self, layers: Sequence[KVSpec], block: int, kv: bytes) -> None:
+        raise TypeError("the trace backend has shapes and no values")
+
     def to_numpy(self, x: TraceArray) -> Any:
         raise TypeError("the trace backend has shapes and no values")
 

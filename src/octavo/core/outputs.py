@@ -70,6 +70,7 @@ class CacheStats:
     hit_tokens: int = 0  # of them, taken from the cache instead of computed
     inserted_blocks: int = 0
     evicted_blocks: int = 0
+    loaded_blocks: int = 0  # from the file tier
     copied_blocks: int = 0  # on write
 
     @property

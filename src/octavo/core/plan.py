@@ -18,6 +18,13 @@ class BlockCopy(NamedTuple):
     target: int
 
 
+class BlockLoad(NamedTuple):
+    """Put KV that was kept elsewhere into a block. The loads of a step are done after its copies."""
+
+    block: int
+    kv: bytes  # as the executor's own `read_block` gave it
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Positions [start, stop) of one sequence, to be computed in this step."""
@@ -43,9 +50,10 @@ class StepPlan:
     step: int  # counts from 0
     grants: tuple[Grant, ...]
     copies: tuple[BlockCopy, ...] = ()  # copy on write
+    loads: tuple[BlockLoad, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.grants or self.copies)
+        return bool(self.grants or self.copies or self.loads)
 
     @property
     def num_tokens(self) -> int:

@@ -97,6 +97,21 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+class BlockTier(Protocol):
+    """Where KV blocks go when they leave memory. Called by the engine's thread, between steps."""
+
+    def save(self, key: bytes, token_ids: tuple[int, ...], block: int) -> None:
+        """Keep the KV of a block, if there is room. `key` names it: 32 bytes over all it depends on."""
+        ...
+
+    def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
+        """KV that was kept under this key, verified; None if there is none or computing it, which takes so long as far
+        as is known, is predicted to be faster."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Proposer(Protocol):
     """Drafts tokens that may follow a sequence, for speculative decoding."""
 

@@ -90,7 +90,17 @@ class Engine:
         for coordinator in self._requests_of(plan):
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
-        return self._update(plan, self._execute(plan))
+        result = self._execute(plan)
+        self._learn_speed(plan, result)
+        return self._update(plan, result)
+
+    def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:
+        """How long a block of a prompt takes to compute: what a cached one has to be faster than."""
+        seconds = result.timings.get("model")
+        if seconds is not None and plan.num_tokens >= self.kv.block_size * max(len(plan.grants), 1):
+            block = seconds / plan.num_tokens * self.kv.block_size
+            known = self.kv.compute_seconds
+            self.kv.compute_seconds = block if known is None else 0.8 * known + 0.2 * block
 
     def _end_stalled(self) -> list[RequestOutput]:
         """Nothing can run. If somebody wants to, the first of them ends with an error: better than waiting for ever."""
@@ -121,17 +131,15 @@ class Engine:
 
     def _execute_singly(self, plan: StepPlan) -> StepResult:
         results: list[GrantResult] = []
-        copied = not plan.copies
         try:
-            if not copied:
+            if plan.copies or plan.loads:
                 self._executor.execute(replace(plan, grants=())).result()
-                copied = True
         except Exception as error:
             failure = GrantResult(error=f"copying KV blocks failed: {error!r}")
             return StepResult((failure,) * len(plan.grants))
         for grant in plan.grants:
             try:
-                results += self._executor.execute(replace(plan, grants=(grant,), copies=())).result().results
+                results += self._executor.execute(replace(plan, grants=(grant,), copies=(), loads=())).result().results
             except Exception as error:
                 log.exception("a row of step %d failed by itself", plan.step)
                 results.append(GrantResult(error=f"{type(error).__name__}: {error}"))

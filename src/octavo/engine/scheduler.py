@@ -153,7 +153,7 @@ class Scheduler:
                         self._grant(step, entry, unit)
         self._admit(step)
         self._following = step.following
-        plan = StepPlan(self._num_steps, tuple(step.grants.values()), tuple(step.copies))
+        plan = StepPlan(self._num_steps, tuple(step.grants.values()), tuple(step.copies), self.kv.take_loads())
         if plan:
             self._num_steps += 1
             self._events.step = self._num_steps

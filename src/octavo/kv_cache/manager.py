@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from octavo.core.outputs import CacheStats
-from octavo.core.plan import BlockCopy
+from octavo.core.plan import BlockCopy, BlockLoad
+from octavo.core.protocols import BlockTier
 from octavo.kv_cache.block_pool import BlockPool
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.eviction_log import Evicted, EvictionLog
-from octavo.kv_cache.radix_tree import Node, RadixTree
+from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
+
+
+def _digest_of(above: bytes, key: Key) -> bytes:
+    """Names a prefix: 32 bytes over the one before it and its last block of tokens."""
+    return hashlib.sha256(above + array("q", key).tobytes()).digest()
+
 
 # Tells of evictions as they happen: for events.
 OnEvict = Callable[[Evicted], None]
@@ -27,10 +36,19 @@ class KVCacheManager:
         caching: whether requests may use what others computed. If not, each has a tree of its own, from which it is
             restored after a preemption.
         clock: seconds, for ages.
+        tier: where evicted blocks go and come back from, if caching.
+        identity: all besides tokens and salt that KV depends on; names blocks in the tier.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, caching: bool = True, clock: Callable[[], float] = lambda: 0.0
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        caching: bool = True,
+        clock: Callable[[], float] = lambda: 0.0,
+        tier: BlockTier | None = None,
+        identity: str = "",
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
@@ -39,7 +57,11 @@ class KVCacheManager:
         self.stats = CacheStats()
         self.evictions = EvictionLog()
         self.on_evict: OnEvict | None = None
+        self.compute_seconds: float | None = None  # that a block of a prompt takes, as far as is known
         self._clock = clock
+        self._tier = tier if caching else None
+        self._identity = f"{identity} block_size {block_size}".encode()
+        self._loads: dict[int, BlockLoad] = {}  # of the step being made, by block
         self._pool = BlockPool(num_blocks)
         self._tree = RadixTree()
 
@@ -148,11 +170,15 @@ class KVCacheManager:
 
     def _take(self) -> int:
         if not self._pool.num_free:
-            self._evicted(self._tree.least_recent(), "capacity")
+            node = self._tree.least_recent()
+            if self._tier is not None:
+                self._tier.save(self._digest(node), node.key, node.block)
+            self._tree.remove(node)
+            self._evicted(node, "capacity")
         return self._pool.allocate()
 
     def _evicted(self, node: Node, reason: str) -> None:
-        """The node has left the tree: its reference goes."""
+        """The node is leaving: its reference goes."""
         self._pool.release(node.block)
         self.stats.evicted_blocks += 1
         evicted = self.evictions.add(node, reason, self._clock())
@@ -164,8 +190,11 @@ class KVCacheManager:
             self._tree.set_used(node)
 
     def _release(self, block: int) -> None:
-        if self._pool.release(block) == 1 and (node := self._tree.node_of(block)) is not None:
+        left = self._pool.release(block)
+        if left == 1 and (node := self._tree.node_of(block)) is not None:
             self._tree.set_idle(node)
+        elif left == 0:
+            self._loads.pop(block, None)  # given up in the very step it was to be loaded
 
     # --- the prefix cache ---
 
@@ -190,7 +219,47 @@ class KVCacheManager:
                 table.node = child
             self.stats.hit_tokens += stop - num_computed
             num_computed = stop
+        if self._tier is not None and table.num_indexed * self.block_size == num_computed:
+            num_computed = self._load(table, token_ids, limit)
         return num_computed
+
+    def _load(self, table: BlockTable, token_ids: Sequence[int], limit: int) -> int:
+        """Take blocks from the tier, past those of the tree. They go into the tree when a step has used them."""
+        assert self._tier is not None
+        size = self.block_size
+        digest = self._root_digest(table.namespace) if table.node is None else self._digest(table.node)
+        start = table.num_indexed * size
+        while start + size <= limit and self.num_available > 0:
+            key = tuple(token_ids[start : start + size])
+            digest = _digest_of(digest, key)
+            kv = self._tier.load(digest, key, self.compute_seconds)
+            if kv is None:
+                break
+            for block in table[start // size :]:  # a part of this block that was computed here
+                self._release(block)
+            del table[start // size :]
+            block = self._take()
+            table.append(block)
+            self._loads[block] = BlockLoad(block, kv)
+            self.stats.loaded_blocks += 1
+            self.stats.hit_tokens += size
+            start += size
+        return start
+
+    def take_loads(self) -> tuple[BlockLoad, ...]:
+        """Loads to be done in the next step, before anything reads or writes their blocks."""
+        loads, self._loads = tuple(self._loads.values()), {}
+        return loads
+
+    def _digest(self, node: Node) -> bytes:
+        if node.digest is None:
+            assert node.parent is not None
+            above = self._root_digest(node.parent.namespace) if isinstance(node.parent, Root) else None
+            node.digest = _digest_of(above or self._digest(node.parent), node.key)
+        return node.digest
+
+    def _root_digest(self, namespace: Hashable) -> bytes:
+        return hashlib.sha256(self._identity + repr(namespace).encode()).digest()
 
     def _node(self, table: BlockTable) -> Node | None:
         """Where the table stands in the tree; what was begun before a reset stays out of it from here on."""

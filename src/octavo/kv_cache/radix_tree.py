@@ -24,6 +24,7 @@ class Node:
         "block",
         "children",
         "depth",
+        "digest",
         "idle",
         "key",
         "last_used",
@@ -44,6 +45,7 @@ class Node:
         self.request_id = request_id  # whose computation this block is
         self.since = since  # seconds, when it came into the tree
         self.prefix_hash = prefix_hash  # of the namespace and all tokens up to here; for explanations alone
+        self.digest: bytes | None = None  # names the prefix in a tier; made when it is needed
         self.idle = False
         self.last_used = 0  # tick of the tree's own clock
 
@@ -133,11 +135,10 @@ class RadixTree:
             heapq.heapify(self._idle_leaves)
 
     def least_recent(self) -> Node:
-        """Remove and return the idle leaf that was used longest ago: O(log n). IndexError when nothing is idle."""
+        """The idle leaf that was used longest ago, to be removed now: O(log n). IndexError when nothing is idle."""
         while True:
             last_used, block, node = heapq.heappop(self._idle_leaves)
             if node.idle and not node.children and node.last_used == last_used and self._of_block.get(block) is node:
-                self.remove(node)
                 return node
 
     def remove(self, node: Node) -> None:

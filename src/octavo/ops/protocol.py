@@ -164,6 +164,14 @@ class Ops(Protocol):
         """Copy whole blocks (source, target) in all layers, in order."""
         ...
 
+    def read_block(self, layers: Sequence[KVLayer], block: int) -> bytes:
+        """K and V of one block in all layers, in a form of the backend's own."""
+        ...
+
+    def write_block(self, layers: Sequence[KVLayer], block: int, kv: bytes) -> None:
+        """What `read_block` gave, into a block. Raises ValueError if it is not of these layers' size."""
+        ...
+
     def to_numpy(self, x: Array) -> NDArray[np.floating]:
         """The values, on the host."""
         ...

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, TokenLogprobs
+from octavo.core.protocols import BlockTier
 from octavo.core.want import Hidden
 from octavo.models import Model
 from octavo.ops import Batch, Ops
@@ -46,6 +47,8 @@ class ModelRunner:
         started = time.perf_counter()
         if plan.copies:
             self._ops.copy_blocks(self._kv, plan.copies)
+        for load in plan.loads:
+            self._ops.write_block(self._kv, load.block, load.kv)
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
@@ -54,6 +57,10 @@ class ModelRunner:
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
         return StepResult(results, {"model": computed - started, "sample": ended - computed})
+
+    def read_block(self, block: int) -> bytes:
+        """K and V of one block in all layers, as `BlockLoad` takes them."""
+        return self._ops.read_block(self._kv, block)
 
     def _forward(self, batch: Batch, grants: tuple[Grant, ...]) -> tuple[Array, dict[int, NDArray[np.floating]]]:
         """[T, hidden] after the last layer, and for each layer somebody wants to see, its rows of all grants' ends."""
@@ -138,8 +145,9 @@ class _Done:
 class LocalExecutor:
     """Runs steps in the caller's thread."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, tier: BlockTier | None = None) -> None:
         self._runner: ModelRunner | None = runner
+        self._tier = tier  # closed with the executor
 
     def execute(self, plan: StepPlan) -> _Done:
         if self._runner is None:
@@ -148,3 +156,5 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._runner = None
+        if self._tier is not None:
+            self._tier.close()

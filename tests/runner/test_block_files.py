@@ -1,0 +1,166 @@
+"""Blocks in files: what was kept comes back, and nothing else does."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from octavo.core.errors import ConfigError
+from octavo.runner.block_files import BlockFiles
+
+TOKENS = tuple(range(16))
+
+
+def content(block: int) -> bytes:
+    return bytes([block % 251]) * 1000
+
+
+def key(block: int) -> bytes:
+    return block.to_bytes(32, "little")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[BlockFiles]:
+    made = BlockFiles(tmp_path, 1 << 20, content)
+    yield made
+    made.close()
+
+
+def the_file(folder: Path) -> Path:
+    (found,) = folder.glob("*.kv")
+    return found
+
+
+def test_what_was_kept_comes_back(files: BlockFiles, tmp_path: Path) -> None:
+    assert files.load(key(1), TOKENS, None) is None
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+    assert files.load(key(1), TOKENS, None) == content(1)
+    assert files.load(key(2), TOKENS, None) is None
+    assert stat.S_IMODE(the_file(tmp_path).stat().st_mode) == 0o600
+
+
+def test_after_a_restart(files: BlockFiles, tmp_path: Path) -> None:
+    files.save(key(1), TOKENS, 1)
+    files.close()
+    again = BlockFiles(tmp_path, 1 << 20, content)
+    assert again.load(key(1), TOKENS, None) == content(1) and again.num_bytes == the_file(tmp_path).stat().st_size
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "longer", "version", "magic", "gone", "tokens"])
+def test_damaged_files_are_no_hits_and_go_away(files: BlockFiles, tmp_path: Path, damage: str) -> None:
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+    path = the_file(tmp_path)
+    data = bytearray(path.read_bytes())
+    asked = TOKENS
+    if damage == "truncated":
+        del data[-1]
+    elif damage == "empty":
+        data.clear()
+    elif damage == "flipped":
+        data[-500] ^= 1
+    elif damage == "longer":
+        data += b"x"
+    elif damage == "version":
+        data[8] += 1
+    elif damage == "magic":
+        data[0] ^= 1
+    elif damage == "tokens":
+        asked = (*TOKENS[:-1], 99)  # as if two prefixes had the same name
+    path.write_bytes(data)
+    if damage == "gone":
+        path.unlink()
+    assert files.load(key(1), asked, None) is None
+    assert not path.exists() and len(files) == 0 and files.num_bytes == 0
+
+
+def test_every_truncation_and_every_flipped_byte_of_the_header(files: BlockFiles, tmp_path: Path) -> None:
+    files.save(key(1), TOKENS, 1)
+    files.close()
+    path = the_file(tmp_path)
+    data = path.read_bytes()
+    for cut in range(0, len(data), 37):
+        path.write_bytes(data[:cut])
+        again = BlockFiles(tmp_path, 1 << 20, content)
+        assert again.load(key(1), TOKENS, None) is None
+        again.close()
+    for at in range(160):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        again = BlockFiles(tmp_path, 1 << 20, content)
+        assert again.load(key(1), TOKENS, None) is None, at
+        again.close()
+
+
+def test_a_file_of_another_name(files: BlockFiles, tmp_path: Path) -> None:
+    """Renamed by hand: its content says whose it is."""
+    files.save(key(1), TOKENS, 1)
+    files.close()
+    the_file(tmp_path).rename(tmp_path / f"{key(2).hex()}.kv")
+    again = BlockFiles(tmp_path, 1 << 20, content)
+    assert again.load(key(2), TOKENS, None) is None
+    again.close()
+
+
+def test_the_size_is_kept_and_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
+    files = BlockFiles(tmp_path, 3500, content)
+    for block in range(3):
+        files.save(key(block), TOKENS, block)
+        files.flush()
+    assert files.load(key(0), TOKENS, None) is not None
+    files.save(key(3), TOKENS, 3)
+    files.flush()
+    assert [files.load(key(block), TOKENS, None) is not None for block in range(4)] == [True, False, True, True]
+    assert files.num_bytes <= 3500 and files.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    files.close()
+    smaller = BlockFiles(tmp_path, 1200, content)
+    assert len(smaller) == 1 == len(list(tmp_path.iterdir()))
+    smaller.close()
+    none = BlockFiles(tmp_path, 10, content)
+    none.save(key(7), TOKENS, 7)
+    none.flush()
+    assert len(none) == 0
+    none.close()
+
+
+def test_slower_than_computing(files: BlockFiles) -> None:
+    """Loading that is predicted to take longer is left, but tried again now and then."""
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+    assert files.load(key(1), TOKENS, 1e-9) is not None, "nothing is known of loading yet"
+    answers = [files.load(key(1), TOKENS, 1e-9) is not None for _ in range(100)]
+    assert 1 <= sum(answers) <= 5 and not answers[0]
+    assert files.load(key(1), TOKENS, 10.0) is not None
+
+
+def test_leftovers_of_a_program_that_ended_while_it_wrote(tmp_path: Path) -> None:
+    left = tmp_path / "abc.123.tmp"
+    left.write_bytes(b"x")
+    os.utime(left, (1, 1))
+    BlockFiles(tmp_path, 1 << 20, content).close()
+    assert not left.exists()
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/octavo")):
+        with pytest.raises(ConfigError, match="kv_offload_dir"):
+            BlockFiles(folder, 1 << 20, content)
+
+
+def test_a_full_disk_loses_blocks_and_nothing_else(
+    files: BlockFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        files.save(key(1), TOKENS, 1)
+        files.flush()
+    assert files.load(key(1), TOKENS, None) is None and not list(tmp_path.iterdir())
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+    assert files.load(key(1), TOKENS, None) == content(1)
