@@ -212,6 +212,46 @@ void write_block(const KVLayer& layer, std::size_t block, const nb::bytes& kv) {
   std::memcpy(layer.v.data() + block * bytes, kv.c_str() + bytes, bytes);
 }
 
+// --- strings of a GGUF file: a uint64 length and its bytes, one after another ---
+
+using FileBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu, nb::ro>;
+using Offsets = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Offsets of the strings' first bytes, for as many as lie wholly before `end`; (how many, where the next one begins).
+std::pair<std::size_t, std::size_t> locate_strings(const FileBytes& file, std::size_t start, std::size_t end,
+                                                   const Offsets& starts) {
+  const std::size_t size = std::min<std::size_t>(file.shape(0), end);
+  std::size_t position = start;
+  for (std::size_t i = 0; i < starts.shape(0); ++i) {
+    uint64_t length;
+    if (position > size || size - position < sizeof length) return {i, position};
+    std::memcpy(&length, file.data() + position, sizeof length);
+    if (length > size - position - sizeof length) return {i, position};
+    position += sizeof length;
+    starts.data()[i] = static_cast<int64_t>(position);
+    position += length;
+  }
+  return {starts.shape(0), position};
+}
+
+// Bytes that are not UTF-8 become lone surrogates.
+nb::list decode_strings(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
+  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_strings: a start and an end for each string");
+  nb::list strings;
+  for (std::size_t i = 0; i < starts.shape(0); ++i) {
+    const int64_t from = starts.data()[i];
+    const int64_t to = ends.data()[i];
+    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
+      throw nb::index_error("decode_strings: outside the file");
+    }
+    PyObject* text =
+        PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(file.data()) + from, to - from, "surrogateescape");
+    if (text == nullptr) throw nb::python_error();
+    strings.append(nb::steal(text));
+  }
+  return strings;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
 #if defined(OCTAVO_X86)
@@ -260,6 +300,9 @@ NB_MODULE(_C, m) {
           "Tiles of K and V, of one KV head, that rows of several sequences have read together so far.")
       .def_prop_ro("instruction_set", [](const Machine& machine) { return machine.kernels.name; })
       .def_prop_ro("threads", [](const Machine& machine) { return machine.pool.threads(); });
+  m.def("locate_strings", &locate_strings, nb::arg("file"), nb::arg("start"), nb::arg("end"),
+        nb::arg("starts").noconvert(), "Fill `starts` with offsets; (how many were found, where the next one begins).");
+  m.def("decode_strings", &decode_strings, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def(
       "row_greatest",
       [](const Machine& machine, const Floats& row) { return greatest(machine.kernels, row.data(), size_of(row)); },

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "coordinators": {"core"},
     "engine": {"core", "kv_cache", "coordinators"},
     "ops": {"core"},
-    "formats": {"core"},
+    "formats": {"core", "_C"},
     "models": {"ops"},
     "backends": {"ops", "_C"},
     "sampling": {"core", "ops"},

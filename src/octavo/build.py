@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,14 +70,12 @@ def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
         ops = _make_ops(config, model_config)
         plan = _plan(config, model_config, file, ops, max_model_len)
         log.info("%s", plan)
-        codec = (
-            Tokenizer.from_gguf(file.metadata, file.path)
-            if isinstance(file, GGUFFile)
-            else Tokenizer.from_directory(path)
-        )
-        loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-        model = model_class(model_config.architecture)(model_config, loader)
-        loader.finish()
+        with ThreadPoolExecutor(1) as beside:  # while the weights are packed, which takes about as long
+            codec = beside.submit(_read_tokenizer, file, path)
+            loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+            model = model_class(model_config.architecture)(model_config, loader)
+            loader.finish()
+            tokenizer = codec.result()
     runner = ModelRunner(
         model,
         ops,
@@ -105,7 +104,13 @@ def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
         identity=identity,
     )
     engine = Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
-    return BuiltEngine(engine, codec, model_config, plan, max_model_len, identity)
+    return BuiltEngine(engine, tokenizer, model_config, plan, max_model_len, identity)
+
+
+def _read_tokenizer(file: ModelFile, path: Path) -> Tokenizer:
+    if isinstance(file, GGUFFile):
+        return Tokenizer.from_gguf(file.metadata, file.path)
+    return Tokenizer.from_directory(path)
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
