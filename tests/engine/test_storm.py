@@ -3,55 +3,103 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 
+from octavo.coordinators import BeamCoordinator, CompletionRequest
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
+from octavo.core.outputs import RequestMetrics
 from tests.engine.fake import VOCAB, Harness, expected
 
 
-@pytest.mark.parametrize("seed", range(6))
+def beams(harness: Harness, name: str, prompt: list[int], tokens: int, width: int) -> None:
+    params = BeamSearchParams(beam_width=width, max_tokens=tokens)
+    request = CompletionRequest(name, list(prompt), params.sampling, seed=0, max_tokens=tokens, eos_token_ids=(7, 8))
+    harness.engine.add(BeamCoordinator(request, params, RequestMetrics(harness.now)))
+
+
+@cache
+def beams_alone(prompt: tuple[int, ...], tokens: int, width: int) -> list[list[int]]:
+    harness = Harness(num_blocks=400, max_num_seqs=64, max_num_batched_tokens=256, caching=False)
+    beams(harness, "alone", list(prompt), tokens, width)
+    return [output.token_ids for output in harness.run()["alone"].outputs]
+
+
+@pytest.mark.parametrize("seed", range(8))
 def test_random_traffic(seed: int) -> None:
-    """Requests, samples and aborts at random: 2,000 operations a seed, each answer checked against the model alone."""
+    """Requests, samples, beams and aborts at random, over a few common beginnings: 2,600 operations a seed, each answer
+    checked against the model alone, the law after every step."""
     rng = random.Random(seed)
     harness = Harness(
-        num_blocks=rng.choice([16, 20, 33]),
+        num_blocks=rng.choice([20, 26, 33]),
         block_size=rng.choice([1, 2, 4]) if seed % 2 else 4,
-        max_num_seqs=rng.choice([3, 8]),
+        caching=seed % 4 != 3,
+        max_num_seqs=rng.choice([4, 8]),
         max_num_batched_tokens=rng.choice([8, 13, 64]),
         max_chunk_tokens=rng.choice([None, 3]),
         policy=rng.choice(["fcfs", "priority"]),
+        max_overtakes=rng.choice([0, 1, 16]),
     )
     capacity = harness.kv.capacity
+    beginnings = [[rng.randrange(VOCAB) for _ in range(capacity)] for _ in range(3)]
     asked: dict[str, tuple[list[int], int, int, int]] = {}
+    searches: dict[str, tuple[list[int], int, int]] = {}
     aborted: set[str] = set()
-    for operation in range(2_000):
+    resets = 0
+
+    def a_prompt() -> list[int]:
+        length = rng.randint(1, capacity // 2)
+        shared = rng.randint(0, length)
+        return rng.choice(beginnings)[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
+
+    for operation in range(2_600):
         action = rng.random()
+        name = f"r{operation}"
         if action < 0.12 and harness.engine.num_requests < 12:
-            name = f"r{operation}"
-            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, capacity // 2))]
+            prompt = a_prompt()
             tokens = rng.randint(1, min(20, capacity - len(prompt)))
+            if action < 0.03:
+                prompt, width = prompt[: capacity // 6], rng.choice([2, 3, 4])
+                tokens = min(tokens, max(capacity // 6 // width, 1))
+                beams(harness, name, prompt, tokens, width)
+                searches[name] = (prompt, tokens, width)
+                continue
             n = rng.choice([1, 1, 2, 5])
             request_seed = rng.randrange(100)
-            harness.add(name, prompt, tokens, priority=rng.randrange(3), n=n, seed=request_seed)
+            salt = rng.choice([None, None, "a", "b"])
+            skip = rng.random() < 0.1
+            harness.add(
+                name, prompt, tokens, priority=rng.randrange(3), n=n, seed=request_seed, salt=salt,
+                skip_reading_prefix_cache=skip,
+            )  # fmt: skip
             asked[name] = (prompt, tokens, n, request_seed)
         elif action < 0.15 and asked:
-            name = rng.choice(list(asked))
+            name = rng.choice([*list(asked)[-12:], *list(searches)[-3:]])
             if harness.engine.abort(name) is not None:
                 aborted.add(name)
+            harness.check()
+        elif action < 0.152:
+            resets += harness.engine.reset_prefix_cache() > 0
             harness.check()
         else:
             harness.step()
     harness.run()
     answered = [name for name in asked if name not in aborted]
-    assert len(answered) > 50
-    assert len(aborted) > 5
+    searched = [name for name in searches if name not in aborted]
+    assert len(answered) > 50 and len(searched) > 5 and len(aborted) > 5 and resets > 0
     assert harness.engine.events.of(EventKind.PREEMPTED) or harness.engine.events.of(EventKind.EVICTED)
-    assert harness.kv.num_copies > 0
+    assert harness.kv.num_copies > 0 and harness.kv.stats.hit_tokens > 100
+    assert harness.kv.stats.evicted_blocks > 100
     for name in answered:
         prompt, tokens, n, request_seed = asked[name]
         for index in range(n):
             assert harness.tokens(name, index) == expected(prompt, tokens, index, request_seed)
+    for name in searched:
+        prompt, tokens, width = searches[name]
+        got = [output.token_ids for output in harness.outputs[name].outputs]
+        assert harness.outputs[name].error is None and got == beams_alone(tuple(prompt), tokens, width)
 
 
 def test_two_hundred_aborts_during_traffic() -> None:
