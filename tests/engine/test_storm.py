@@ -90,7 +90,8 @@ def test_random_traffic(seed: int) -> None:
     searched = [name for name in searches if name not in aborted]
     assert len(answered) > 50 and len(searched) > 5 and len(aborted) > 5 and resets > 0
     assert harness.engine.events.of(EventKind.PREEMPTED) or harness.engine.events.of(EventKind.EVICTED)
-    assert harness.kv.num_copies > 0 and harness.kv.stats.hit_tokens > 100
+    assert harness.kv.num_copies > 0 or harness.kv.block_size == 1
+    assert harness.kv.stats.hit_tokens > 100
     assert harness.kv.stats.evicted_blocks > 100
     for name in answered:
         prompt, tokens, n, request_seed = asked[name]
