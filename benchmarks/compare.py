@@ -37,6 +37,8 @@ class Work:
     prompt: int  # tokens of each
     new: int  # tokens of each; 0: the prompt alone is timed
     beams: int = 0  # width of a beam search; 0: greedy
+    shared: int = 0  # tokens of the prompts that are the same in all sequences; then the whole is timed
+    warm: bool = False  # the same prompts a second time, with whatever the engine has kept of them
     unit: str = "tok/s"
 
 
@@ -50,14 +52,18 @@ WORKS = (
     Work("32 sequences of 128 + 64", 32, 128, 64),
     Work("beam search, width 4, 256 + 64", 1, 256, 64, beams=4, unit="steps/s"),
     Work("beam search, width 8, 256 + 64", 1, 256, 64, beams=8, unit="steps/s"),
+    Work("burst: 16 of 1024 shared + 32, 32 new", 16, 1056, 32, shared=1024),
+    Work("the same burst again", 16, 1056, 32, shared=1024, warm=True),
     Work("start-up, exec to first byte", 1, 5, 0, unit="s"),
 )
 START_PROMPT = "The capital of France is"
 
 
-def prompt_ids(call: int, sequence: int, length: int) -> list[int]:
-    """Token ids inside every vocabulary here. Calls and sequences differ from the first token on: no cache helps."""
-    return [(call * 104_729 + sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
+def prompt_ids(call: int, sequence: int, length: int, shared: int) -> list[int]:
+    """Token ids inside every vocabulary here. Calls differ from the first token on, and so do sequences but for what
+    they share: no cache helps."""
+    own = [(call * 104_729 + sequence * 7919 + i * 31) % 20_000 + 1000 for i in range(length)]
+    return own if not shared or not sequence else prompt_ids(call, 0, length, 0)[:shared] + own[shared:]
 
 
 # --- engines: each gives run(prompts, new, beams): the prompts, and `new` tokens after the first of each ---
@@ -98,7 +104,7 @@ def load_llama_cpp(model: str, threads: int) -> Run:
     loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
     vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(loaded))
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 32 * 256, 32, 8192, 512
+    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 32 * 640, 32, 8192, 512
     params.kv_unified = True
     params.n_threads = params.n_threads_batch = threads
     context = llama_cpp.llama_init_from_model(loaded, params)
@@ -118,24 +124,35 @@ def load_llama_cpp(model: str, threads: int) -> Run:
         if llama_cpp.llama_decode(context, batch) != 0:
             raise RuntimeError("llama_decode failed")
 
+    def run_batch(rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """(token, position, sequence, wanted) of any number; the best next token after each wanted one."""
+        found = []
+        for first in range(0, len(rows), 8192):
+            batch.n_tokens = 0
+            for row in rows[first : first + 8192]:
+                put(*row)
+            decode()
+            found += [best(i) for i, row in enumerate(rows[first : first + 8192]) if row[3]]
+        return found
+
+    held: dict[int, list[int]] = {}  # as its server: a slot keeps its last prompt, slots share nothing
+
     def run(prompts: list[list[int]], new: int, beams: int) -> None:
         if beams:
             raise MissingError("it has no beam search")
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
-        batch.n_tokens = 0
-        ends = []
+        memory = llama_cpp.llama_get_memory(context)
+        if not all(held.get(sequence) == prompt for sequence, prompt in enumerate(prompts)):
+            llama_cpp.llama_memory_clear(memory, False)
+            held.clear()
+        rows = []
         for sequence, prompt in enumerate(prompts):
-            for position, token in enumerate(prompt):
-                put(token, position, sequence, position == len(prompt) - 1)
-            ends.append(batch.n_tokens - 1)
-        decode()
-        tokens = [best(row) for row in ends]
+            have = len(prompt) - 1 if sequence in held else 0
+            llama_cpp.llama_memory_seq_rm(memory, sequence, have, -1)
+            rows += [(prompt[i], i, sequence, i == len(prompt) - 1) for i in range(have, len(prompt))]
+            held[sequence] = prompt
+        tokens = run_batch(rows)
         for step in range(new):
-            batch.n_tokens = 0
-            for sequence, prompt in enumerate(prompts):
-                put(tokens[sequence], len(prompt) + step, sequence, True)
-            decode()
-            tokens = [best(row) for row in range(len(prompts))]
+            tokens = run_batch([(tokens[s], len(prompt) + step, s, True) for s, prompt in enumerate(prompts)])
 
     return run
 
@@ -195,14 +212,15 @@ ENGINES: dict[str, Callable[[str, int], Run]] = {
 
 
 def serve(engine: str, model: str, threads: int) -> None:
-    """A child: loads one engine, then answers lines of [sequences, prompt, new, beams] with seconds or a reason."""
+    """A child: loads one engine, then answers lines of [call, sequences, prompt, new, beams, shared] with seconds or a
+    reason; a call of the same number has the same prompts."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes elsewhere
     run = ENGINES[engine](model, threads)
     print("ready", file=output, flush=True)
-    for call, line in enumerate(sys.stdin):
-        sequences, prompt, new, beams = json.loads(line)
-        prompts = [prompt_ids(call, sequence, prompt) for sequence in range(sequences)]
+    for line in sys.stdin:
+        call, sequences, prompt, new, beams, shared = json.loads(line)
+        prompts = [prompt_ids(call, sequence, prompt, shared) for sequence in range(sequences)]
         started = time.perf_counter()
         try:
             run(prompts, new, beams)
@@ -254,14 +272,17 @@ class Child:
         command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
         log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
         self.start = (engine, python, model, threads)
+        self.calls = 0
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != "ready":
             raise RuntimeError(f"it does not load with {python}")
 
-    def seconds(self, work: Work, new: int) -> float:
+    def seconds(self, work: Work, new: int, again: bool = False) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([work.sequences, work.prompt, new, work.beams]) + "\n")
+        self.calls += not again
+        asked = [self.calls, work.sequences, work.prompt, new, work.beams, work.shared]
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -272,9 +293,13 @@ class Child:
         return float(answer)
 
     def figure(self, work: Work) -> float:
-        """In the work's unit. Tokens are those of the prompt, or those after the first; a step is one of all beams."""
+        """In the work's unit. Tokens are those of the prompt, or those after the first, in a burst over the whole time;
+        a step is one of all beams."""
         if work.unit == "s":
             return seconds_to_first_byte(start_command(*self.start))
+        if work.shared:
+            cold = self.seconds(work, work.new)
+            return work.sequences * work.new / (self.seconds(work, work.new, again=True) if work.warm else cold)
         if work.new == 0:
             return work.sequences * work.prompt / self.seconds(work, 0)
         first = self.seconds(work, 0)
@@ -316,7 +341,7 @@ def table(works: list[tuple[Work, dict[str, list[float]]]]) -> list[dict[str, An
 
 def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
     """Ratios are of the figures as they stand: above 1 is better for rates, below 1 for seconds."""
-    print(f"{'':32}{'unit':8}" + "".join(f"{name:>14}" for name in engines) + "   octavo / peer (min-max)")
+    print(f"{'':40}{'unit':8}" + "".join(f"{name:>14}" for name in engines) + "   octavo / peer (min-max)")
     for row in rows:
         digits = 3 if row["unit"] == "s" else 1
         medians = [row["median"].get(name) for name in engines]
@@ -324,7 +349,7 @@ def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
         ratios = ", ".join(
             f"{name} {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for name, r in row["ratio"].items()
         )
-        print(f"{row['work']:32}{row['unit']:8}{cells}   {ratios}")
+        print(f"{row['work']:40}{row['unit']:8}{cells}   {ratios}")
 
 
 def main() -> None:
