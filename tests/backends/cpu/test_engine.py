@@ -72,6 +72,23 @@ def check_combinations(known: Known, kv_dtype: str, combinations: list[dict[str,
     assert min(counts.hits, 10 * counts.shared_tiles) > 100 * len(combinations)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "hidden"), [(2, 1, 64, 40), (4, 2, 96, 100), (3, 3, 128, 72), (8, 8, 256, 136)]
+)
+def test_awkward_shapes(
+    tiny_llama_dir: Path, tmp_path: Path, heads: int, kv_heads: int, head_dim: int, hidden: int
+) -> None:
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "hidden_size": hidden}
+    folder = awkward_llama(tmp_path / "model", tiny_llama_dir, **shape)
+    with LLM(str(folder), backend="cpu", threads=1, max_model_len=64) as llm:
+        requests = requests_for(llm.model_config.vocab_size, long_prompt=200, max_tokens=8)
+    expected = alone(folder, MAX_MODEL_LEN, requests)
+    counts = Counts()
+    for combination in PAIRWISE[1::4]:
+        run_combination(folder, MAX_MODEL_LEN, requests, expected, combination, counts)
+    assert min(counts.chunks, counts.mixed, counts.copies, counts.hits, counts.shared_tiles) > 0
+
+
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
 def test_instruction_sets(known: Known, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forced by OCTAVO_INSTRUCTION_SET, each answers as the best one does."""
