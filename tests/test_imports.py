@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str] | None] = {
     "config": {"core"},
     "build": None,
     "frontend": {"build", "config", "core", "coordinators", "text"},
-    "llm": {"build", "config", "core", "frontend", "text"},
-    "async_llm": {"build", "config", "core", "engine", "frontend", "text"},
+    "session": {"coordinators", "core", "frontend"},
+    "async_session": {"coordinators", "core", "frontend", "session"},
+    "llm": {"build", "config", "coordinators", "core", "frontend", "session", "text"},
+    "async_llm": {"async_session", "build", "config", "coordinators", "core", "engine", "frontend", "text"},
     # `pull` and `models` work on files alone and must start fast, without an engine. See also BELOW_THE_DOORS.
     "cli": {"llm", "async_llm", "frontend", "config", "observe", "core", "hub", "formats"},
     "server": {"llm", "async_llm", "config", "observe", "core"},

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from octavo.core.outputs import CompletionOutput, RequestOutput
     from octavo.core.params import SamplingParams
     from octavo.llm import LLM
+    from octavo.session import Session
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "RequestOutput": "octavo.core.outputs",
     "CompletionOutput": "octavo.core.outputs",
     "OctavoError": "octavo.core.errors",
+    "Session": "octavo.session",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "OctavoError",
     "RequestOutput",
     "SamplingParams",
+    "Session",
     "__version__",
 ]
 

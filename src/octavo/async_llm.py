@@ -7,17 +7,21 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from octavo.async_session import AsyncSession
 from octavo.build import build_engine
 from octavo.config import EngineConfig
+from octavo.coordinators import SessionCoordinator
+from octavo.coordinators.session import BranchState
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.core.outputs import CacheExplanation, RequestOutput
+from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.engine import Engine
 from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
@@ -134,6 +138,12 @@ class AsyncLLM:
         """The prompt that `chat` answers: see `LLM.chat_prompt`. Not for the event loop: a long one takes a while."""
         return self._frontend.chat_prompt(messages, chat_template, options)
 
+    def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
+        """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""
+        coordinator = self._frontend.make_session(seed, priority, cache_salt)
+        self._loop.post(lambda engine: engine.add(coordinator))
+        return AsyncSession(_SessionDoor(self), self._frontend, coordinator)
+
     async def explain_cache(self, prompt: Prompt) -> CacheExplanation:
         """See `LLM.explain_cache`."""
         _, token_ids = await asyncio.to_thread(self._frontend.tokens_of, prompt)
@@ -143,6 +153,11 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> int:
         """See `LLM.reset_prefix_cache`."""
         return await self._loop.ask(lambda engine: engine.reset_prefix_cache())
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """See `LLM.cache_stats`."""
+        return self._loop.cache_stats
 
     async def abort(self, request_id: str) -> None:
         """End a request; whoever iterates over it gets a last output with finish_reason "abort"."""
@@ -161,6 +176,44 @@ class AsyncLLM:
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+class _SessionDoor:
+    """The way from a session to its engine: implements `octavo.async_session.AsyncDoor`."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm  # which is not to be forgotten while a session lives
+
+    def in_session(self, coordinator: SessionCoordinator, verb: Callable[[], Answer]) -> Awaitable[Answer]:
+        def question(engine: Engine) -> Answer:
+            try:
+                return verb()
+            finally:
+                engine.settle(coordinator)
+
+        return self._llm._loop.ask(question)
+
+    def post_in_session(self, coordinator: SessionCoordinator, verb: Callable[[], None]) -> None:
+        def command(engine: Engine) -> None:
+            verb()
+            engine.settle(coordinator)
+
+        with suppress(EngineClosedError):  # then it has ended already
+            self._llm._loop.post(command)
+
+    async def end_session(self, coordinator: SessionCoordinator) -> None:
+        with suppress(EngineClosedError):
+            await self._llm._loop.ask(lambda engine: engine.abort(coordinator.request_id))
+
+    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
+        def command(engine: Engine) -> None:
+            if branch is None:
+                engine.abort(coordinator.request_id)
+            else:
+                coordinator.drop_branch(branch)
+                engine.settle(coordinator)
+
+        self._llm._loop.post_unlocked(command)
 
 
 class _EngineLoop:
@@ -201,6 +254,18 @@ class _EngineLoop:
 
         with suppress(EngineClosedError):  # then it has ended already
             self._send(command)
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        return replace(self._engine.kv.stats)
+
+    def post(self, command: Command) -> None:
+        """Have a command carried out between two steps; it must not raise. Raises EngineClosedError."""
+        self._send(command)
+
+    def post_unlocked(self, command: Command) -> None:
+        """The same for a finalizer, which may run while its thread holds the lock. Lost if the engine was closed."""
+        self._commands.put(command)
 
     async def ask(self, question: Callable[[Engine], Answer]) -> Answer:
         """The answer to a question that the engine's thread puts between two steps. Raises EngineClosedError."""

@@ -11,12 +11,18 @@ from typing import Any, TypedDict
 
 from octavo.build import BuiltEngine
 from octavo.config import EngineConfig
-from octavo.coordinators import BeamCoordinator, CompletionRequest, SamplesCoordinator, SingleCoordinator
+from octavo.coordinators import (
+    BeamCoordinator,
+    CompletionRequest,
+    SamplesCoordinator,
+    SessionCoordinator,
+    SingleCoordinator,
+)
 from octavo.coordinators.generating import GeneratingCoordinator
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.outputs import RequestMetrics, RequestOutput
-from octavo.core.params import SamplingParams
+from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.core.params import MAX_N, MAX_SEED, SamplingParams, integer
 from octavo.core.protocols import Clock
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
@@ -45,6 +51,7 @@ class Limits:
     vocab_size: int
     max_model_len: int  # tokens of prompt and output together
     max_logprobs: int
+    max_num_seqs: int  # sequences of one request in a step
     default_seed: int | None
     priority_allowed: bool
 
@@ -59,7 +66,7 @@ class Frontend:
         self._system_fingerprint = system_fingerprint
         self._clock = clock
         # Not to meet an id that a user chose: those look like "request-0" often enough.
-        self._id_prefix = f"request-{secrets.token_hex(4)}"
+        self._id_prefix = secrets.token_hex(4)
         self._ids = count()
 
     def make(
@@ -78,6 +85,11 @@ class Frontend:
         """A beam search over one prompt. Raises InvalidRequestError naming the field at fault."""
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequestError("params", f"must be BeamSearchParams, not {type(params).__name__}")
+        if params.width > self._limits.max_num_seqs:
+            raise InvalidRequestError(
+                "beam_width",
+                f"all beams run in one step, and max_num_seqs={self._limits.max_num_seqs} is less than {params.width}",
+            )
         request = self._request(prompt, params.sampling, request_id, priority)
         return BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
 
@@ -85,28 +97,114 @@ class Frontend:
         self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int
     ) -> CompletionRequest:
         """Checked against this model."""
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError("priority", f"must be an integer, not {shown(priority)}")
-        if priority and not self._limits.priority_allowed:
-            raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
+        self._check_priority(priority)
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
         text, token_ids = self.tokens_of(prompt)
-        self._check_params(params)
-        return CompletionRequest(
-            request_id=request_id if request_id is not None else f"{self._id_prefix}-{next(self._ids)}",
-            prompt_token_ids=token_ids,
-            params=params,
-            seed=self._seed(params),
-            max_tokens=self._max_tokens(len(token_ids), params),
-            eos_token_ids=() if params.ignore_eos else self._codec.eos_token_ids,
-            bad_words=self._bad_words(params),
+        return self._completion(
+            request_id if request_id is not None else self._new_id(),
+            token_ids,
+            params,
+            seed=self._seed(params.seed),
             prompt=text,
             priority=priority,
             cache_salt=cache_salt(prompt),
+        )
+
+    def _completion(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, **rest: Any
+    ) -> CompletionRequest:
+        """A request to go on after these tokens, with parameters that fit this model."""
+        self._check_params(params)
+        return CompletionRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=self._max_tokens(len(token_ids), params),
+            eos_token_ids=() if params.ignore_eos else self._codec.eos_token_ids,
+            bad_words=self._bad_words(params),
             codec=self._codec,
             system_fingerprint=self._system_fingerprint,
+            **rest,
         )
+
+    # --- sessions ---
+
+    def make_session(self, seed: int | None, priority: int, salt: str | None) -> SessionCoordinator:
+        """Raises InvalidRequestError naming the field at fault."""
+        self._check_priority(priority)
+        return SessionCoordinator(
+            self._new_id("session"),
+            priority,
+            RequestMetrics(arrival_time=self._clock()),
+            seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
+            encode=self._codec.encode_following,
+            cache_salt=checked_salt(salt),
+        )
+
+    def tokens_after(self, prompt: Prompt, num_tokens: int, field: str = "prompt") -> list[int]:
+        """Token ids to append to `num_tokens` that are there. BOS and the like come only at the very start."""
+        if isinstance(prompt, Mapping) and "cache_salt" in prompt:
+            raise InvalidRequestError("cache_salt", "belongs to the whole session: LLM.session(cache_salt=...)")
+        text, given = self._form_of(prompt)
+        if given is not None:
+            token_ids = self._checked_ids(given) if len(given) else []
+        elif text:
+            token_ids = self._codec.encode_following(text) if num_tokens else self._codec.encode(text)
+        else:
+            token_ids = []
+        self._check_room(field, num_tokens, len(token_ids))
+        return token_ids
+
+    def make_turn(self, session: SessionCoordinator, token_ids: list[int], params: SamplingParams) -> CompletionRequest:
+        """What one `generate` of a session asks, after the tokens of its branch. Raises InvalidRequestError."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
+        if params.n != 1:
+            raise InvalidRequestError("n", f"must be 1 in a session, not {params.n}: fork the branch")
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "is not for sessions: `select` scores given text")
+        if params.skip_reading_prefix_cache:
+            raise InvalidRequestError(
+                "skip_reading_prefix_cache", "is not for sessions, which go on from what they have"
+            )
+        self._check_not_empty(token_ids)
+        self._check_room("branch", len(token_ids), 1)
+        seed = session.seed if params.seed is None else params.seed
+        return self._completion(session.request_id, token_ids, params, seed=seed, priority=session.priority)
+
+    def choices(self, choices: Sequence[Prompt], num_tokens: int) -> list[tuple[str, list[int]]]:
+        """Text and token ids of what `select` compares. Raises InvalidRequestError."""
+        if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
+            raise InvalidRequestError("choices", f"must be a list of prompts, not {type(choices).__name__}")
+        if not 1 <= len(choices) <= MAX_N:
+            raise InvalidRequestError("choices", f"must be from 1 to {MAX_N}, not {len(choices)}")
+        self._check_not_empty(range(num_tokens))
+        found = []
+        for number, choice in enumerate(choices):
+            token_ids = self.tokens_after(choice, num_tokens, "choices")
+            if not token_ids:
+                raise InvalidRequestError("choices", f"number {number} is empty: there is nothing to score")
+            text = choice if isinstance(choice, str) else self._codec.decode(token_ids, skip_special_tokens=False)
+            found.append((text, token_ids))
+        return found
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Special tokens are spelled out."""
+        return self._codec.decode(token_ids, skip_special_tokens=False)
+
+    def _check_not_empty(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequestError("branch", "is empty: extend it first")
+
+    def _check_room(self, field: str, num_tokens: int, more: int) -> None:
+        most = self._limits.max_model_len
+        if num_tokens + more > most:
+            raise InvalidRequestError(
+                field, f"the branch has {num_tokens} tokens; with max_model_len={most}, {more} more do not fit"
+            )
+
+    # --- chat ---
 
     def chat_prompt(
         self,
@@ -137,16 +235,44 @@ class Frontend:
         """Fill in `decoded_token` of an output's log-probabilities."""
         rows = [row for completion in output.outputs for row in completion.logprobs or ()]
         rows += [row for row in output.prompt_logprobs or () if row is not None]
+        self._name(rows)
+        return output
+
+    def name_completion(self, completion: CompletionOutput) -> CompletionOutput:
+        """The same of one output."""
+        self._name(completion.logprobs or ())
+        return completion
+
+    def _name(self, rows: Sequence[dict[int, Logprob]]) -> None:
         for row in rows:
             for token_id, logprob in row.items():
                 if logprob.decoded_token is None:
                     logprob.decoded_token = self._codec.decode([token_id], skip_special_tokens=False)
-        return output
 
     # --- checks ---
 
+    def _new_id(self, kind: str = "request") -> str:
+        return f"{kind}-{self._id_prefix}-{next(self._ids)}"
+
+    def _check_priority(self, priority: int) -> None:
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError("priority", f"must be an integer, not {shown(priority)}")
+        if priority and not self._limits.priority_allowed:
+            raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
+
     def tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
+        text, given = self._form_of(prompt)
+        if given is not None:
+            return text, self._checked_ids(given)
+        token_ids = self._codec.encode(text or "")
+        if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
+            raise InvalidRequestError("prompt", "is empty")
+        self._check_length(len(token_ids))
+        return text, token_ids
+
+    def _form_of(self, prompt: Prompt) -> tuple[str | None, Any]:
+        """(text, None), or the token ids that were given, with their text if that was given too."""
         text: Any = None
         if isinstance(prompt, str):
             text = prompt
@@ -158,23 +284,15 @@ class Frontend:
                 raise InvalidRequestError("prompt", f"allowed keys are {allowed}, not {keys}")
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
-                return text, self._checked_ids(prompt["prompt_token_ids"])
+                return text, _list_of_ids(prompt["prompt_token_ids"])
         if not isinstance(text, str):
             kind = type(prompt).__name__
             raise InvalidRequestError(
                 "prompt", f'must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, not {kind}'
             )
-        token_ids = self._codec.encode(text)
-        if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
-            raise InvalidRequestError("prompt", "is empty")
-        self._check_length(len(token_ids))
-        return text, token_ids
+        return text, None
 
-    def _checked_ids(self, value: Any) -> list[int]:
-        if hasattr(value, "tolist"):
-            value = value.tolist()  # a NumPy array or a tensor
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            raise InvalidRequestError("prompt_token_ids", f"must be a list of token ids, not {type(value).__name__}")
+    def _checked_ids(self, value: Sequence[Any]) -> list[int]:
         if not value:
             raise InvalidRequestError("prompt_token_ids", "is empty")
         self._check_length(len(value))
@@ -221,9 +339,9 @@ class Frontend:
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
+    def _seed(self, seed: int | None) -> int:
+        if seed is not None:
+            return seed
         return self._limits.default_seed if self._limits.default_seed is not None else secrets.randbits(64)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -235,6 +353,14 @@ class Frontend:
                 if token_ids:
                     spellings[token_ids] = None
         return tuple(spellings)
+
+
+def _list_of_ids(value: Any) -> Sequence[Any]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # a NumPy array or a tensor
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidRequestError("prompt_token_ids", f"must be a list of token ids, not {type(value).__name__}")
+    return value
 
 
 def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -249,7 +375,11 @@ def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> 
 
 def cache_salt(prompt: Prompt) -> str | None:
     """A prompt's cache_salt: cached KV is shared among requests with the same one. Raises InvalidRequestError."""
-    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    return checked_salt(prompt.get("cache_salt") if isinstance(prompt, Mapping) else None)
+
+
+def checked_salt(salt: Any) -> str | None:
+    """Raises InvalidRequestError."""
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequestError("cache_salt", f"must be a string, not empty, not {shown(salt)}")
     return salt
@@ -268,6 +398,7 @@ def make_frontend(config: EngineConfig, built: BuiltEngine) -> Frontend:
         vocab_size=built.model_config.vocab_size,
         max_model_len=built.max_model_len,
         max_logprobs=config.max_logprobs,
+        max_num_seqs=config.max_num_seqs,
         default_seed=config.seed,
         priority_allowed=config.scheduling_policy == "priority",
     )

@@ -5,18 +5,24 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
+from octavo.coordinators import SessionCoordinator
+from octavo.coordinators.session import BranchState
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
+from octavo.session import Session
+
+Answer = TypeVar("Answer")
 
 
 class LLM:
@@ -38,6 +44,7 @@ class LLM:
         self._frontend = make_frontend(self.config, built)
         self._lock = threading.RLock()
         self._outputs: dict[str, deque[RequestOutput]] = {}
+        self._forgotten: deque[tuple[SessionCoordinator, BranchState | None]] = deque()  # garbage-collected sessions
         self._closed = False
         self.tokenizer = built.codec
         self.model_config = built.model_config
@@ -167,6 +174,22 @@ class LLM:
         """
         return self._frontend.chat_prompt(messages, chat_template, options)
 
+    def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> Session:
+        """A session: text that branches, on which you call the verbs one by one. See `octavo.session.Branch`.
+
+        Args:
+            seed: of its draws; None draws one, which `Session.seed` reports.
+            priority, cache_salt: as for a prompt of `generate`.
+
+        Use it in a ``with`` statement, or close it. Raises InvalidRequestError.
+        """
+        coordinator = self._frontend.make_session(seed, priority, cache_salt)
+        with self._lock:
+            self._check_open()
+            self._drop_forgotten()
+            self._engine.add(coordinator)
+        return Session(_SessionDoor(self), self._frontend, coordinator)
+
     # --- the prefix cache ---
 
     def explain_cache(self, prompt: Prompt) -> CacheExplanation:
@@ -228,6 +251,22 @@ class LLM:
         if output.request_id in self._outputs:
             self._outputs[output.request_id].append(self._frontend.name_tokens(output))
 
+    def _step(self) -> None:
+        """One step of the engine, for everybody. With the lock held."""
+        self._drop_forgotten()
+        for output in self._engine.step():
+            self._deliver(output)
+
+    def _drop_forgotten(self) -> None:
+        """End what was garbage-collected. With the lock held."""
+        while self._forgotten:
+            coordinator, branch = self._forgotten.popleft()
+            if branch is None:
+                self._engine.abort(coordinator.request_id)
+            else:
+                coordinator.drop_branch(branch)
+                self._engine.settle(coordinator)
+
     def _next(self, request_id: str) -> RequestOutput:
         """The next output of a request. Whoever waits steps the engine, for everybody."""
         while True:
@@ -236,8 +275,7 @@ class LLM:
                 if waiting:
                     return waiting.popleft()
                 self._check_open()
-                for output in self._engine.step():
-                    self._deliver(output)
+                self._step()
 
     def _until_finished(self, request_id: str) -> list[RequestOutput]:
         while not (output := self._next(request_id)).finished:
@@ -259,6 +297,39 @@ class LLM:
             self._abort([request.request_id])
 
 
+class _SessionDoor:
+    """The way from a session to its engine: implements `octavo.session.Door`."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def in_session(self, coordinator: SessionCoordinator, verb: Callable[[], Answer]) -> Answer:
+        llm = self._llm
+        with llm._lock:
+            llm._check_open()
+            llm._drop_forgotten()
+            try:
+                return verb()
+            finally:
+                llm._engine.settle(coordinator)
+
+    def wait(self, futures: Sequence[Future[Any]]) -> None:
+        llm = self._llm
+        while not all(future.done() for future in futures):
+            with llm._lock:
+                if not all(future.done() for future in futures):  # another thread's step may have done it
+                    llm._check_open()
+                    llm._step()
+
+    def end_session(self, coordinator: SessionCoordinator) -> None:
+        with self._llm._lock:
+            if not self._llm._closed:
+                self._llm._engine.abort(coordinator.request_id)
+
+    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
+        self._llm._forgotten.append((coordinator, branch))  # a finalizer may run while this very thread is in a step
+
+
 def _list_of_prompts(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -273,7 +344,8 @@ def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if values is None or len(values) != count:
         got = f"{len(values)} of them" if values is not None else type(value).__name__
-        raise InvalidRequestError(name, f"must be one for all prompts or one for each of the {count}, not {got}")
+        wanted = f"must be one {kind.__name__} for all prompts or one for each of the {count}"
+        raise InvalidRequestError(name, f"{wanted}, not {got}")
     for one in values:
         if not isinstance(one, kind):
             raise InvalidRequestError(name, f"must be of type {kind.__name__}, not {type(one).__name__}")

@@ -162,3 +162,14 @@ def test_token_counts_roll_back() -> None:
     assert copy.output == {5: 1} and counts.output == {5: 2, 6: 1} and counts.prompt == {1, 2}
     copy.rollback(1)
     assert copy.output == {}
+
+
+def test_a_detached_state_follows_no_more(sequence: Sequence) -> None:
+    states = [Recorder(), Recorder()]
+    for state in states:
+        sequence.attach(state)
+    sequence.extend([1, 2])
+    sequence.detach(states[0])
+    sequence.extend([3])
+    assert [state.seen for state in states] == [[1, 2], [1, 2, 3]]
+    assert sequence.attached(Recorder) is states[1]

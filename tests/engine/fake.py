@@ -27,6 +27,11 @@ def next_token(token_ids: list[int], salt: object = 0) -> int:
     return int.from_bytes(digest, "little") % VOCAB
 
 
+def logprob(seen: list[int], token_id: int) -> float:
+    """Log-probability of a token after `seen`: also a pure function of them."""
+    return -0.125 * next_token(seen, ("logprob", token_id))
+
+
 @dataclass
 class FakeExecutor:
     block_size: int
@@ -74,8 +79,10 @@ class FakeExecutor:
         seen = grant.token_ids[: grant.stop]
         next_logprobs = []
         if grant.each_row is not None:
-            for position in range(grant.start, min(grant.stop, len(grant.token_ids) - 1)):
-                next_logprobs.append(TokenLogprobs(TokenLogprob(grant.token_ids[position + 1], -1.0 * position, 1)))
+            for position in range(max(grant.start, grant.each_row.start), min(grant.stop, len(grant.token_ids) - 1)):
+                token_id = grant.token_ids[position + 1]
+                value = logprob(grant.token_ids[: position + 1], token_id)
+                next_logprobs.append(TokenLogprobs(TokenLogprob(token_id, value, 1)))
         match grant.want:
             case Sample(draws):
                 drawn = tuple(DrawResult(next_token(seen, (draw.seed, draw.stream))) for draw in draws)
@@ -83,7 +90,8 @@ class FakeExecutor:
             case TopK(k, _):
                 return GrantResult(candidates=tuple((next_token(seen, rank), -float(rank)) for rank in range(k)))
             case Score(sets):
-                return GrantResult(scores=tuple(-float(len(s)) for s in sets))
+                scores = tuple(max(logprob(seen, token_id) for token_id in one) for one in sets)
+                return GrantResult(scores=scores, next_logprobs=next_logprobs)
             case Hidden(layers):
                 return GrantResult(hidden=tuple(layers))
         return GrantResult(next_logprobs=next_logprobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from octavo.core.events import EventKind, Reason
-from tests.engine.fake import Harness, expected
+from tests.engine.fake import Harness, expected, logprob
 
 
 def test_livelock_pool_with_room_for_one() -> None:
@@ -85,4 +85,4 @@ def test_prompt_logprobs_survive_preemption() -> None:
     assert scores is not None and len(scores) == 30 and scores[0] is None
     for position in range(1, 30):
         entry = scores[position]
-        assert entry is not None and entry[position].logprob == -1.0 * (position - 1)
+        assert entry is not None and entry[position].logprob == logprob(list(range(position)), position)

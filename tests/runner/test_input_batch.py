@@ -85,3 +85,12 @@ def test_rows_with_next() -> None:
     assert list(rows_with_next(grant([1, 2, 3], 0, 3))) == [0, 1]
     assert list(rows_with_next(grant([1, 2, 3], 0, 2))) == [0, 1]
     assert list(rows_with_next(grant([1, 2, 3], 2, 3))) == []
+
+
+def test_rows_before_the_start_are_not_asked() -> None:
+    """Guards log-probabilities that are made, and paid for, at positions which may as well come from the cache."""
+    ids = [1, 2, 3, 4, 5]
+    for start, stop, rows in ((0, 5, [2, 3]), (0, 2, []), (1, 4, [1, 2]), (3, 5, [0]), (4, 5, [])):
+        one = grant(ids, start, stop, each_row=NextLogprobs(0, start=2))
+        assert list(rows_with_next(one)) == rows
+        assert make_batch([one], 4).logits_indices.tolist() == rows

@@ -9,6 +9,7 @@ from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, ModelNotFoundError, OctavoError
 from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
@@ -31,7 +32,10 @@ class Answerer:
         self._runner = asyncio.Runner()
 
     def ask(
-        self, prompt: Prompt, params: SamplingParams, on_text: Callable[[str], None] | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams,
+        on_text: Callable[[str], None] | None = None,
     ) -> RequestOutput:
         """The finished answer; `on_text` gets the text of its first output as it comes.
 
@@ -47,12 +51,16 @@ class Answerer:
     async def _collect(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         outputs: list[RequestOutput],
         on_text: Callable[[str], None] | None,
     ) -> None:
-        kind = OutputKind.FINAL_ONLY if params.n > 1 else OutputKind.DELTA
-        async with aclosing(self.llm.generate(prompt, params.but(output_kind=kind))) as answer:
+        kind = OutputKind.FINAL_ONLY if params.num_outputs > 1 else OutputKind.DELTA
+        if isinstance(params, BeamSearchParams):
+            answers = self.llm.beam_search(prompt, params.but(output_kind=kind))
+        else:
+            answers = self.llm.generate(prompt, params.but(output_kind=kind))
+        async with aclosing(answers) as answer:
             async for output in answer:
                 outputs.append(output)
                 if on_text is not None:
@@ -237,10 +245,13 @@ def _completion_json(completion: CompletionOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
+    if completion.cumulative_logprob is not None:
+        result["cumulative_logprob"] = completion.cumulative_logprob
+    if completion.score is not None:
+        result["score"] = completion.score
     if completion.logprobs is not None:
         pairs = zip(completion.token_ids, completion.logprobs, strict=True)
         result["logprobs"] = [_logprobs_json(token_id, row) for token_id, row in pairs]
-        result["cumulative_logprob"] = completion.cumulative_logprob
     return result
 
 

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
+from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, request_params
 from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -32,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as it is")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, for machines")
     add_sampling_arguments(parser)
+    add_beam_arguments(parser)
     add_engine_arguments(parser, leave_out=["seed"])
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
-    params = sampling_params(args)
+    params = request_params(args)
     config = engine_config(args)
     text = _text_of(args)
     from octavo.cli.answering import AnswerInterrupted, TextWriter, check_unicode, open_model, spinner, to_json
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             output = answerer.ask(prompt, params)
             print(json.dumps(to_json(output, answerer.model)))
-        elif params.n > 1:
+        elif params.num_outputs > 1:
             with spinner("generating"):
                 output = answerer.ask(prompt, params)
             _print_outputs(output)

@@ -1,4 +1,4 @@
-"""Flags of a request, made from the fields of SamplingParams."""
+"""Flags of a request, made from the fields of SamplingParams and BeamSearchParams."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from octavo.cli.engine_args import flag
+from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError
 from octavo.core.params import SamplingParams
 
 # On the command line one answer, as long as it takes, the same every time, is the likeliest wish.
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": None}
+_BEAM_DEFAULTS: dict[str, Any] = {"max_tokens": None, "num_return_sequences": 1}
 _DECIDED_BY_COMMAND = frozenset(["output_kind"])
 
 # field -> (metavar, help)
@@ -44,6 +46,27 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "bad_words": ("TEXT", "never complete the tokens that spell TEXT; may be repeated"),
 }
 
+_BEAM_TEXTS: dict[str, tuple[str, str]] = {
+    "beam_width": ("N", "beam search: keep the N most probable beginnings at each step, instead of drawing tokens"),
+    "num_return_sequences": ("N", "outputs of a beam search, best first (default 1)"),
+    "length_penalty": ("X", "compare by log-probability over length ** X; more than 0 favours long ones (default 1)"),
+    "early_stopping": (
+        "WHEN",
+        "true: end when --beam-width answers are finished; false: when a better one is not to be "
+        "expected; never: when none is possible (default false)",
+    ),
+    "num_beam_groups": ("N", "search in N groups that differ (default 1)"),
+    "diversity_penalty": ("X", "subtract from a token's log-probability for each time an earlier group chose it"),
+    "no_repeat_ngram_size": ("N", "no N tokens in a row come twice, the prompt's included (default off)"),
+}
+
+# Why a flag of sampling cannot stand beside --beam-width.
+_NOT_IN_BEAM_SEARCH = {
+    "n": "a beam search has --num-return-sequences",
+    **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "a beam search draws nothing"),
+    "prompt_logprobs": "a beam search does not give them",
+}
+
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
     """One flag per field. Values stay text here: `sampling_params` checks them."""
@@ -61,16 +84,46 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collec
             group.add_argument(flag(field.name), action=action, metavar=metavar, **options)
 
 
+def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of BeamSearchParams that SamplingParams has not. `request_params` checks them."""
+    group = parser.add_argument_group("beam search")
+    for name, (metavar, text) in _BEAM_TEXTS.items():
+        names = [flag(name), "--num-beams"] if name == "beam_width" else [flag(name)]
+        group.add_argument(*names, dest=name, metavar=metavar, help=text, default=None)
+
+
+def request_params(args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
+    """What the flags ask for. Raises InvalidRequestError naming the flag or field at fault."""
+    given = [name for name in _BEAM_TEXTS if getattr(args, name) is not None]
+    if "beam_width" in given:
+        return _beam_search_params(args)
+    if given:
+        raise InvalidRequestError(flag(given[0]), "needs --beam-width")
+    return sampling_params(args)
+
+
+def _beam_search_params(args: argparse.Namespace) -> BeamSearchParams:
+    for name, reason in _NOT_IN_BEAM_SEARCH.items():
+        if getattr(args, name, None) is not None:
+            raise InvalidRequestError(flag(name), f"has no meaning with --beam-width: {reason}")
+    return BeamSearchParams(**_BEAM_DEFAULTS | _given(args, BeamSearchParams))
+
+
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Raises InvalidRequestError naming the flag or field at fault."""
-    hints = get_type_hints(SamplingParams)
-    values = dict(_DEFAULTS)
-    for field in fields(SamplingParams):
+    return SamplingParams(**_DEFAULTS | _given(args, SamplingParams))
+
+
+def _given(args: argparse.Namespace, kind: type[SamplingParams | BeamSearchParams]) -> dict[str, Any]:
+    """The values of the flags that were given."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for field in fields(kind):
         given = getattr(args, field.name, None)
         if given is not None:
             is_flag = isinstance(given, bool)
             values[field.name] = given if is_flag else _READERS[hints[field.name]](flag(field.name), given)
-    return SamplingParams(**values)
+    return values
 
 
 def _integer(name: str, text: str) -> int:
@@ -85,6 +138,13 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InvalidRequestError(name, f"must be a number, not {text!r}") from None
+
+
+def _early_stopping(name: str, text: str) -> bool | str:
+    values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text.lower() not in values:
+        raise InvalidRequestError(name, f"must be true, false or never, not {text!r}")
+    return values[text.lower()]
 
 
 def _strings(name: str, texts: list[str]) -> list[str]:
@@ -109,6 +169,7 @@ _READERS: dict[Any, Callable[[str, Any], Any]] = {
     int: _integer,
     int | None: _integer,
     float: _number,
+    bool | str: _early_stopping,
     str | Sequence[str] | None: _strings,
     Sequence[str] | None: _strings,
     Sequence[int] | None: _integers,

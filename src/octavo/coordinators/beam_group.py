@@ -3,6 +3,9 @@
 In each step the best continuations of all beams together are ranked. Those that end (an end token, a stop string, the
 length) are finished if they are among the first `width` of the ranking, and forgotten if not; the best `width` of the
 others go on. A finished hypothesis counts with its log-probability over length ** length_penalty.
+
+transformers fills places for which there is nothing with copies that score -1e9, and may return them. Here such places
+stay empty: a search over few tokens has fewer beams and fewer results.
 """
 
 from __future__ import annotations
@@ -13,8 +16,6 @@ import struct
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-LOWEST = -1e9  # what beams and hypotheses that are not there score
 
 Row = SequenceOf[tuple[int, float]]  # a beam's best continuations: token id and log-probability, best first
 What = TypeVar("What")
@@ -54,7 +55,7 @@ class BeamGroup(Generic[What]):
         self.width = width
         # So many that `width` can go on even if every beam's best continuations are end tokens.
         self.num_candidates = max(2, 1 + num_end_tokens) * width
-        self.scores = [0.0] + [LOWEST] * (width - 1)  # at first all beams are the prompt: only one of them counts
+        self.scores = [0.0]  # of the running beams; at first there is one, the prompt
         self.finished: list[Finished[What]] = []
         self.ended = False
         self.length = 0  # tokens generated
@@ -64,7 +65,7 @@ class BeamGroup(Generic[What]):
         self._improvable = True
 
     def rank(self, rows: SequenceOf[Row]) -> list[Candidate]:
-        """The best continuations of all beams, best first; `rows[i]` are those of beam i."""
+        """The best continuations of all beams, best first; `rows[i]` are those of beam i. None is impossible (-inf)."""
 
         def entry(beam: int, place: int) -> tuple[float, int, int, int]:
             token_id, logprob = rows[beam][place]
@@ -75,6 +76,8 @@ class BeamGroup(Generic[What]):
         ranked: list[Candidate] = []
         while heads and len(ranked) < self.num_candidates:
             negative, beam, token_id, place = heads[0]
+            if negative == math.inf:
+                break
             ranked.append(Candidate(beam, token_id, -negative))
             if place + 1 < len(rows[beam]):
                 heapq.heapreplace(heads, entry(beam, place + 1))
@@ -87,7 +90,7 @@ class BeamGroup(Generic[What]):
 
         `whats[i]` is what to keep of candidate i if it is finished; there is one for each of the first `width` hits.
         """
-        running = sorted(ranked, key=lambda candidate: -self._running_score(candidate))[: self.width]
+        running = [candidate for candidate in ranked if not candidate.hit][: self.width]
         full = len(self.finished) == self.width
         self.length += 1
         if self._improvable and not (full and self._early_stopping is True):
@@ -97,20 +100,16 @@ class BeamGroup(Generic[What]):
                     self.finished.append(Finished(score, candidate.score, whats[index]))
             self.finished.sort(key=lambda finished: -finished.score)  # stable: of equals the earlier one stays first
             del self.finished[self.width :]
-        self.scores = [self._running_score(candidate) for candidate in running]
         full = len(self.finished) == self.width
-        length = self.length
-        if self._early_stopping == "never" and self._length_penalty > 0.0:
-            length = self._max_tokens
-        worst = self.finished[-1].score if full else LOWEST
-        self._improvable = self._improvable and self.normalised(self.scores[0], length) > worst
-        stopped = full and self._early_stopping is True
-        self.ended = not self._improvable or stopped or all(candidate.hit for candidate in ranked)
+        if running:
+            self.scores = [candidate.score for candidate in running]
+            length = self.length
+            if self._early_stopping == "never" and self._length_penalty > 0.0:
+                length = self._max_tokens
+            worst = self.finished[-1].score if full else -math.inf
+            self._improvable = self._improvable and self.normalised(self.scores[0], length) > worst
+        self.ended = not running or not self._improvable or (full and self._early_stopping is True)
         return [] if self.ended else running
 
     def normalised(self, score: float, length: int) -> float:
         return float32(score / float32(length**self._length_penalty))
-
-    @staticmethod
-    def _running_score(candidate: Candidate) -> float:
-        return float32(candidate.score + LOWEST) if candidate.hit else candidate.score

@@ -61,7 +61,6 @@ class BeamCoordinator(Coordinator):
         self.params = params
         self.cache_salt = request.cache_salt
         self.reads_cache = not params.skip_reading_prefix_cache
-        self.width = params.width
         self.error: str | None = None
         self._reason: str | None = None
         self._text_type: type[TextStream] | None = None  # of the streams attached to beams, which look for stop strings
@@ -71,16 +70,21 @@ class BeamCoordinator(Coordinator):
         self._sent = Sent()
         size = params.width // params.num_beam_groups
         ends = len(request.end_token_ids)
+        early = params.early_stopping if params.width > 1 else True  # one beam is greedy decoding, whatever is set
         self._groups = [
-            _Group(BeamGroup(size, ends, params.length_penalty, params.early_stopping, request.max_tokens))
+            _Group(BeamGroup(size, ends, params.length_penalty, early, request.max_tokens))
             for _ in range(params.num_beam_groups)
         ]
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return sum(group.search.width for group in self._groups if not group.search.ended)
 
     def start(self, new_sequence: NewSequence) -> None:
         prompt = new_sequence(())
         self.sequences.append(prompt)
         for group in self._groups:
-            group.beams = [_Beam(prompt) for _ in range(group.search.width)]
+            group.beams = [_Beam(prompt)]
         counts = TokenCounts(self.request.prompt_token_ids) if self.request.params.has_penalties else None
         prompt.extend(self.request.prompt_token_ids, want=self._want(counts))
         if counts is not None:
@@ -104,7 +108,7 @@ class BeamCoordinator(Coordinator):
         # A group's penalties lower at most as many tokens of a row as earlier groups have beams: with so many more,
         # none that would be among the best after the penalty is missed.
         search = self._groups[0].search
-        extra = self.width - search.width if params.diversity_penalty else 0
+        extra = params.width - search.width if params.diversity_penalty else 0
         return TopK(search.num_candidates + extra, draw, params.logprobs)
 
     def _text_stream(self) -> TextStream | None:
@@ -133,6 +137,10 @@ class BeamCoordinator(Coordinator):
                 candidates = self._step(group, answers, chosen)
                 chosen.update(candidate.token_id for candidate in candidates)
                 moves += [(group, group.beams[candidate.beam], candidate) for candidate in candidates]
+        if not moves and not self._best():
+            ruled_out = "allowed_token_ids, bad_words, min_tokens, logit_bias and no_repeat_ngram_size"
+            self.finish("error", f"no beam can go on: the request's {ruled_out} together rule out the whole vocabulary")
+            return
         self._move(moves, answers)
         if not moves:
             self._reason = self._best()[0].what.finish_reason
@@ -198,7 +206,7 @@ class BeamCoordinator(Coordinator):
         self.sequences[:] = [beam.sequence for group in self._groups for beam in group.beams]
         for sequence, (_, _, candidate) in zip(self.sequences, moves, strict=True):
             sequence.extend((candidate.token_id,), want=self._want(sequence.attached(TokenCounts)))
-        self.metrics.num_generated_tokens += max(len(moves), 1)
+        self.metrics.num_generated_tokens += self.params.num_outputs
 
     # --- ending, and what the user sees ---
 
@@ -207,8 +215,11 @@ class BeamCoordinator(Coordinator):
             return
         self.error = error
         self._reason = reason
-        for group in self._groups:  # what runs is the answer so far
-            for beam, score in zip(group.beams, group.search.scores, strict=True):
+        for group in self._groups:  # the answer so far: what is finished and what runs, all of it cut short
+            for finished in group.search.finished:
+                finished.what.finish_reason, finished.what.stop_reason = reason, None
+            # A group that has ended has no beams.
+            for beam, score in zip(group.beams, group.search.scores, strict=False):
                 if token_ids := self._generated(beam.sequence):
                     normalised = group.search.normalised(score, len(token_ids))
                     hypothesis = _Hypothesis(token_ids, beam.logprobs, reason)
@@ -235,9 +246,12 @@ class BeamCoordinator(Coordinator):
             outputs = [self._output(index, finished) for index, finished in enumerate(self._best())]
             if not outputs:
                 outputs = [CompletionOutput(0, "", [], finish_reason=self._reason)]
+            self.metrics.num_generated_tokens = sum(len(output.token_ids) for output in outputs)
             if kind is OutputKind.DELTA:
-                outputs[0].text = outputs[0].text[self._sent.chars :]
-                outputs[0].token_ids = outputs[0].token_ids[self._sent.tokens :]
+                best = outputs[0]
+                best.text = best.text[self._sent.chars :]
+                best.token_ids = best.token_ids[self._sent.tokens :]
+                best.logprobs = None if best.logprobs is None else best.logprobs[self._sent.tokens :]
         else:
             if kind is OutputKind.FINAL_ONLY or not self._grow_common():
                 return None
@@ -273,6 +287,9 @@ class BeamCoordinator(Coordinator):
         text = "" if self._common_text is None else self._common_text.text
         first = self._sent if kind is OutputKind.DELTA else Sent()
         output = CompletionOutput(0, text[first.chars :], self._common[first.tokens :])
+        if self.params.logprobs is not None:
+            beam = next(beam for group in self._groups for beam in group.beams)  # it begins with the common tokens
+            output.logprobs = _unrolled(beam.logprobs)[first.tokens : len(self._common)]
         self._sent = Sent(len(self._common), len(text))
         return output
 

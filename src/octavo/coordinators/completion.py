@@ -81,8 +81,10 @@ class Completion:
     stop_reason: int | str | None = None
     text_stream: TextStream | None = None
     counts: TokenCounts | None = None
+    stream: tuple[int, ...] = ()  # of its draws; the index alone if none is given
 
     def __post_init__(self) -> None:
+        self.stream = self.stream or (self.index,)
         params = self.request.params
         if params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
@@ -100,12 +102,12 @@ class Completion:
 
     @property
     def draw(self) -> Draw:
-        """The next draw. Its stream is the sample's index, so that outputs differ and each is reproducible."""
+        """The next draw. Its stream is the sample's own, so that outputs differ and each is reproducible."""
         request = self.request
         return Draw(
             params=request.params,
             seed=request.seed,
-            stream=(self.index,),
+            stream=self.stream,
             num_prompt_tokens=len(request.prompt_token_ids),
             counts=self.counts,
             bad_words=request.bad_words,

@@ -12,7 +12,7 @@ from octavo.core.params import OutputKind, SamplingParams, integer, number
 
 MAX_BEAM_WIDTH = 1024
 DEFAULT_BEAM_WIDTH = 4
-MAX_LENGTH_PENALTY = 10.0  # further out, length ** penalty leaves float32
+MAX_LENGTH_PENALTY = 6.0  # of a million tokens, length ** penalty is still a float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,9 @@ class BeamSearchParams:
 
     Attributes:
         beam_width, num_beams: hypotheses kept per step, in all groups together; two names of one thing. Default 4.
-        num_return_sequences: outputs, best first; at most the width, which is the default.
+            Width 1 is greedy decoding, whatever the other settings of the search.
+        num_return_sequences: outputs, best first; at most the width, which is the default. There are fewer where fewer
+            different ones exist.
         length_penalty: hypotheses are compared by their log-probability over length ** length_penalty, where the
             length counts generated tokens, the end token included. Above 0 favours long ones.
         early_stopping: when to end. True: when as many as the width are finished. False: when the best running one
@@ -97,6 +99,8 @@ class BeamSearchParams:
         diversity = number("diversity_penalty", self.diversity_penalty, 0.0, math.inf)
         if diversity and groups == 1:
             raise InvalidRequestError("diversity_penalty", "needs num_beam_groups of at least 2")
+        if groups > 1 and not diversity:
+            raise InvalidRequestError("diversity_penalty", "must be more than 0, or all groups find the same")
         _set(self, "diversity_penalty", diversity)
         integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 2**31 - 1)
         if self.temperature not in (0.0, 1.0):
@@ -114,7 +118,9 @@ class BeamSearchParams:
         """A copy with some fields changed, checked again."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         if "beam_width" in changes or "num_beams" in changes:
-            own["beam_width"] = own["num_beams"] = own["num_return_sequences"] = None
+            own["beam_width"] = own["num_beams"] = None
+            if self.num_return_sequences == self.width:  # all of them
+                own["num_return_sequences"] = None
         return BeamSearchParams(**(own | changes))
 
 

@@ -54,6 +54,11 @@ class Coordinator(ABC):
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         """Take the results of a step, in the order of `sequences`, and call the verbs that say what happens next."""
 
+    def contain(self, sequence: Sequence, error: str) -> bool:
+        """A row of this sequence failed; nothing of it was committed. True: only what asked for it ends, which `update`
+        does next; the request goes on. False: the request ends with this error."""
+        return False
+
     @abstractmethod
     def finish(self, reason: str, error: str | None = None) -> None:
         """End now, with this finish reason for all outputs still running ("abort" or "error")."""

@@ -92,3 +92,42 @@ class CacheExplanation:
     earlier_request_id: str | None = None  # who computed what is cached up to there, or who differs
     evicted_reason: str | None = None  # the next block was cached once: "capacity" or "reset"
     evicted_seconds_ago: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the texts that a session's `select` compared: log p of its tokens, given everything before it."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]  # natural logarithm, one per token, of the raw logits
+
+    @property
+    def total_logprob(self) -> float:
+        """Log-probability of the text: a longer one is seldom the more probable."""
+        return sum(self.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Normalised by length: per token."""
+        return self.total_logprob / len(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class SelectResult:
+    """Choices in the order given; of equals the first is best."""
+
+    choices: list[Choice]
+    by: str  # "mean" or "total": what `best` goes by
+
+    @property
+    def best(self) -> Choice:
+        return self.best_by_mean if self.by == "mean" else self.best_by_total
+
+    @property
+    def best_by_total(self) -> Choice:
+        return max(self.choices, key=lambda choice: choice.total_logprob)
+
+    @property
+    def best_by_mean(self) -> Choice:
+        return max(self.choices, key=lambda choice: choice.mean_logprob)

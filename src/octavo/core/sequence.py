@@ -163,6 +163,10 @@ class Sequence:
         """From now on `state` follows the tokens of this sequence; it has not seen those already here."""
         self._attached.append((state, len(self.token_ids)))
 
+    def detach(self, state: SequenceState) -> None:
+        """`state` follows the tokens no longer."""
+        self._attached = [(other, since) for other, since in self._attached if other is not state]
+
     def attached(self, kind: type[State]) -> State | None:
         """The attached state of this type, if there is one."""
         return next((state for state, _ in self._attached if isinstance(state, kind)), None)

@@ -63,7 +63,9 @@ Want = Sample | TopK | Score | Hidden  # and None: nothing
 
 @dataclass(frozen=True, slots=True)
 class NextLogprobs:
-    """For every granted row but the sequence's last: the log-probability and rank of the token that follows it, and the
-    `top` best tokens (prompt_logprobs). It stands beside a Want, which speaks of the last row alone."""
+    """For every granted row from `start` on but the sequence's last: the log-probability and rank of the token that
+    follows it, and the `top` best tokens (prompt_logprobs). It stands beside a Want, which speaks of the last row
+    alone."""
 
     top: int
+    start: int = 0  # rows at positions before this one are not asked: their KV may come from the prefix cache

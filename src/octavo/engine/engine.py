@@ -46,6 +46,7 @@ class Engine:
             raise ValueError(f"request id {coordinator.request_id!r} is in use")
         self.scheduler.add(coordinator)
         coordinator.start(partial(self._new_sequence, coordinator))
+        self.scheduler.settle(coordinator)
         self._coordinators[coordinator.request_id] = coordinator
         self.events.emit(EventKind.QUEUED, coordinator.request_id)
 
@@ -56,6 +57,12 @@ class Engine:
     def _note_eviction(self, evicted: Evicted) -> None:
         detail = f"block {evicted.depth} of its prefix, cached for {evicted.age:.3f} s"
         self.events.emit(EventKind.CACHE_EVICTED, evicted.request_id, Reason(evicted.reason), detail)
+
+    def settle(self, coordinator: Coordinator) -> None:
+        """Its verbs were called from outside, between steps: what they ask for is scheduled from now on. Does nothing
+        for a request that has ended."""
+        if coordinator.request_id in self._coordinators:
+            self.scheduler.settle(coordinator)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, at any moment between steps; its last output, or None when it has ended already."""
@@ -74,7 +81,8 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self._coordinators)
+        """Whether a request waits for steps. One that nothing is asked of (a session between two calls) does not."""
+        return bool(self.scheduler.num_waiting or self.scheduler.num_running)
 
     @property
     def num_requests(self) -> int:
@@ -156,6 +164,7 @@ class Engine:
         outputs: list[RequestOutput] = []
         for coordinator in self._requests_of(plan):
             mine = [by_sequence[s.id] for s in coordinator.sequences if s.id in by_sequence]
+            mine = [(g, r) for g, r in mine if r.error is None or not coordinator.contain(g.sequence, r.error)]
             error = next((result.error for _, result in mine if result.error is not None), None)
             if error is None:
                 for grant, _ in mine:

@@ -14,12 +14,16 @@ KV in the prefix cache as far as it was not evicted; what its forks shared is co
 What is cached is taken, not computed. Of several sequences about to compute the same block, the first granted in a step
 computes it and the others wait for the next step. That is no lock: if the first ends, the next one computes.
 Waiting requests with more of their prompt cached may pass others, a bounded number of times.
+
+A request of which nothing is asked (a session between two calls) is parked: it has no place in the queues and keeps its
+blocks until somebody needs them. When something is asked of it, it queues as one that arrives then.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
@@ -52,11 +56,12 @@ class SchedulerConfig:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A request in the queues. Ordered by importance, then arrival; both are fixed for its life."""
+    """A request in the queues. Ordered by importance, then arrival; both are fixed while it is in them."""
 
     key: tuple[int, int]
     coordinator: Coordinator
     running: bool = False
+    preempted: int = 0  # times, since it arrived
     overtaken: int = 0  # later requests admitted before it for their cached prefixes
     cached: Node | None = None  # how far its prompt was found in the cache when it was last looked up
 
@@ -96,6 +101,7 @@ class Scheduler:
         self._events = events
         self._waiting: list[_Entry] = []
         self._running: list[_Entry] = []
+        self._parked: dict[str, _Entry] = {}  # by request id, the one parked longest ago first
         self._entries: dict[str, _Entry] = {}
         self._arrivals = count()
         self._num_steps = 0
@@ -135,17 +141,38 @@ class Scheduler:
     def remove(self, coordinator: Coordinator) -> None:
         """The request has ended; its blocks go home."""
         entry = self._entries.pop(coordinator.request_id)
-        (self._running if entry.running else self._waiting).remove(entry)
+        self._leave_queue(entry)
         coordinator.drop_all()
         self.kv.end_request(coordinator.request_id)
+
+    def settle(self, coordinator: Coordinator) -> None:
+        """Verbs were called between steps: park a request that wants nothing now, queue one that wants something."""
+        entry = self._entries[coordinator.request_id]
+        wants = any(sequence.num_pending for sequence in coordinator.sequences)
+        parked = coordinator.request_id in self._parked
+        if wants and parked:
+            self._leave_queue(entry)
+            entry.key = (entry.key[0], next(self._arrivals))
+            entry.preempted = entry.overtaken = 0
+            insort(self._waiting, entry)
+        elif not wants and not parked:
+            self._leave_queue(entry)
+            entry.running = False
+            self._parked[coordinator.request_id] = entry
+        entry.cached = None  # of tokens that may be others now
+
+    def _leave_queue(self, entry: _Entry) -> None:
+        if self._parked.pop(entry.coordinator.request_id, None) is None:
+            (self._running if entry.running else self._waiting).remove(entry)
 
     # --- one step ---
 
     def schedule(self) -> StepPlan:
         """The next step; it is empty when nothing can or needs to run."""
         step = _Step(self.config)
-        for entry in self._running:
+        for entry in tuple(self._running):
             self._take_cached(entry.coordinator)
+            self.settle(entry.coordinator)
         for single in (True, False):
             for entry in tuple(self._running):
                 for unit in self._units(entry.coordinator):
@@ -170,9 +197,11 @@ class Scheduler:
     def _take_cached(self, coordinator: Coordinator) -> None:
         """Let the cache answer what it can of the pending work. A wanted row is always computed."""
         for sequence in coordinator.sequences:
-            if sequence.num_pending < 2 or sequence.each_row is not None:
+            if sequence.num_pending < 2:
                 continue
             limit = sequence.target - (sequence.want is not None)
+            if sequence.each_row is not None:
+                limit = min(limit, sequence.each_row.start)
             table, before = sequence.block_table, sequence.num_computed
             computed = self.kv.match(table, sequence.token_ids, before, limit)
             if computed == before:
@@ -186,9 +215,10 @@ class Scheduler:
 
     def _follows(self, step: _Step, entry: _Entry, sequence: Sequence) -> bool:
         """Whether another sequence computes in this step the block that this one needs next."""
-        if sequence.num_pending < 2 or sequence.each_row is not None:
+        if sequence.num_pending < 2:
             return False
-        block = self.kv.pending_block(sequence.block_table, sequence.token_ids, sequence.target)
+        target = sequence.target if sequence.each_row is None else min(sequence.target, sequence.each_row.start)
+        block = self.kv.pending_block(sequence.block_table, sequence.token_ids, target)
         if block is None:
             return False
         leader = step.computing.setdefault(block, sequence)
@@ -242,6 +272,8 @@ class Scheduler:
             entry = self._waiting[index]
             coordinator = entry.coordinator
             reason = self._why_not(step, entry)
+            while reason is Reason.NO_BLOCKS and self._evict_idle(step, spared=coordinator.sequences):
+                reason = self._why_not(step, entry)
             if reason is not None:
                 if self._head_waits != (coordinator.request_id, reason):
                     self._head_waits = (coordinator.request_id, reason)
@@ -252,7 +284,7 @@ class Scheduler:
             self._waiting.pop(index)
             insort(self._running, entry)
             entry.running = True
-            kind = EventKind.RESTORED if coordinator.metrics.num_preemptions else EventKind.ADMITTED
+            kind = EventKind.RESTORED if entry.preempted else EventKind.ADMITTED
             self._events.emit(kind, coordinator.request_id)
             self.kv.stats.query_tokens += sum(sequence.num_pending for sequence in coordinator.sequences)
             self._take_cached(coordinator)
@@ -269,7 +301,7 @@ class Scheduler:
         best, best_length = 0, self._cached_blocks(head)
         for index, entry in enumerate(self._waiting[1:_LOOK_AHEAD], 1):
             before = self._waiting[index - 1]
-            if before.overtaken >= self.config.max_overtakes or before.coordinator.metrics.num_preemptions:
+            if before.overtaken >= self.config.max_overtakes or before.preempted:
                 break
             if entry.key[0] != head.key[0]:
                 break
@@ -280,7 +312,7 @@ class Scheduler:
 
     def _cached_blocks(self, entry: _Entry) -> int:
         """Blocks of a waiting request's first sequence that are cached now."""
-        for sequence in entry.coordinator.sequences[:1]:
+        for sequence in self._without_blocks(entry.coordinator)[:1]:
             entry.cached = self.kv.probe(sequence.block_table, sequence.token_ids, entry.cached)
         return 0 if entry.cached is None else entry.cached.depth
 
@@ -296,7 +328,7 @@ class Scheduler:
             return Reason.TOKEN_BUDGET
         # Its whole pending work must fit now, and a block more for everybody running: to admit a request only to
         # preempt it a few steps later computes its prompt twice. Each time that happened it waits for more.
-        needed = places * (1 + coordinator.metrics.num_preemptions) + self._distinct_blocks(coordinator)
+        needed = places * (1 + entry.preempted) + self._distinct_blocks(coordinator)
         if needed > self.kv.num_available:
             self._cached_blocks(entry)
             # What others hold costs nothing; what is cached and idle counts as available until it is taken.
@@ -306,17 +338,27 @@ class Scheduler:
     def _distinct_blocks(self, coordinator: Coordinator) -> int:
         """Blocks that the pending work of a waiting request takes; its sequences share what they have in common."""
         size = self.kv.block_size
-        if len(coordinator.sequences) == 1:
-            return self.kv.blocks_for(coordinator.sequences[0].target)
+        sequences = self._without_blocks(coordinator)
+        more = sum(  # what sequences of a session that was parked hold already, they keep
+            self.kv.blocks_missing(sequence.block_table, sequence.num_computed, sequence.target)
+            for sequence in coordinator.sequences
+            if sequence.num_pending and sequence.block_table
+        )
+        if len(sequences) == 1:
+            return more + self.kv.blocks_for(sequences[0].target)
         prefixes: set[int] = set()
         partial = 0
-        for sequence in coordinator.sequences:
+        for sequence in sequences:
             prefix = 0
             for start in range(0, sequence.target - size + 1, size):
                 prefix = hash((prefix, *sequence.token_ids[start : start + size]))
                 prefixes.add(prefix)
             partial += sequence.target % size > 0
-        return len(prefixes) + partial
+        return more + len(prefixes) + partial
+
+    def _without_blocks(self, coordinator: Coordinator) -> list[Sequence]:
+        """Sequences with pending work that are to be computed from the start; of most waiting requests that is all."""
+        return [sequence for sequence in coordinator.sequences if sequence.num_pending and not sequence.block_table]
 
     # --- blocks run out ---
 
@@ -326,11 +368,8 @@ class Scheduler:
         First idle sequences give way, then whole requests from the newest and least important on, at last the later
         sequences of the request itself when it is the oldest: its first sequence always gets what it needs.
         """
-        for other in reversed(self._running):
-            for sequence in reversed(other.coordinator.sequences):
-                if sequence.block_table and not sequence.num_pending and sequence is not wanting:
-                    self._evict(step, other, sequence, Reason.IDLE)
-                    return True
+        if self._evict_idle(step, spared=(wanting,)):
+            return True
         victim = self._running[-1]
         if victim is not self._running[0]:
             self._preempt(step, victim)
@@ -345,12 +384,26 @@ class Scheduler:
                 return True
         return False
 
+    def _evict_idle(self, step: _Step, spared: SequenceOf[Sequence]) -> bool:
+        """Take the blocks of one sequence that has nothing to do now and is not spared; False if there is none.
+
+        First of parked requests, the one parked longest ago first, then of waiting ones, then of those that run.
+        """
+        for entry in (*self._parked.values(), *reversed(self._waiting), *reversed(self._running)):
+            for sequence in reversed(entry.coordinator.sequences):
+                busy = entry.running and sequence.num_pending
+                if sequence.block_table and not busy and sequence not in spared:
+                    self._evict(step, entry, sequence, Reason.IDLE)
+                    return True
+        return False
+
     def _preempt(self, step: _Step, entry: _Entry) -> None:
         coordinator = entry.coordinator
         for sequence in coordinator.sequences:
             step.remove(sequence)
             sequence.evict()
         coordinator.metrics.num_preemptions += 1
+        entry.preempted += 1
         self._running.remove(entry)
         entry.running = False
         entry.cached = None
@@ -362,4 +415,5 @@ class Scheduler:
         """Take the blocks of one sequence."""
         step.remove(sequence)
         sequence.evict()
+        entry.cached = None
         self._events.emit(EventKind.EVICTED, entry.coordinator.request_id, reason, f"sequence {sequence.id}")

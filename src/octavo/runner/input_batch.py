@@ -49,5 +49,6 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
 
 
 def rows_with_next(grant: Grant) -> range:
-    """Rows of a grant, from 0, whose next token the sequence already has."""
-    return range(min(grant.stop, len(grant.token_ids) - 1) - grant.start)
+    """Rows of a grant, from 0, whose next token the sequence already has and whose log-probability may be asked for."""
+    first = 0 if grant.each_row is None else max(grant.each_row.start - grant.start, 0)
+    return range(first, min(grant.stop, len(grant.token_ids) - 1) - grant.start)

@@ -123,6 +123,16 @@ class Tokenizer:
             ) from None
         return self._encode(text, add_special_tokens)
 
+    def encode_following(self, text: str) -> list[int]:
+        """Token ids of `text` where other text stands before it: without BOS, and without the space that some
+        tokenizers put before a text (as far as they leave it out behind a BOS token that is written out)."""
+        bos = self._special_tokens.get("bos_token")
+        if self._strip_leading_space and bos is not None:
+            ids = self.encode(bos + text, add_special_tokens=False)
+            if ids[:1] == [self._bos_token_id]:
+                return ids[1:]
+        return self.encode(text, add_special_tokens=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes token `token_id` adds to a text, special tokens spelled out. Empty for an id without a token."""
         known = self._bytes.get(token_id)

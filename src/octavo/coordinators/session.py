@@ -1,0 +1,377 @@
+"""A user's session: a tree of branches, each a sequence, on which the user calls the verbs.
+
+It is a request that lives until the user ends it. Between two calls nothing is pending: then the scheduler parks it,
+and its blocks are the first that others get. What a branch is asked that takes steps (to generate, to select) is a
+task. Its answer goes to a future; when it fails or is cancelled the branch is what it was before, and the session goes
+on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from typing import Any
+
+from octavo.coordinators.completion import Completion, CompletionRequest
+from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
+from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.events import Reason
+from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.core.sequence import Sequence
+from octavo.core.want import NextLogprobs, Sample, Score
+
+Encode = Callable[[str], list[int]]  # token ids of text that follows other text
+
+
+class BranchState:
+    """A branch of a session. Only its coordinator changes it."""
+
+    __slots__ = ("num_forks", "num_generated", "path", "sequence", "task")
+
+    def __init__(self, path: tuple[int, ...]) -> None:
+        self.path = path  # numbers of the forks that lead here from the root
+        self.num_forks = 0  # ever made
+        self.num_generated = 0  # calls of generate
+        self.sequence: Sequence | None = None  # None before the engine has started the session
+        self.task: _Task | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [] if self.sequence is None else list(self.sequence.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.sequence is None else self.sequence.num_tokens
+
+
+class SessionCoordinator(Coordinator):
+    """See the module. The verbs below are called between steps, like everything else here, and raise
+    InvalidRequestError for a session or branch that has ended, or a branch that is at work."""
+
+    def __init__(
+        self,
+        request_id: str,
+        priority: int,
+        metrics: RequestMetrics,
+        *,
+        seed: int,
+        encode: Encode,
+        cache_salt: str | None = None,
+    ) -> None:
+        super().__init__(request_id, priority, metrics)
+        self.seed = seed
+        self.cache_salt = cache_salt
+        self.root = BranchState(())
+        self.error: str | None = None
+        self._encode = encode
+        self._reason: str | None = None
+        self._tasks: dict[int, _Task] = {}  # by id of the sequences that work for them
+        self._failed: list[tuple[_Task, str]] = []
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return sum(sequence.num_pending > 0 for sequence in self.sequences)
+
+    def start(self, new_sequence: NewSequence) -> None:
+        self.root.sequence = new_sequence(())
+        self.sequences.append(self.root.sequence)
+
+    # --- the verbs ---
+
+    def extend(self, branch: BranchState, token_ids: SequenceOf[int]) -> None:
+        """Append tokens; they are computed from the next step on, whether or not something is asked of them."""
+        sequence = self._idle(branch)
+        if token_ids:
+            sequence.extend(token_ids)
+
+    def fork(self, branch: BranchState, count: int) -> list[BranchState]:
+        """`count` new branches that share the blocks of this one."""
+        sequence = self._idle(branch)
+        children = []
+        for _ in range(count):
+            child = BranchState((*branch.path, branch.num_forks))
+            branch.num_forks += 1
+            child.sequence = sequence.fork(sequence.num_tokens, child.path)
+            self.sequences.append(child.sequence)
+            children.append(child)
+        return children
+
+    def truncate(self, branch: BranchState, num_tokens: int) -> None:
+        sequence = self._idle(branch)
+        if not 0 <= num_tokens <= sequence.num_tokens:
+            raise InvalidRequestError(
+                "num_tokens", f"must be from 0 to {sequence.num_tokens}, what the branch has, not {num_tokens}"
+            )
+        sequence.truncate(num_tokens)
+
+    def drop_branch(self, branch: BranchState) -> None:
+        """End a branch and what it is at work on. Idempotent; its forks live on."""
+        if branch.sequence is None or branch.sequence.dropped:
+            return
+        if branch.task is not None:
+            self._stop(branch.task, RequestFailedError("the branch was dropped while this ran"))
+        self.drop(branch.sequence)
+
+    def generate(self, branch: BranchState, request: CompletionRequest) -> Future[CompletionOutput]:
+        """Continue a branch. `request.prompt_token_ids` are the branch's tokens.
+
+        The draws' stream is the branch's path and a count of its generates: a function of what the user called on this
+        branch, not of what else ran. The first generate of the root draws as a plain request with this seed.
+        """
+        sequence = self._idle(branch)
+        completion = Completion(request, 0, stream=(*branch.path, branch.num_generated))
+        branch.num_generated += 1
+        return self._begin(_Generating(self, branch, sequence, completion)).future
+
+    def select(self, branch: BranchState, choices: SequenceOf[SequenceOf[int]]) -> Future[list[list[float]]]:
+        """Log-probability of each token of each choice, as continuations of the branch, which stays as it is."""
+        sequence = self._idle(branch)
+        return self._begin(_Selecting(self, branch, sequence, choices)).future
+
+    def cancel(self, branch: BranchState, future: Future[Any]) -> None:
+        """End the task of this future, if it still runs."""
+        if branch.task is not None and branch.task.future is future:
+            self._stop(branch.task, RequestFailedError("cancelled"))
+
+    def _idle(self, branch: BranchState) -> Sequence:
+        """The sequence of a branch of which something can be asked."""
+        if self._reason is not None:
+            raise InvalidRequestError("session", f"has ended: {self.error}" if self.error else "is closed")
+        if branch.sequence is None or branch.sequence.dropped:
+            raise InvalidRequestError("branch", "was dropped")
+        if branch.task is not None:
+            raise InvalidRequestError("branch", "is at work on another call; fork it to do several things at once")
+        return branch.sequence
+
+    # --- tasks ---
+
+    def _begin(self, task: _Task) -> _Task:
+        self._tasks[task.sequence.id] = task
+        task.branch.task = task
+        task.begin()
+        return task
+
+    def work_for(self, task: _Task, sequence: Sequence) -> None:
+        """One more sequence for a task, until it is dropped."""
+        self._tasks[sequence.id] = task
+        self.sequences.append(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        self._tasks.pop(sequence.id, None)
+        super().drop(sequence)
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def _end_task(self, task: _Task) -> None:
+        del self._tasks[task.sequence.id]
+        task.branch.task = None
+
+    def _stop(self, task: _Task, error: Exception) -> None:
+        self._end_task(task)
+        task.undo()
+        task.future.set_exception(error)
+
+    # --- a step ---
+
+    def update(self, results: SequenceOf[SequenceResult]) -> None:
+        failed, self._failed = self._failed, []
+        for task, error in failed:
+            if not task.future.done():
+                self._stop(task, RequestFailedError(error))
+        for result in results:
+            working = self._tasks.get(result.sequence.id)
+            if working is not None and working.take(result):
+                self._end_task(working)
+                working.future.set_result(working.end())
+
+    def contain(self, sequence: Sequence, error: str) -> bool:
+        task = self._tasks.get(sequence.id)
+        if task is not None:
+            self._failed.append((task, error))
+        else:  # computed ahead of being asked: whoever asks will try again, and hear of it
+            sequence.truncate(sequence.num_tokens)
+        return True
+
+    # --- ending ---
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        if self._reason is not None:
+            return
+        self._reason, self.error = reason, error
+        for task in {id(task): task for task in self._tasks.values()}.values():
+            task.branch.task = None
+            ended = EngineClosedError("the session was closed while this ran")
+            task.future.set_exception(ended if error is None else RequestFailedError(error))
+        self._tasks.clear()
+
+    @property
+    def finished(self) -> bool:
+        return self._reason is not None
+
+    @property
+    def end_reason(self) -> Reason:
+        return Reason(self._reason or "")
+
+    def take_output(self, now: float) -> RequestOutput | None:
+        """Nothing while it runs: answers go to the futures."""
+        if not self.finished:
+            return None
+        return RequestOutput(
+            self.request_id, None, [], [], finished=True, seed=self.seed, error=self.error, metrics=self.metrics
+        )
+
+
+class _Task(ABC):
+    """What a branch is at work on. `sequence` is the branch's."""
+
+    def __init__(self, session: SessionCoordinator, branch: BranchState, sequence: Sequence) -> None:
+        self.session = session
+        self.branch = branch
+        self.sequence = sequence
+        self.start = sequence.num_tokens  # of the branch, when the task began
+        self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()  # from here on only the session sets its outcome
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Call the first verb."""
+
+    @abstractmethod
+    def take(self, result: SequenceResult) -> bool:
+        """Take the result of one of the task's sequences; whether it was the last."""
+
+    @abstractmethod
+    def end(self) -> Any:
+        """Leave the branch as the user expects it; the answer."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Leave the branch as it was before."""
+
+
+class _Generating(_Task):
+    def __init__(
+        self, session: SessionCoordinator, branch: BranchState, sequence: Sequence, completion: Completion
+    ) -> None:
+        super().__init__(session, branch, sequence)
+        self.completion = completion
+
+    def begin(self) -> None:
+        self.sequence.extend((), want=Sample((self.completion.draw,)))
+        self.completion.attach_to(self.sequence)
+
+    def take(self, result: SequenceResult) -> bool:
+        for drawn in result.result.draws:
+            self.completion.take(drawn, self.sequence)
+            self.session.metrics.num_generated_tokens += 1
+        return self.completion.finish_reason is not None
+
+    def end(self) -> CompletionOutput:
+        """The branch goes on with what the output's text shows."""
+        output = self.completion.output(None)
+        kept, drawn = self._kept(output), self.sequence.token_ids[self.start :]
+        same = 0  # tokens whose KV is kept
+        while same < min(len(kept), len(drawn)) and kept[same] == drawn[same]:
+            same += 1
+        self._leave(self.start + same)
+        if kept[same:]:
+            self.sequence.extend(kept[same:])
+        return output
+
+    def _kept(self, output: CompletionOutput) -> list[int]:
+        request = self.completion.request
+        if isinstance(output.stop_reason, str):
+            return self._tokens_of(output.text, output.token_ids)
+        if output.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+            return output.token_ids[:-1]  # an end token is not part of the text
+        return output.token_ids
+
+    def _tokens_of(self, text: str, token_ids: list[int]) -> list[int]:
+        """A stop string may begin or end inside a token: the tokens up to there, and what is left of `text` anew."""
+        request = self.completion.request
+        assert request.codec is not None
+        stream = request.codec.text_stream(
+            request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens
+        )
+        count = length = 0
+        for index, token_id in enumerate(token_ids, 1):
+            stream.advance((token_id,))
+            now = len(stream.text)
+            if now > len(text):
+                break
+            if now > length:
+                count, length = index, now
+        return token_ids[:count] + (self.session.encode(text[length:]) if length < len(text) else [])
+
+    def undo(self) -> None:
+        self._leave(self.start)
+
+    def _leave(self, num_tokens: int) -> None:
+        for state in (self.completion.counts, self.completion.text_stream):
+            if state is not None:
+                self.sequence.detach(state)
+        self.sequence.truncate(num_tokens)
+
+
+class _Selecting(_Task):
+    """The branch's last row says how probable each choice's first token is. All further tokens are computed in forks of
+    the branch, one for each choice that has any, in one batch."""
+
+    def __init__(
+        self,
+        session: SessionCoordinator,
+        branch: BranchState,
+        sequence: Sequence,
+        choices: SequenceOf[SequenceOf[int]],
+    ) -> None:
+        super().__init__(session, branch, sequence)
+        self.choices = choices
+        self.logprobs = [[0.0] * len(choice) for choice in choices]
+        self.forks: dict[int, tuple[int, Sequence]] = {}  # by sequence id: number of the choice, and its fork
+
+    def begin(self) -> None:
+        self.sequence.extend((), want=Score(tuple((choice[0],) for choice in self.choices)))
+
+    def take(self, result: SequenceResult) -> bool:
+        if result.sequence is self.sequence:
+            if not result.result.scores:
+                return False  # part of a branch that is computed again
+            for row, score in zip(self.logprobs, result.result.scores, strict=True):
+                row[0] = score
+            for index, choice in enumerate(self.choices):
+                if len(choice) > 1:
+                    self._fork(index, choice)
+        else:
+            self._take_further(result)
+        return not self.forks
+
+    def _fork(self, index: int, choice: SequenceOf[int]) -> None:
+        """The last token's row is not needed, so the token is not appended: the row before scores it."""
+        fork = self.sequence.fork(self.start, ())
+        each_row = NextLogprobs(0, self.start) if len(choice) > 2 else None
+        fork.extend(choice[:-1], want=Score(((choice[-1],),)), each_row=each_row)
+        self.forks[fork.id] = index, fork
+        self.session.work_for(self, fork)
+
+    def _take_further(self, result: SequenceResult) -> None:
+        index, fork = self.forks[result.sequence.id]
+        row = self.logprobs[index]
+        first = max(result.start, self.start) + 1 - self.start  # the row at a position speaks of the token after it
+        for offset, entry in enumerate(result.result.next_logprobs):
+            row[first + offset] = entry.token.logprob
+        if result.result.scores:
+            row[-1] = result.result.scores[0]
+            del self.forks[fork.id]
+            self.session.drop(fork)
+
+    def end(self) -> list[list[float]]:
+        return self.logprobs
+
+    def undo(self) -> None:
+        for _, fork in self.forks.values():
+            self.session.drop(fork)
+        self.forks.clear()
+        self.sequence.truncate(self.start)

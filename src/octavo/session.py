@@ -1,0 +1,288 @@
+"""Sessions for users: a tree of branches with the verbs extend, generate, select, fork, truncate and drop.
+
+    with llm.session() as s:
+        s.extend("Question: Is a whale a fish?\\nAnswer:")
+        a, b = s.fork(2)
+        a.generate(max_tokens=20)
+        print(s.select([" Yes", " No"]).best.text)
+
+A session is itself its first branch. What branches have in common is computed and stored once.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
+
+from octavo.coordinators import SessionCoordinator
+from octavo.coordinators.session import BranchState
+from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.outputs import Choice, CompletionOutput, SelectResult
+from octavo.core.params import MAX_N, SamplingParams, integer
+from octavo.frontend import Frontend, Prompt
+
+Answer = TypeVar("Answer")
+Verb = Callable[[], Answer]  # to be called between two steps of the engine
+
+
+class Door(Protocol):
+    """The part of `LLM` that sessions need."""
+
+    def in_session(self, coordinator: SessionCoordinator, verb: Verb[Answer]) -> Answer:
+        """Call a verb between two steps. Raises EngineClosedError."""
+        ...
+
+    def wait(self, futures: Sequence[Future[Any]]) -> None:
+        """Run steps until all are done."""
+        ...
+
+    def end_session(self, coordinator: SessionCoordinator) -> None: ...
+
+    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
+        """A branch, or with None a whole session, was garbage-collected. Called in any thread at any moment: it must
+        not lock, and what it asks for is done before the next step."""
+        ...
+
+
+class Link:
+    """What the branches of a session have in common. When all of them are gone so is this, and the session ends."""
+
+    def __init__(self, door: Any, frontend: Frontend, coordinator: SessionCoordinator) -> None:
+        self.door = door
+        self.frontend = frontend
+        self.coordinator = coordinator
+        weakref.finalize(self, door.forget, coordinator, None).atexit = False
+
+
+class BaseBranch:
+    """What blocking and asynchronous branches share: their state, and the checks of what they are asked."""
+
+    def __init__(self, link: Link, state: BranchState) -> None:
+        self._link = link
+        self._state = state
+        self._in_use = threading.Lock()
+        weakref.finalize(self, link.door.forget, link.coordinator, state).atexit = False
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._state.token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return self._state.num_tokens
+
+    @property
+    def text(self) -> str:
+        """Text of all tokens, special ones spelled out."""
+        return self._link.frontend.text_of(self._state.token_ids)
+
+    @property
+    def seed(self) -> int:
+        """The session's: given, or drawn when it began."""
+        return self._link.coordinator.seed
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A branch does one thing at a time."""
+        if not self._in_use.acquire(blocking=False):
+            raise InvalidRequestError("branch", "is at work on another call; fork it to do several things at once")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _extending(self, prompt: Prompt) -> Verb[None]:
+        token_ids = self._link.frontend.tokens_after(prompt, self.num_tokens)
+        return lambda: self._link.coordinator.extend(self._state, token_ids)
+
+    def _forking(self, count: int) -> Verb[list[BranchState]]:
+        number = integer("n", count, 1, MAX_N)
+        return lambda: self._link.coordinator.fork(self._state, number)
+
+    def _truncating(self, num_tokens: int) -> Verb[None]:
+        number = integer("num_tokens", num_tokens, 0, 2**31 - 1)
+        return lambda: self._link.coordinator.truncate(self._state, number)
+
+    def _generating(self, params: SamplingParams) -> Verb[Future[CompletionOutput]]:
+        turn = self._link.frontend.make_turn(self._link.coordinator, self.token_ids, params)
+        return lambda: self._link.coordinator.generate(self._state, turn)
+
+    def _selecting(
+        self, choices: Sequence[Prompt], by: str
+    ) -> tuple[Verb[Future[list[list[float]]]], Callable[[list[list[float]]], SelectResult]]:
+        """What to ask, and what to make of the answer."""
+        if by not in ("mean", "total"):
+            raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
+        found = self._link.frontend.choices(choices, self.num_tokens)
+        verb = lambda: self._link.coordinator.select(self._state, [token_ids for _, token_ids in found])  # noqa: E731
+
+        def result(logprobs: list[list[float]]) -> SelectResult:
+            scored = zip(found, logprobs, strict=True)
+            return SelectResult([Choice(text, token_ids, row) for (text, token_ids), row in scored], by)
+
+        return verb, result
+
+    def _appending(self, choice: Choice) -> Verb[None]:
+        return lambda: self._link.coordinator.extend(self._state, choice.token_ids)
+
+    def _dropping(self) -> None:
+        self._link.coordinator.drop_branch(self._state)
+
+    def _cancelling(self, future: Future[Any]) -> Verb[None]:
+        return lambda: self._link.coordinator.cancel(self._state, future)
+
+
+def sampling(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    """Parameters given whole or field by field. Raises InvalidRequestError."""
+    if params is not None and fields:
+        raise InvalidRequestError("sampling_params", f"give SamplingParams or keywords, not both ({', '.join(fields)})")
+    unknown = set(fields) - set(SamplingParams.__dataclass_fields__)
+    if unknown:
+        raise InvalidRequestError(min(unknown), "is not a field of SamplingParams")
+    return SamplingParams(**fields) if params is None else params
+
+
+class Branch(BaseBranch):
+    """One line of a session's text. Methods raise InvalidRequestError for wrong arguments, a dropped branch, a closed
+    session, or a branch that another thread is using; EngineClosedError if the LLM was closed.
+    """
+
+    def extend(self, prompt: Prompt) -> None:
+        """Append text, or tokens as ``{"prompt_token_ids": [...]}``. Special tokens such as BOS are put before the
+        branch's first text only. What is appended is computed when somebody waits for an answer."""
+        with self._alone():
+            self._do(self._extending(prompt))
+
+    def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
+        """Continue the branch, which then holds what the output's text shows: without the end token, and up to a stop
+        string, unless `include_stop_str_in_output`.
+
+        Draws are keyed by the seed (the session's, or that of the parameters), the path of forks to this branch, and
+        the number of generates before this one: two of them differ, and all can be repeated.
+
+        Args:
+            sampling_params: or its fields as keywords. `n` and `prompt_logprobs` have no place here.
+
+        Raises RequestFailedError if the engine could not; the branch is then what it was before.
+        """
+        return _generate([self], [sampling(sampling_params, fields)])[0]
+
+    def select(self, choices: Sequence[Prompt], *, by: str = "mean", extend: bool = False) -> SelectResult:
+        """Which of some texts would best go on here: the log-probability of each, all computed in one batch over the
+        branch's shared KV.
+
+        Args:
+            choices: texts, or ``{"prompt_token_ids": [...]}``; each is tokenised as if it were appended.
+            by: what `best` goes by, the log-probability per token ("mean") or that of the text ("total").
+            extend: append the best one; else the branch stays as it is.
+        """
+        with self._alone():
+            verb, result = self._selecting(choices, by)
+            future = self._do(verb)
+            _wait(self._link.door, [(self, future)])
+            selected = result(future.result())
+            if extend:
+                self._do(self._appending(selected.best))
+            return selected
+
+    def fork(self, n: int = 1) -> list[Branch]:
+        """`n` new branches that begin as this one; they share its KV."""
+        with self._alone():
+            return [Branch(self._link, state) for state in self._do(self._forking(n))]
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens."""
+        with self._alone():
+            self._do(self._truncating(num_tokens))
+
+    def drop(self) -> None:
+        """End the branch, and what another thread is doing on it; its forks live on. Idempotent."""
+        self._do(self._dropping)
+
+    def _do(self, verb: Verb[Answer]) -> Answer:
+        answer: Answer = self._link.door.in_session(self._link.coordinator, verb)
+        return answer
+
+
+class Session(Branch):
+    """Made by `LLM.session`. It is its own first branch. Closing it, or forgetting it and all its branches, frees its
+    blocks."""
+
+    def __init__(self, door: Door, frontend: Frontend, coordinator: SessionCoordinator) -> None:
+        super().__init__(Link(door, frontend, coordinator), coordinator.root)
+
+    def generate_all(
+        self,
+        branches: Sequence[Branch],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> list[CompletionOutput]:
+        """Continue several branches of this session in one batch; see `Branch.generate`.
+
+        Args:
+            branches: different ones.
+            sampling_params: one for all branches, or one each; or its fields as keywords, for all.
+
+        Raises the first error, after all have ended.
+        """
+        if not isinstance(branches, Sequence) or not all(isinstance(branch, Branch) for branch in branches):
+            raise InvalidRequestError("branches", "must be a list of branches")
+        if any(branch._link is not self._link for branch in branches):
+            raise InvalidRequestError("branches", "one of them is of another session")
+        if len({id(branch._state) for branch in branches}) < len(branches):
+            raise InvalidRequestError("branches", "one of them stands there twice")
+        if isinstance(sampling_params, Sequence):
+            if len(sampling_params) != len(branches):
+                got = f"{len(sampling_params)} of them for {len(branches)} branches"
+                raise InvalidRequestError("sampling_params", f"must be one for all, or one for each, not {got}")
+            each = [sampling(params, fields) for params in sampling_params]
+        else:
+            each = [sampling(sampling_params, fields)] * len(branches)
+        return _generate(branches, each)
+
+    def close(self) -> None:
+        """End all branches, and what other threads are doing on them. Idempotent."""
+        self._link.door.end_session(self._link.coordinator)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _generate(branches: Sequence[Branch], params: Sequence[SamplingParams]) -> list[CompletionOutput]:
+    """All in one batch: none runs before every one was checked."""
+    if not branches:
+        return []
+    link = branches[0]._link
+    with ExitStack() as stack:
+        for branch in branches:
+            stack.enter_context(branch._alone())
+        verbs = [branch._generating(one) for branch, one in zip(branches, params, strict=True)]
+        running: list[tuple[Branch, Future[CompletionOutput]]] = []
+        try:
+            for branch, verb in zip(branches, verbs, strict=True):
+                running.append((branch, branch._do(verb)))
+        except BaseException:
+            _cancel(running)
+            raise
+        _wait(link.door, running)
+        return [link.frontend.name_completion(future.result()) for _, future in running]
+
+
+def _wait(door: Door, running: Sequence[tuple[Branch, Future[Any]]]) -> None:
+    try:
+        door.wait([future for _, future in running])
+    finally:
+        _cancel(running)  # after an interrupt
+
+
+def _cancel(running: Sequence[tuple[Branch, Future[Any]]]) -> None:
+    for branch, future in running:
+        if not future.done():
+            branch._do(branch._cancelling(future))
