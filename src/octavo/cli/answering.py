@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ class Answerer:
     def __init__(self, llm: AsyncLLM, model: str) -> None:
         self.llm = llm
         self.model = model
-        self._runner = asyncio.Runner()
 
     def ask(
         self,
@@ -42,32 +40,18 @@ class Answerer:
         Ctrl-C ends the request and raises AnswerInterrupted.
         """
         outputs: list[RequestOutput] = []
+        kind = OutputKind.FINAL_ONLY if params.num_outputs > 1 else OutputKind.DELTA
         try:
-            self._runner.run(self._collect(prompt, params, outputs, on_text))
+            with closing(self.llm.stream(prompt, params.but(output_kind=kind))) as answer:
+                for output in answer:
+                    outputs.append(output)
+                    if on_text is not None:
+                        on_text(output.outputs[0].text)
         except KeyboardInterrupt:
             raise AnswerInterrupted(_combined(outputs, "abort") if outputs else None) from None
         return _combined(outputs)
 
-    async def _collect(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | BeamSearchParams,
-        outputs: list[RequestOutput],
-        on_text: Callable[[str], None] | None,
-    ) -> None:
-        kind = OutputKind.FINAL_ONLY if params.num_outputs > 1 else OutputKind.DELTA
-        if isinstance(params, BeamSearchParams):
-            answers = self.llm.beam_search(prompt, params.but(output_kind=kind))
-        else:
-            answers = self.llm.generate(prompt, params.but(output_kind=kind))
-        async with aclosing(answers) as answer:
-            async for output in answer:
-                outputs.append(output)
-                if on_text is not None:
-                    on_text(output.outputs[0].text)
-
     def close(self) -> None:
-        self._runner.close()
         self.llm.close()
 
 
