@@ -28,7 +28,7 @@ async def llm(tiny_llama_dir: Path) -> AsyncIterator[AsyncLLM]:
     llm = AsyncLLM(str(tiny_llama_dir), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=512)
     yield llm
     await asyncio.to_thread(llm.close)
-    kv = llm._loop._engine.kv
+    kv = llm._loop.engine.kv
     assert kv.num_available == kv.num_blocks
 
 
@@ -47,7 +47,7 @@ async def last(llm: AsyncLLM, prompt: Any, sampling: SamplingParams, request_id:
 
 async def until_idle(llm: AsyncLLM) -> None:
     """Aborts are carried out between steps: wait for them, but not until the request ends by itself (480 steps)."""
-    engine = llm._loop._engine
+    engine = llm._loop.engine
     deadline, last_step = time.monotonic() + 20, engine.num_steps + 100
     while llm.num_unfinished_requests or engine.kv.num_available < engine.kv.num_blocks:
         assert time.monotonic() < deadline and engine.num_steps < last_step, "blocks did not come home"
@@ -86,7 +86,7 @@ async def test_requests_run_side_by_side(llm: AsyncLLM) -> None:
 
 async def test_cancelling_frees_blocks(llm: AsyncLLM) -> None:
     task = asyncio.create_task(last(llm, PROMPT, LONG))
-    while llm._loop._engine.kv.num_available == llm._loop._engine.kv.num_blocks:
+    while llm._loop.engine.kv.num_available == llm._loop.engine.kv.num_blocks:
         await asyncio.sleep(0.001)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -186,23 +186,23 @@ async def test_closing_tells_everybody_who_waits(tiny_llama_dir: Path) -> None:
         await last(llm, PROMPT, params())
     await llm.abort("x")
     llm.close()
-    assert not llm._loop._thread.is_alive()
-    kv = llm._loop._engine.kv
+    assert not llm._loop.thread.is_alive()
+    kv = llm._loop.engine.kv
     assert kv.num_available == kv.num_blocks
 
 
 async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards waiters that hang when the engine's own bookkeeping fails, those who ask in that moment included."""
-    step, in_step, go_on = llm._loop._engine.step, threading.Event(), threading.Event()
+    step, in_step, go_on = llm._loop.engine.step, threading.Event(), threading.Event()
 
     def dying() -> list[RequestOutput]:
-        if llm._loop._engine.num_steps < 3:
+        if llm._loop.engine.num_steps < 3:
             return step()
         in_step.set()
         go_on.wait(20)
         raise AssertionError("a block is lost")
 
-    monkeypatch.setattr(llm._loop._engine, "step", dying)
+    monkeypatch.setattr(llm._loop.engine, "step", dying)
     tasks = [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(3)]
     await asyncio.to_thread(in_step.wait, 20)
     late = asyncio.create_task(last(llm, PROMPT, LONG))
@@ -218,7 +218,7 @@ async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: p
 
 async def test_a_failed_request_raises_and_the_others_go_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (await last(llm, PROMPT, params())).outputs[0].token_ids
-    sampler = llm._loop._engine._executor._runner._sampler  # type: ignore[attr-defined]
+    sampler = llm._loop.engine._executor._runner._sampler  # type: ignore[attr-defined]
     run = sampler.run
 
     def failing(logits: Any, want: Any, *rest: Any) -> Any:
@@ -237,8 +237,8 @@ async def test_a_failed_request_raises_and_the_others_go_on(llm: AsyncLLM, monke
 async def test_a_forgotten_engine_ends_its_thread(tiny_llama_dir: Path) -> None:
     """Guards a leak of thread and model when nobody calls close()."""
     llm = AsyncLLM(str(tiny_llama_dir))
-    thread = llm._loop._thread
     await last(llm, PROMPT, params())
+    thread = llm._loop.thread
     del llm
     gc.collect()
     await asyncio.to_thread(thread.join, 20)
@@ -278,14 +278,15 @@ async def test_200_random_aborts_during_traffic(tiny_llama_dir: Path) -> None:
     )
     assert llm.memory_plan.num_blocks == 20
     sampling = [params(seed=s, n=rng.choice([1, 1, 2, 3]), max_tokens=rng.randint(5, 40)) for s in range(20)]
+    sampling += [params(seed=s, max_tokens=180) for s in range(20, 23)]  # of which only one fits
     prompts = [PROMPT * rng.randint(1, 12) for _ in sampling]
     expected = [(await last(llm, p, s)).outputs for p, s in zip(prompts, sampling, strict=True)]
     ended: list[str] = []
     events: list[Event] = []
-    llm._loop._engine.events.subscribe(events.append)
+    llm._loop.engine.events.subscribe(events.append)
 
     async def ask(number: int, how: str) -> None:
-        which = number % len(prompts)
+        which = number % 20 if number >= 0 else number
         if how == "finish":
             assert (await last(llm, prompts[which], sampling[which])).outputs == expected[which]
             return
@@ -311,9 +312,9 @@ async def test_200_random_aborts_during_traffic(tiny_llama_dir: Path) -> None:
     hows = ["abort", "cancel"] * 100 + ["finish"] * 40
     rng.shuffle(hows)
     users = [user(hows[n::20], 1000 * n) for n in range(20)]
-    await asyncio.wait_for(asyncio.gather(*users), 120)
+    await asyncio.wait_for(asyncio.gather(*users, *(ask(-number, "finish") for number in (1, 2, 3))), 120)
     await until_idle(llm)
-    engine = llm._loop._engine
+    engine = llm._loop.engine
     engine.kv.check([])
     llm.close()
     assert ended.count("cancel") == 100 and ended.count("abort") == 100

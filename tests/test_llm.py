@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestError, OutOfMemoryError
+from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
 
 PROMPT = "the quick brown fox"
@@ -33,11 +38,12 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def check_idle(llm: LLM) -> None:
+    llm._ask(lambda engine: None)  # ends are carried out between steps: wait for those asked for so far
     kv = llm._engine.kv
     assert llm._engine.num_requests == 0
     assert llm._engine.scheduler.num_waiting == llm._engine.scheduler.num_running == 0
     assert kv.num_available == kv.num_blocks
-    assert not llm._outputs
+    assert not llm._loop._deliver
 
 
 def params(**given: Any) -> SamplingParams:
@@ -412,7 +418,7 @@ def test_environment_sets_what_keywords_do_not(tiny_llama_dir: Path, monkeypatch
 
 
 def test_threads_share_a_batch(tiny: LLM) -> None:
-    """Guards outputs given to the wrong caller, or lost, when whoever waits steps the engine for everybody."""
+    """Guards outputs given to the wrong caller, or lost."""
     seeds = list(range(24))
     expected = {seed: token_ids(tiny.generate(PROMPT, params(seed=seed))[0]) for seed in seeds}
     steps = tiny._engine.num_steps
@@ -446,19 +452,59 @@ def test_a_bad_prompt_of_one_thread_does_not_disturb_another(tiny: LLM) -> None:
     assert last is not None and token_ids(last) == expected
 
 
-def test_an_interrupt_in_generate_leaves_nothing(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards requests that stay behind and run on when Ctrl-C comes between two steps."""
-    step, calls = tiny._engine.step, iter(range(100))
-
-    def interrupted() -> list[RequestOutput]:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return step()
-
-    monkeypatch.setattr(tiny._engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupt_in_generate_leaves_nothing(tiny: LLM) -> None:
+    """Guards requests that run on after Ctrl-C, and an engine that is broken into in the middle of a step."""
+    finished = len(tiny._engine.events.of(EventKind.FINISHED))
+    with interrupt_at_step(tiny, 3), pytest.raises(KeyboardInterrupt):
         tiny.generate([PROMPT] * 3, LONG)
     check_idle(tiny)
+    ended = list(tiny._engine.events.of(EventKind.FINISHED))[finished:]
+    assert [event.reason for event in ended] == [Reason.ABORT] * 3
+    assert token_ids(tiny.generate(PROMPT, params())[0]) == token_ids(tiny.generate(PROMPT, params())[0])
+
+
+@contextmanager
+def interrupt_at_step(llm: LLM, number: int) -> Iterator[None]:
+    """Ctrl-C, which comes to the main thread while the engine is in a step; the step ends when it has come."""
+    step, calls, came = llm._engine.step, iter(range(1000)), threading.Event()
+
+    def interrupted() -> list[RequestOutput]:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert came.wait(20)
+        return step()
+
+    def handler(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    llm._engine.step = interrupted  # type: ignore[method-assign]
+    try:
+        yield
+        assert came.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        del llm._engine.step  # the method of the class shows again
+
+
+def test_the_engine_cannot_wait_for_itself(tiny: LLM) -> None:
+    """A finalizer of the user's may run in any thread: in the engine's own it must not wait for the engine for ever."""
+    for call in (lambda: tiny.generate(PROMPT, params()), tiny.reset_prefix_cache):
+        with pytest.raises(RuntimeError, match="the engine's own thread cannot wait"):
+            tiny._ask(lambda engine, call=call: call())  # type: ignore[misc]
+
+
+def test_a_forgotten_llm_ends_its_thread(tiny_llama_dir: Path) -> None:
+    """Guards a leak of thread and model when nobody calls close()."""
+    llm = LLM(str(tiny_llama_dir))
+    llm.generate(PROMPT, params())
+    thread = llm._loop.thread
+    assert thread is not None and thread.is_alive()
+    del llm
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_close_ends_everything(tiny_llama_dir: Path) -> None:
@@ -470,8 +516,8 @@ def test_close_ends_everything(tiny_llama_dir: Path) -> None:
     check_kv = llm._engine.kv
     assert check_kv.num_available == check_kv.num_blocks
     for stream in (started, unstarted):
-        with pytest.raises(EngineClosedError):
-            next(stream)
+        with pytest.raises(EngineClosedError):  # after what came before
+            list(stream)
     with pytest.raises(EngineClosedError):
         llm.generate(PROMPT)
     with pytest.raises(EngineClosedError):

@@ -16,7 +16,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.session import Branch
 from tests.invariance.harness import Counts, _Watched
-from tests.test_llm import check_idle
+from tests.test_llm import check_idle, interrupt_at_step
 
 TEXT = "the quick brown fox jumps over"
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
@@ -52,7 +52,7 @@ async def llm(tiny_llama_dir: Path) -> AsyncIterator[AsyncLLM]:
     llm = AsyncLLM(str(tiny_llama_dir), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=512)
     yield llm
     await asyncio.to_thread(llm.close)
-    kv = llm._loop._engine.kv
+    kv = llm._loop.engine.kv
     assert kv.num_available == kv.num_blocks
 
 
@@ -353,7 +353,7 @@ def test_a_session_forgotten_in_the_middle_of_a_step(tiny: LLM, monkeypatch: pyt
     def forgetting(plan: Any) -> Any:
         held.clear()
         gc.collect()
-        assert tiny._engine.num_requests == 2 and len(tiny._forgotten) == 2, "its root, and itself"
+        assert tiny._engine.num_requests == 2 and tiny._loop._commands.qsize() == 2, "its root, and itself"
         monkeypatch.undo()
         return run(plan)
 
@@ -408,22 +408,15 @@ def test_one_branch_in_two_threads(tiny: LLM) -> None:
     assert len(failed) == 1 and "closed" in str(failed[0])
 
 
-def test_an_interrupt_ends_the_calls(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_the_calls(tiny: LLM) -> None:
     with tiny.session() as s:
         s.extend(TEXT)
         branches = s.fork(2)
-        step = tiny._engine.step
-
-        def interrupted() -> Any:
-            monkeypatch.undo()
-            step()
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(tiny._engine, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupt_at_step(tiny, 1), pytest.raises(KeyboardInterrupt):
             s.generate_all(branches, **SLOW)
-        assert [branch.text for branch in branches] == [TEXT] * 2
         assert s.generate_all(branches, max_tokens=1)
+        assert [branch.text.startswith(TEXT) for branch in branches] == [True] * 2
+        assert [branch.num_tokens for branch in branches] == [s.num_tokens + 1] * 2
 
 
 def test_closing_the_llm_ends_sessions(tiny_llama_dir: Path) -> None:
@@ -448,7 +441,7 @@ async def test_async_branches_run_together(llm: AsyncLLM, tiny_llama_dir: Path) 
         texts = [output.text for output in expected.generate_all(expected.fork(3), **SAMPLED)]
         selected = expected.select([" the", " dog and"], extend=True)
         whole = expected.text
-    engine = llm._loop._engine
+    engine = llm._loop.engine
     async with llm.session(seed=4) as s:
         await s.extend(TEXT)
         branches = await s.fork(3)
@@ -472,12 +465,12 @@ async def test_async_text_is_computed_ahead_and_then_nothing_runs(llm: AsyncLLM)
         sequence = s._state.sequence
         assert sequence is not None
         for _ in range(1000):
-            if not llm._loop._engine.has_unfinished_requests:
+            if not llm._loop.engine.has_unfinished_requests:
                 break
             await asyncio.sleep(0.005)
         assert sequence.num_computed == s.num_tokens - 1
-        step, calls = llm._loop._engine.step, []
-        llm._loop._engine.step = lambda: calls.append(1) or step()  # type: ignore[method-assign,func-returns-value]
+        step, calls = llm._loop.engine.step, []
+        llm._loop.engine.step = lambda: calls.append(1) or step()  # type: ignore[method-assign,func-returns-value]
         await asyncio.sleep(0.1)
         assert not calls
         assert (await s.generate(max_tokens=2, ignore_eos=True)).token_ids
@@ -508,7 +501,7 @@ async def test_async_endings(llm: AsyncLLM) -> None:
     gc.collect()
     while llm.num_unfinished_requests:
         await asyncio.sleep(0.001)
-    kv = llm._loop._engine.kv
+    kv = llm._loop.engine.kv
     assert kv.num_available == kv.num_blocks
     s = llm.session()
     await s.extend(TEXT)

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from octavo.coordinators import SessionCoordinator
-from octavo.coordinators.session import BranchState
 from octavo.core.outputs import CompletionOutput, SelectResult
 from octavo.core.params import SamplingParams
 from octavo.frontend import Frontend, Prompt
-from octavo.session import BaseBranch, Link, Verb, sampling
+from octavo.session import BaseBranch, Door, Link, Verb, sampling
 
 Answer = TypeVar("Answer")
-
-
-class AsyncDoor(Protocol):
-    """The part of `AsyncLLM` that sessions need."""
-
-    def in_session(self, coordinator: SessionCoordinator, verb: Verb[Answer]) -> Awaitable[Answer]:
-        """Call a verb between two steps. Raises EngineClosedError."""
-        ...
-
-    def post_in_session(self, coordinator: SessionCoordinator, verb: Verb[None]) -> None:
-        """The same for somebody who does not wait for it, or learn that the engine was closed."""
-        ...
-
-    async def end_session(self, coordinator: SessionCoordinator) -> None: ...
-
-    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
-        """See `octavo.session.Door`."""
-        ...
 
 
 class AsyncBranch(BaseBranch):
@@ -70,8 +51,7 @@ class AsyncBranch(BaseBranch):
         await self._do(self._dropping)
 
     async def _do(self, verb: Verb[Answer]) -> Answer:
-        answer: Answer = await self._link.door.in_session(self._link.coordinator, verb)
-        return answer
+        return await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, verb))
 
     async def _answer(self, verb: Callable[[], Future[Answer]]) -> Answer:
         """Begin a task and wait for it; a caller that goes away ends it."""
@@ -88,18 +68,18 @@ class AsyncBranch(BaseBranch):
         try:
             return await asyncio.wrap_future(await self._do(begin))
         except asyncio.CancelledError:
-            self._link.door.post_in_session(self._link.coordinator, cancel)
+            self._link.door.post(self._link.coordinator, cancel)
             raise
 
 
 class AsyncSession(AsyncBranch):
     """Made by `AsyncLLM.session`. See `octavo.session.Session`."""
 
-    def __init__(self, door: AsyncDoor, frontend: Frontend, coordinator: SessionCoordinator) -> None:
+    def __init__(self, door: Door, frontend: Frontend, coordinator: SessionCoordinator) -> None:
         super().__init__(Link(door, frontend, coordinator), coordinator.root)
 
     async def close(self) -> None:
-        await self._link.door.end_session(self._link.coordinator)
+        self._link.door.end_session(self._link.coordinator)
 
     async def __aenter__(self) -> AsyncSession:
         return self

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections import deque
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
-from octavo.coordinators import SessionCoordinator
-from octavo.coordinators.session import BranchState
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator
-from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
+from octavo.engine import Engine, EngineLoop
 from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
-from octavo.session import Session
+from octavo.session import Door, Session
 
 Answer = TypeVar("Answer")
 
@@ -32,7 +29,8 @@ class LLM:
         model: an alias (``smollm2``), a Hugging Face name, a .gguf file or a model folder. Fetched on first use.
         **config: any setting of `EngineConfig`. An unknown one raises ConfigError.
 
-    Methods may be called from several threads; the steps of all their requests run together in one batch.
+    Methods may be called from several threads; the steps of all their requests run together in one batch, on the
+    engine's own thread. A process that forks can use the LLM on both sides.
 
     Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError or ConfigError.
     """
@@ -40,12 +38,11 @@ class LLM:
     def __init__(self, model: str | None = None, **config: Any) -> None:
         self.config = EngineConfig.resolve({"model": model, **config})
         built = build_engine(self.config)
-        self._engine = built.engine
         self._frontend = make_frontend(self.config, built)
-        self._lock = threading.RLock()
-        self._outputs: dict[str, deque[RequestOutput]] = {}
-        self._forgotten: deque[tuple[SessionCoordinator, BranchState | None]] = deque()  # garbage-collected sessions
-        self._closed = False
+        self._engine = built.engine
+        self._loop = EngineLoop(built.engine)
+        # An LLM that is forgotten, not closed, must not leave its thread and its memory behind.
+        self._finalizer = weakref.finalize(self, self._loop.close)
         self.tokenizer = built.codec
         self.model_config = built.model_config
         self.memory_plan = built.memory_plan
@@ -115,19 +112,21 @@ class LLM:
     def _run(self, requests: Sequence[Coordinator], use_tqdm: bool | None) -> list[RequestOutput]:
         ids = [request.request_id for request in requests]
         shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
-        try:
-            self._add(requests)
-            with _progress(len(ids), shown) as advance:
-                outputs = []
-                for request_id in ids:
-                    outputs += self._until_finished(request_id)
+        finished: dict[str, RequestOutput] = {}
+        with _progress(len(ids), shown) as advance:
+            for output in self._loop.run(requests):
+                if output.finished:
+                    finished[output.request_id] = self._frontend.name_tokens(output)
                     advance()
-        finally:
-            self._abort(ids)
-        return outputs
+        return [finished[request_id] for request_id in ids]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | BeamSearchParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> Generator[RequestOutput, None, None]:
         """Answer one prompt, yielding as tokens come; `output_kind` says whether all so far or only what is new. Of a
         beam search comes first what all outputs that are still possible begin with, and at its end all of them.
@@ -138,9 +137,15 @@ class LLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         make = self._frontend.make_beams if isinstance(params, BeamSearchParams) else self._frontend.make
-        request = make(prompt, params, priority=priority)  # type: ignore[arg-type] # one of the two fits
-        self._check_open()
+        request = make(prompt, params, request_id, priority)  # type: ignore[arg-type] # one of the two fits
+        self._loop.check_open()
         return self._stream(request)
+
+    def _stream(self, request: Coordinator) -> Generator[RequestOutput, None, None]:
+        for output in self._loop.run([request]):
+            if output.error is not None:
+                raise RequestFailedError(output.error)
+            yield self._frontend.name_tokens(output)
 
     def chat(
         self,
@@ -184,11 +189,8 @@ class LLM:
         Use it in a ``with`` statement, or close it. Raises InvalidRequestError.
         """
         coordinator = self._frontend.make_session(seed, priority, cache_salt)
-        with self._lock:
-            self._check_open()
-            self._drop_forgotten()
-            self._engine.add(coordinator)
-        return Session(_SessionDoor(self), self._frontend, coordinator)
+        self._loop.post(lambda engine: engine.add(coordinator))
+        return Session(Door(self, self._loop), self._frontend, coordinator)
 
     # --- the prefix cache ---
 
@@ -197,137 +199,31 @@ class LLM:
         and why something that used to be there was evicted. Raises InvalidRequestError."""
         _, token_ids = self._frontend.tokens_of(prompt)
         salt = cache_salt(prompt)
-        with self._lock:
-            self._check_open()
-            return self._engine.explain_cache(token_ids, salt)
+        return self._ask(lambda engine: engine.explain_cache(token_ids, salt))
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached KV; running requests keep what they have. Returns the number of blocks forgotten."""
-        with self._lock:
-            self._check_open()
-            return self._engine.reset_prefix_cache()
+        return self._ask(lambda engine: engine.reset_prefix_cache())
 
     @property
     def cache_stats(self) -> CacheStats:
         """Counters since the start: tokens looked up and found, blocks inserted, evicted and copied."""
         return replace(self._engine.kv.stats)
 
+    def _ask(self, question: Callable[[Engine], Answer]) -> Answer:
+        return self._loop.ask(question).result()
+
     # --- life ---
 
     def close(self) -> None:
         """End all requests, with EngineClosedError for whoever waits for them, and free the engine. Idempotent."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._engine.close()
+        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    # --- driving the engine ---
-
-    def _add(self, requests: Sequence[Coordinator]) -> None:
-        with self._lock:
-            self._check_open()
-            for request in requests:
-                self._engine.add(request)
-                self._outputs[request.request_id] = deque()
-
-    def _abort(self, request_ids: Sequence[str]) -> None:
-        with self._lock:
-            for request_id in request_ids:
-                if not self._closed:
-                    self._engine.abort(request_id)
-                self._outputs.pop(request_id, None)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("this LLM is closed")
-
-    def _deliver(self, output: RequestOutput) -> None:
-        if output.request_id in self._outputs:
-            self._outputs[output.request_id].append(self._frontend.name_tokens(output))
-
-    def _step(self) -> None:
-        """One step of the engine, for everybody. With the lock held."""
-        self._drop_forgotten()
-        for output in self._engine.step():
-            self._deliver(output)
-
-    def _drop_forgotten(self) -> None:
-        """End what was garbage-collected. With the lock held."""
-        while self._forgotten:
-            coordinator, branch = self._forgotten.popleft()
-            if branch is None:
-                self._engine.abort(coordinator.request_id)
-            else:
-                coordinator.drop_branch(branch)
-                self._engine.settle(coordinator)
-
-    def _next(self, request_id: str) -> RequestOutput:
-        """The next output of a request. Whoever waits steps the engine, for everybody."""
-        while True:
-            with self._lock:
-                waiting = self._outputs[request_id]
-                if waiting:
-                    return waiting.popleft()
-                self._check_open()
-                self._step()
-
-    def _until_finished(self, request_id: str) -> list[RequestOutput]:
-        while not (output := self._next(request_id)).finished:
-            pass
-        return [output]
-
-    def _stream(self, request: Coordinator) -> Generator[RequestOutput, None, None]:
-        # Added here and not before: closing a generator that was never started would not come to `finally`.
-        try:
-            self._add([request])
-            while True:
-                output = self._next(request.request_id)
-                if output.error is not None:
-                    raise RequestFailedError(output.error)
-                yield output
-                if output.finished:
-                    return
-        finally:
-            self._abort([request.request_id])
-
-
-class _SessionDoor:
-    """The way from a session to its engine: implements `octavo.session.Door`."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-
-    def in_session(self, coordinator: SessionCoordinator, verb: Callable[[], Answer]) -> Answer:
-        llm = self._llm
-        with llm._lock:
-            llm._check_open()
-            llm._drop_forgotten()
-            try:
-                return verb()
-            finally:
-                llm._engine.settle(coordinator)
-
-    def wait(self, futures: Sequence[Future[Any]]) -> None:
-        llm = self._llm
-        while not all(future.done() for future in futures):
-            with llm._lock:
-                if not all(future.done() for future in futures):  # another thread's step may have done it
-                    llm._check_open()
-                    llm._step()
-
-    def end_session(self, coordinator: SessionCoordinator) -> None:
-        with self._llm._lock:
-            if not self._llm._closed:
-                self._llm._engine.abort(coordinator.request_id)
-
-    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
-        self._llm._forgotten.append((coordinator, branch))  # a finalizer may run while this very thread is in a step
 
 
 def _list_of_prompts(prompts: Any) -> list[Any]:

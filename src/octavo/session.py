@@ -14,44 +14,66 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
 
 from octavo.coordinators import SessionCoordinator
 from octavo.coordinators.session import BranchState
-from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
 from octavo.core.outputs import Choice, CompletionOutput, SelectResult
 from octavo.core.params import MAX_N, SamplingParams, integer
+from octavo.engine import Engine, EngineLoop
 from octavo.frontend import Frontend, Prompt
 
 Answer = TypeVar("Answer")
 Verb = Callable[[], Answer]  # to be called between two steps of the engine
 
 
-class Door(Protocol):
-    """The part of `LLM` that sessions need."""
+class Door:
+    """The way from a session to its engine. Holds on to the LLM, which is not to be forgotten while a session lives."""
 
-    def in_session(self, coordinator: SessionCoordinator, verb: Verb[Answer]) -> Answer:
-        """Call a verb between two steps. Raises EngineClosedError."""
-        ...
+    def __init__(self, llm: object, loop: EngineLoop) -> None:
+        self._llm = llm
+        self._loop = loop
 
-    def wait(self, futures: Sequence[Future[Any]]) -> None:
-        """Run steps until all are done."""
-        ...
+    def ask(self, coordinator: SessionCoordinator, verb: Verb[Answer]) -> Future[Answer]:
+        """The answer of a verb, called between two steps of the engine. Raises EngineClosedError."""
 
-    def end_session(self, coordinator: SessionCoordinator) -> None: ...
+        def question(engine: Engine) -> Answer:
+            try:
+                return verb()
+            finally:
+                engine.settle(coordinator)
+
+        return self._loop.ask(question)
+
+    def post(self, coordinator: SessionCoordinator, verb: Verb[object]) -> None:
+        """The same for somebody who does not wait for it, or learn that the engine was closed; the verb must not
+        raise."""
+
+        def command(engine: Engine) -> None:
+            verb()
+            engine.settle(coordinator)
+
+        with suppress(EngineClosedError):  # then it has ended already
+            self._loop.post(command)
+
+    def end_session(self, coordinator: SessionCoordinator) -> None:
+        self._loop.abort([coordinator.request_id])
 
     def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
-        """A branch, or with None a whole session, was garbage-collected. Called in any thread at any moment: it must
-        not lock, and what it asks for is done before the next step."""
-        ...
+        """A branch, or with None a whole session, was garbage-collected. Called in any thread at any moment."""
+        if branch is None:
+            self.end_session(coordinator)
+        else:
+            self.post(coordinator, lambda: coordinator.drop_branch(branch))
 
 
 class Link:
     """What the branches of a session have in common. When all of them are gone so is this, and the session ends."""
 
-    def __init__(self, door: Any, frontend: Frontend, coordinator: SessionCoordinator) -> None:
+    def __init__(self, door: Door, frontend: Frontend, coordinator: SessionCoordinator) -> None:
         self.door = door
         self.frontend = frontend
         self.coordinator = coordinator
@@ -182,9 +204,7 @@ class Branch(BaseBranch):
         """
         with self._alone():
             verb, result = self._selecting(choices, by)
-            future = self._do(verb)
-            _wait(self._link.door, [(self, future)])
-            selected = result(future.result())
+            selected = result(_answers([(self, verb)])[0])
             if extend:
                 self._do(self._appending(selected.best))
             return selected
@@ -204,8 +224,11 @@ class Branch(BaseBranch):
         self._do(self._dropping)
 
     def _do(self, verb: Verb[Answer]) -> Answer:
-        answer: Answer = self._link.door.in_session(self._link.coordinator, verb)
-        return answer
+        answer = self._link.door.ask(self._link.coordinator, verb)
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # after an interrupt, if it has not begun
 
 
 class Session(Branch):
@@ -263,26 +286,30 @@ def _generate(branches: Sequence[Branch], params: Sequence[SamplingParams]) -> l
     with ExitStack() as stack:
         for branch in branches:
             stack.enter_context(branch._alone())
-        verbs = [branch._generating(one) for branch, one in zip(branches, params, strict=True)]
-        running: list[tuple[Branch, Future[CompletionOutput]]] = []
-        try:
-            for branch, verb in zip(branches, verbs, strict=True):
-                running.append((branch, branch._do(verb)))
-        except BaseException:
-            _cancel(running)
-            raise
-        _wait(link.door, running)
-        return [link.frontend.name_completion(future.result()) for _, future in running]
+        outputs = _answers(
+            [(branch, branch._generating(one)) for branch, one in zip(branches, params, strict=True)],
+        )
+        return [link.frontend.name_completion(output) for output in outputs]
 
 
-def _wait(door: Door, running: Sequence[tuple[Branch, Future[Any]]]) -> None:
+def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answer]:
+    """Begin tasks of one session's branches, all before the next step, and wait for them. If one is refused, or the
+    caller is interrupted, the others end too."""
+    link = asked[0][0]._link
+    begun: list[tuple[Branch, Future[Answer]]] = []
+
+    def begin() -> None:
+        for branch, verb in asked:
+            begun.append((branch, verb()))
+
+    def cancel() -> None:  # after `begin`: the engine's thread takes its commands in order
+        for branch, future in begun:
+            branch._cancelling(future)()
+
     try:
-        door.wait([future for _, future in running])
-    finally:
-        _cancel(running)  # after an interrupt
-
-
-def _cancel(running: Sequence[tuple[Branch, Future[Any]]]) -> None:
-    for branch, future in running:
-        if not future.done():
-            branch._do(branch._cancelling(future))
+        link.door.ask(link.coordinator, begin).result()
+        wait([future for _, future in begun])
+    except BaseException:
+        link.door.post(link.coordinator, cancel)
+        raise
+    return [future.result() for _, future in begun]

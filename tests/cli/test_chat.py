@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.async_llm import AsyncLLM
 from octavo.cli import answering
 from octavo.cli.answering import Answerer, AnswerInterrupted
 from octavo.cli.chat import Chat
@@ -153,7 +152,7 @@ def test_a_model_without_chat_template(invoke: Invoke, tiny_llama_dir: Path, tmp
 
 @pytest.fixture
 def chat(tiny_llama_dir: Path) -> Iterator[Chat]:
-    answerer = Answerer(AsyncLLM(str(tiny_llama_dir)), "tiny")
+    answerer = Answerer(LLM(str(tiny_llama_dir)), "tiny")
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     yield Chat(answerer, params, None, as_json=False, show_speed=False)
     answerer.close()
@@ -184,7 +183,7 @@ def test_a_stopped_answer_stays_and_frees_its_blocks(
     question, answer = chat._turns
     assert question == {"role": "user", "content": "hello"}
     assert answer["role"] == "assistant" and shown == answer["content"].removesuffix("\n") + "\n" != "\n"
-    engine = chat._answerer.llm._loop._engine
+    engine = chat._answerer.llm._loop.engine
     deadline = time.monotonic() + 20
     while engine.num_requests or engine.kv.num_available < engine.kv.num_blocks:
         assert time.monotonic() < deadline
@@ -198,7 +197,7 @@ def test_an_interrupt_before_the_first_token_takes_the_question_back(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards two user's turns in a row, which many templates refuse."""
-    engine = chat._answerer.llm._loop._engine
+    engine = chat._answerer.llm._loop.engine
     step = engine.step
 
     def slow() -> Any:

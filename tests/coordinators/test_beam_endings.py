@@ -64,10 +64,10 @@ def test_depends_on_its_own_settings_alone(llm: LLM, config: dict[str, Any]) -> 
     with LLM(llm.config.model, **SETTINGS | config) as other:
         for neighbours in range(2):  # the second time with the first one's blocks in the cache
             others = [other._frontend.make(ids(9, n), SamplingParams(n=2, seed=n)) for n in range(neighbours * 4)]
-            other._add(others)
+            other._loop.add(others, lambda output: None)
             for output, expected in zip(other.beam_search(given, params), alone, strict=True):
                 same(output, expected)
-            other._abort([one.request_id for one in others])
+            other._loop.abort([one.request_id for one in others])
         assert other.cache_stats.copied_blocks > 0 or config.get("block_size") == 1
         assert (other.cache_stats.hit_tokens > 0) == other.config.enable_prefix_caching
 
@@ -98,12 +98,11 @@ def test_abort_gives_what_there_was(llm: LLM, groups: int) -> None:
     one_ended = 0
     for seed, steps in itertools.product(range(12), range(24)):
         request = llm._frontend.make_beams(ids(7, seed), params)
-        llm._add([request])
+        llm._engine.add(request)
         for _ in range(steps):
             llm._engine.step()
         one_ended += any(group.search.ended for group in request._groups) and not request.finished
         output = llm._engine.abort(request.request_id)
-        llm._abort([request.request_id])
         assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
         if output is None:
             continue

@@ -94,9 +94,7 @@ def run_stream(llm: LLM, request: Request, index: int) -> CompletionOutput:
     """Output `index` of a request as the only output of a request of its own."""
     coordinator = llm._frontend.make({"prompt_token_ids": request[0]}, request[1].but(n=1))
     coordinator.completions = [Completion(coordinator.request, index)]
-    llm._add([coordinator])
-    output = llm._until_finished(coordinator.request_id)[-1]
-    llm._abort([coordinator.request_id])
+    (output,) = llm._run([coordinator], False)
     return output.outputs[0]
 
 

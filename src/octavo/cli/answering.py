@@ -14,9 +14,9 @@ from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.frontend import Prompt
+    from octavo.llm import LLM
 
 
 class Answerer:
@@ -25,7 +25,7 @@ class Answerer:
     The engine has its own thread, so Ctrl-C is answered at once and never breaks into the engine's bookkeeping.
     """
 
-    def __init__(self, llm: AsyncLLM, model: str) -> None:
+    def __init__(self, llm: LLM, model: str) -> None:
         self.llm = llm
         self.model = model
 
@@ -82,13 +82,13 @@ def _combined(deltas: list[RequestOutput], finish_reason: str | None = None) -> 
 @contextmanager
 def open_model(config: EngineConfig, verbose: int) -> Iterator[Answerer]:
     """The model, loaded; a spinner on a terminal while it loads."""
-    from octavo.async_llm import AsyncLLM
     from octavo.hub import resolve_model
+    from octavo.llm import LLM
 
     try:
         resolve_model(config.model)  # with its own progress bars, when it has to be fetched
         with spinner(f"loading {config.model}", shown=not verbose):
-            answerer = Answerer(AsyncLLM(**asdict(config)), config.model)
+            answerer = Answerer(LLM(**asdict(config)), config.model)
     except OSError as error:
         if isinstance(error, OctavoError) or error.filename is None:
             raise

@@ -5,7 +5,6 @@ more.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -15,8 +14,8 @@ from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
     from octavo.core.outputs import CacheExplanation
+    from octavo.llm import LLM
 
 EXIT_USAGE = 2
 _EXPLAIN = """Answer the earlier prompts one by one (a single token each), then say how much of PROMPT would be taken
@@ -61,23 +60,23 @@ def run(args: argparse.Namespace) -> int:
         if not check_unicode(field, text):
             raise InvalidRequestError(field, "is empty")
     with open_model(config, args.verbose) as answerer:
-        earlier, explanation = asyncio.run(_explain(answerer.llm, args.prompt, args.after))
+        earlier, explanation = _explain(answerer.llm, args.prompt, args.after)
         report = _report(answerer.llm, answerer.model, earlier, explanation)
     print(json.dumps(report) if args.json else _text(report))
     return 0
 
 
-async def _explain(llm: AsyncLLM, prompt: str, after: list[str]) -> tuple[list[_Earlier], CacheExplanation]:
+def _explain(llm: LLM, prompt: str, after: list[str]) -> tuple[list[_Earlier], CacheExplanation]:
     from octavo.core.params import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0, output_kind="final_only", detokenize=False)  # type: ignore[arg-type]
     earlier = []
     for number, text in enumerate(after, 1):
         evicted = llm.cache_stats.evicted_blocks
-        async for output in llm.generate(text, params, request_id=_name(number)):
+        for output in llm.stream(text, params, _name(number)):
             tokens, cached = len(output.prompt_token_ids), output.num_cached_tokens
         earlier.append(_Earlier(tokens, cached, llm.cache_stats.evicted_blocks - evicted))
-    return earlier, await llm.explain_cache(prompt)
+    return earlier, llm.explain_cache(prompt)
 
 
 def _name(number: int) -> str:
@@ -85,7 +84,7 @@ def _name(number: int) -> str:
     return f"earlier prompt {number}"
 
 
-def _report(llm: AsyncLLM, model: str, earlier: list[_Earlier], explanation: CacheExplanation) -> dict[str, Any]:
+def _report(llm: LLM, model: str, earlier: list[_Earlier], explanation: CacheExplanation) -> dict[str, Any]:
     def spelt(token_id: int | None) -> str | None:
         return None if token_id is None else llm.tokenizer.decode([token_id], skip_special_tokens=False)
 

@@ -16,9 +16,9 @@ from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments,
 from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
     from octavo.core.outputs import RequestOutput
     from octavo.frontend import Prompt
+    from octavo.llm import LLM
 
 MAX_STDIN_BYTES = 64 << 20
 
@@ -96,7 +96,7 @@ def _piped_text() -> str | None:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _prompt_of(llm: AsyncLLM, text: str, args: argparse.Namespace) -> Prompt:
+def _prompt_of(llm: LLM, text: str, args: argparse.Namespace) -> Prompt:
     if args.raw or (llm.tokenizer.chat_template is None and args.system is None):
         return text
     system = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -17,6 +17,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.backends.cpu import CpuOps
+from octavo.core.errors import EngineClosedError
 from tests.backends.cpu.harness import Floats, array, bits_equal, random_tensor, run_linear
 from tests.invariance.harness import prompt
 
@@ -296,6 +297,44 @@ def test_engine_after_a_fork(llm: LLM) -> None:
 
     in_fork(work)
     assert answer(llm) == expected
+
+
+def test_engine_after_a_fork_in_the_middle_of_its_work(llm: LLM) -> None:
+    """Guards a child that inherits an engine half way through a step, or waits for an answer that the parent gets."""
+    expected = answer(llm)
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, detokenize=False)
+    session = llm.session(seed=3)
+    session.extend("one two three")
+    forked = 0
+    for output in llm.stream({"prompt_token_ids": prompt(30, llm.model_config.vocab_size, seed=1)}, params):
+        if forked < 20 and not output.finished:
+            forked += 1
+            others = threading.Thread(target=answer, args=(llm, forked))
+            others.start()
+
+            def work() -> None:
+                assert answer(llm) == expected
+                assert len(session.generate(max_tokens=3, ignore_eos=True).token_ids) == 3
+                assert llm._engine.num_requests == 1, "the session"
+
+            in_fork(work)
+            others.join()
+    assert forked == 20
+    assert list(output.outputs[0].token_ids[:12]) == expected
+    session.close()
+
+
+def test_a_stream_in_the_child_of_a_fork_says_so(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    stream = llm.stream({"prompt_token_ids": [5, 6, 7]}, params)
+    next(stream)
+
+    def work() -> None:
+        with pytest.raises(EngineClosedError, match="forked"):
+            list(stream)
+
+    in_fork(work)
+    assert list(stream)[-1].finished
 
 
 def test_two_engines_at_once(llm: LLM, tiny_gemma3_dir: Path) -> None:

@@ -1,0 +1,247 @@
+"""The thread that owns an engine: takes commands between steps, and hands outputs to whoever waits for them.
+
+So callers may be many threads or event loops: commands are carried out in the order in which they came, nobody waits
+longer for his turn than a step takes, and an interrupt of a caller never breaks into the engine's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
+
+from octavo.core.coordinator import Coordinator
+from octavo.core.errors import EngineClosedError, InvalidRequestError
+from octavo.core.outputs import RequestOutput
+from octavo.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Command = Callable[[Engine], None]
+Deliver = Callable[[RequestOutput | Exception], None]  # called in the engine's thread
+
+_loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
+
+
+class EngineLoop:
+    """See the module. Methods may be called from any thread, and by finalizers, which run at any moment in any.
+
+    A fork of the process waits until no engine is in a step. In the child the requests under way end with
+    EngineClosedError, since those who wait for them are in the parent; sessions and the cache live on in both.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._deliver: dict[str, Deliver] = {}  # by request id
+        self._closed: str | None = None  # why
+        self._begin()
+        _loops.add(self)
+
+    def _begin(self) -> None:
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        # Between closing and adding: no command slips in behind the last one. A finalizer may run in a thread that
+        # holds it, so it must be one that a thread can take twice.
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None  # started with the first command
+        self._at_work = threading.RLock()  # held while the engine may be changed
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        return self._thread
+
+    # --- requests ---
+
+    def add(self, requests: SequenceOf[Coordinator], deliver: Deliver) -> None:
+        """Queue requests, all before the next step. Each one's outputs go to `deliver`, the last one finished; or an
+        error, after which nothing more comes of it. Raises EngineClosedError."""
+
+        def command(engine: Engine) -> None:
+            for request in requests:
+                if request.request_id in self._deliver:
+                    deliver(InvalidRequestError("request_id", f"{request.request_id!r} is in use"))
+                    continue
+                try:
+                    engine.add(request)
+                except InvalidRequestError as error:
+                    deliver(error)
+                else:
+                    self._deliver[request.request_id] = deliver
+
+        self.post(command)
+
+    def abort(self, request_ids: Iterable[str], owner: Deliver | None = None) -> None:
+        """End requests that have not ended. With `owner`: only those that deliver to it, and not others with these ids.
+        Does not wait for it; what is asked later comes after it."""
+
+        def command(engine: Engine) -> None:
+            for request_id in request_ids:
+                if owner is None or self._deliver.get(request_id) is owner:
+                    output = engine.abort(request_id)
+                    if output is not None:
+                        self._hand_out(output)
+
+        with suppress(EngineClosedError):  # then they have ended already
+            self.post(command)
+
+    def run(self, requests: SequenceOf[Coordinator]) -> Generator[RequestOutput, None, None]:
+        """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
+        that are not. Raises EngineClosedError, or InvalidRequestError if one is refused."""
+        self._check_caller()
+        outputs: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+        deliver = outputs.put
+        left = {request.request_id for request in requests}
+        try:
+            self.add(requests, deliver)
+            while left:
+                output = outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output.finished:
+                    left.discard(output.request_id)
+                yield output
+        finally:
+            if left:
+                self.abort(left, deliver)
+
+    # --- commands ---
+
+    def post(self, command: Command) -> None:
+        """Have a command carried out between two steps; it must not raise. Raises EngineClosedError."""
+        with self._lock:
+            self.check_open()
+            self._commands.put(command)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
+                self._thread.start()
+
+    def ask(self, question: Callable[[Engine], Answer]) -> Future[Answer]:
+        """The answer to a question that the engine's thread puts between two steps. Raises EngineClosedError."""
+        self._check_caller()
+        answer: Future[Answer] = Future()
+
+        def command(engine: Engine) -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question(engine))
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self.post(command)
+        return answer
+
+    def _check_caller(self) -> None:
+        if threading.current_thread() is self._thread:  # in a finalizer of the user's
+            raise RuntimeError("the engine's own thread cannot wait for the engine")
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError."""
+        if self._closed is not None:
+            raise EngineClosedError(self._closed)
+
+    def close(self) -> None:
+        """End all requests, with EngineClosedError for whoever waits for them, and the thread. Idempotent."""
+        with self._lock:
+            closed, self._closed = self._closed, self._closed or "this LLM is closed"
+            thread = self._thread
+            if closed is None and thread is not None:
+                self._commands.put(None)
+        if thread is None:
+            if closed is None:
+                self.engine.close()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        error = EngineClosedError("the engine was closed before the request ended")
+        try:
+            while self._obey():
+                with self._at_work:
+                    for output in self.engine.step():
+                        self._hand_out(output)
+        except Exception as failure:
+            log.exception("the engine's thread died")
+            error = EngineClosedError(f"the engine died: {failure!r}")
+            with self._lock:
+                self._closed = str(error)
+            self._obey_the_rest()
+        for deliver in self._deliver.values():
+            deliver(error)
+        self._deliver.clear()
+        self.engine.close()
+
+    def _obey(self) -> bool:
+        """Carry out what was asked since the last step, waiting while there is nothing to do. False: end."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.engine.has_unfinished_requests)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            with self._at_work:
+                command(self.engine)
+
+    def _obey_the_rest(self) -> None:
+        """After a failure: whoever has asked for something in the meantime must hear of it and not wait for ever."""
+        with suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    with suppress(Exception):
+                        command(self.engine)
+
+    def _hand_out(self, output: RequestOutput) -> None:
+        deliver = self._deliver.get(output.request_id)
+        if deliver is not None:
+            if output.finished:
+                del self._deliver[output.request_id]
+            deliver(output)
+
+    # --- forks of the process ---
+
+    def _before_fork(self) -> None:
+        self._at_work.acquire()
+
+    def _after_fork_in_parent(self) -> None:
+        self._at_work.release()
+
+    def _after_fork_in_child(self) -> None:
+        """It has none of the parent's threads, and perhaps locks that nobody will open."""
+        self._begin()
+        for request_id, deliver in self._deliver.items():
+            self.engine.abort(request_id)
+            deliver(EngineClosedError("the process forked, and this request runs in the parent"))
+        self._deliver.clear()
+
+
+_forking: list[EngineLoop] = []  # those that are held back while the process forks
+
+
+def _before_fork() -> None:
+    _forking[:] = _loops
+    for loop in _forking:
+        loop._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        _forking.pop()._after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    while _forking:
+        _forking.pop()._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
