@@ -11,6 +11,7 @@ import pytest
 
 from octavo.core.errors import ConfigError
 from octavo.runner.block_files import BlockFiles
+from tests.backends.cpu.test_processes import in_fork
 
 TOKENS = tuple(range(16))
 
@@ -163,4 +164,19 @@ def test_a_full_disk_loses_blocks_and_nothing_else(
     assert files.load(key(1), TOKENS, None) is None and not list(tmp_path.iterdir())
     files.save(key(1), TOKENS, 1)
     files.flush()
+    assert files.load(key(1), TOKENS, None) == content(1)
+
+
+def test_in_a_forked_child_it_holds_nothing(files: BlockFiles) -> None:
+    """Guards a child that waits for the thread that writes, which the parent has alone."""
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+
+    def work() -> None:
+        assert files.load(key(1), TOKENS, None) is None
+        for block in range(200):
+            files.save(key(block), TOKENS, block)
+        files.close()
+
+    in_fork(work)
     assert files.load(key(1), TOKENS, None) == content(1)

@@ -36,7 +36,8 @@ class BlockFiles:
     """See octavo.core.protocols.BlockTier.
 
     Args:
-        folder: made if it is not there, for its owner alone. Several engines may share it.
+        folder: made if it is not there, for its owner alone. Several engines may share it. In a forked child, which has
+            no thread that writes, it holds nothing.
         max_bytes: of all files; those used longest ago go first.
         read_block: the bytes of a block's K and V in all layers.
 
@@ -53,6 +54,7 @@ class BlockFiles:
         self._load_seconds: float | None = None  # of a block, a moving average
         self._refused = 0
         self._pending: queue.Queue[tuple[bytes, tuple[int, ...], bytes] | None] = queue.Queue(_QUEUE)
+        self._pid = os.getpid()
         self._scan()
         self._writer = threading.Thread(target=self._write_all, name="octavo-kv-files", daemon=True)
         self._writer.start()
@@ -87,6 +89,8 @@ class BlockFiles:
     # --- what the KV cache manager asks ---
 
     def save(self, key: bytes, token_ids: tuple[int, ...], block: int) -> None:
+        if os.getpid() != self._pid:
+            return
         name = key.hex() + _SUFFIX
         with self._lock:
             if name in self._sizes:
@@ -96,6 +100,8 @@ class BlockFiles:
             self._pending.put((key, token_ids, self._read_block(block)))
 
     def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
+        if os.getpid() != self._pid:
+            return None
         name = key.hex() + _SUFFIX
         with self._lock:
             if name not in self._sizes:
