@@ -19,38 +19,52 @@ namespace octavo::OCTAVO_ISA {
 constexpr std::size_t kQueryTile = 8;   // query vectors at a time, when there are many
 constexpr std::size_t kChunksMany = 2;  // of 16 columns, with so many queries
 constexpr std::size_t kChunksFew = 4;
+constexpr std::size_t kMostInPlace = SIZE_MAX;  // queries for which K and V are converted each time they are read
 #elif defined(__AVX2__)
 constexpr std::size_t kQueryTile = 4;
 constexpr std::size_t kChunksMany = 1;
 constexpr std::size_t kChunksFew = 2;
+constexpr std::size_t kMostInPlace = SIZE_MAX;
 #else
 constexpr std::size_t kQueryTile = 2;
 constexpr std::size_t kChunksMany = 1;
 constexpr std::size_t kChunksFew = 1;
+constexpr std::size_t kMostInPlace = kQueryTile;
 #endif
 alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr std::size_t kRowBlock = 8;  // rows that share one conversion of K and V
 constexpr std::size_t kChunks = kTile / kLanes;
 
-// B of the product below: rows of floats or halves.
+// B of the product below: rows of floats or halves. Halves are read where they are stored: while row i is used, `ahead`
+// asks for row i of the next tile. Blocks lie anywhere, so that the processor cannot guess the next one, and asking for
+// a whole tile at once would fill its queues.
 struct Floats {
   const float* p;
   std::size_t stride;
   OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load(p + i * stride + c); }
+  OCTAVO_INLINE void ahead(std::size_t, std::size_t) const {}
   OCTAVO_INLINE Floats columns(std::size_t c) const { return {p + c, stride}; }
 };
 struct Halves {
   const uint16_t* p;
+  const uint16_t* next;
   std::size_t stride;
   OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load_half(p + i * stride + c); }
-  OCTAVO_INLINE Halves columns(std::size_t c) const { return {p + c, stride}; }
+  OCTAVO_INLINE void ahead(std::size_t i, std::size_t c) const {
+    if (c % 32 == 0) __builtin_prefetch(next + i * stride + c, 0, 2);
+  }
+  OCTAVO_INLINE Halves columns(std::size_t c) const { return {p + c, next + c, stride}; }
 };
 // Rows whose every 16 columns lie elsewhere: K of a tile, whose keys are in several blocks.
 struct ScatteredHalves {
   const uint16_t* const* p;
+  const uint16_t* const* next;
   std::size_t stride;
   OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load_half(p[c / kLanes] + i * stride); }
-  OCTAVO_INLINE ScatteredHalves columns(std::size_t c) const { return {p + c / kLanes, stride}; }
+  OCTAVO_INLINE void ahead(std::size_t i, std::size_t c) const {
+    __builtin_prefetch(next[c / kLanes] + i * stride, 0, 2);
+  }
+  OCTAVO_INLINE ScatteredHalves columns(std::size_t c) const { return {p + c / kLanes, next + c / kLanes, stride}; }
 };
 
 // C[q][0 .. 16 * Chunks) (+)= sum over i in [begin, end), ascending, of a[q][i] * B[i].
@@ -62,6 +76,7 @@ OCTAVO_INLINE void product(const float* const* a, const B& b, std::size_t begin,
   unroll<kCount>(OCTAVO_EACH(n) { acc[n] = go_on ? load(c[n / Chunks] + column + kLanes * (n % Chunks)) : zero(); });
   for (std::size_t i = begin; i < end; ++i) {
     F row[Chunks];
+    unroll<Chunks>(OCTAVO_EACH(j) { b.ahead(i, kLanes * j); });
     unroll<Chunks>(OCTAVO_EACH(j) { row[j] = b.at(i, kLanes * j); });
     unroll<Queries>(OCTAVO_EACH(q) {
       const F weight = set1(a[q][i]);
@@ -149,8 +164,17 @@ struct TileReader {
   // Where 16 keys from `position` on begin inside a block.
   OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
 
-  // Ask for the K and V of the blocks of [first, last) ahead of their use: blocks lie anywhere, so that the processor
-  // cannot guess the next one.
+  OCTAVO_INLINE const uint16_t* halves(const uint8_t* k_or_v, std::size_t base) const {
+    return reinterpret_cast<const uint16_t*>(k_or_v + base);
+  }
+  // The block that is wanted after that of `position`, one tile further on or, behind `last`, at the beginning of the
+  // next KV head, which is as a rule the next piece of work. For a guess, so that it need not be right.
+  OCTAVO_INLINE std::size_t base_after(std::size_t position, std::size_t first, std::size_t last) const {
+    if (position + kTile <= last) return base(position + kTile);
+    return base(first + position % kTile) + (kv_head + 1 < kv.kv_heads ? head_bytes : 0);
+  }
+
+  // Ask for the K and V of the blocks of [first, last) ahead of their use.
   void prefetch(std::size_t first, std::size_t last) const {
     for (std::size_t position = first; position < last; position += kv.block_size) {
       const std::size_t at = base(position);
@@ -234,37 +258,47 @@ OCTAVO_INLINE void seen(const Query& query, const Tile& tile, std::size_t& first
 // Scores [64] to weights in place; max and sum of the tile.
 OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum) {
   F chunk[kChunks];
-  F top = set1(-INFINITY);
-  F lane = load(kLaneNumbers);
-  for (std::size_t c = 0; c < kChunks; ++c) {
-    const F number = add(lane, set1(static_cast<float>(c * kLanes)));
-    F s = mul(load(scores + c * kLanes), set1(scale));
-    s = select_less(number, set1(static_cast<float>(first)), set1(-INFINITY), s);
-    chunk[c] = select_less(number, set1(static_cast<float>(last)), s, set1(-INFINITY));
-    top = max(chunk[c], top);
+  for (std::size_t c = 0; c < kChunks; ++c) chunk[c] = mul(load(scores + c * kLanes), set1(scale));
+  if (first > 0 || last < kTile) {
+    const F lane = load(kLaneNumbers);
+    for (std::size_t c = 0; c < kChunks; ++c) {
+      const F number = add(lane, set1(static_cast<float>(c * kLanes)));
+      chunk[c] = select_less(number, set1(static_cast<float>(first)), set1(-INFINITY), chunk[c]);
+      chunk[c] = select_less(number, set1(static_cast<float>(last)), chunk[c], set1(-INFINITY));
+    }
   }
-  const float highest_score = highest(top);
+  F top = set1(-INFINITY);
+  for (std::size_t c = 0; c < kChunks; ++c) top = max(chunk[c], top);
+  const float highest_score = highest_of(top);
   for (std::size_t c = 0; c < kChunks; ++c) {
     chunk[c] = exp(sub(chunk[c], set1(highest_score)));
     store(scores + c * kLanes, chunk[c]);
   }
   max_and_sum[0] = highest_score;
-  max_and_sum[1] = sum_lanes(add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3])));
+  max_and_sum[1] = sum_of(add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3])));
 }
 
-// state <- state folded with the tile's (max, sum, out).
-OCTAVO_INLINE void fold_one(float* state, const float* tile, std::size_t head_dim) {
-  const float top = tile[0] > state[0] ? tile[0] : state[0];
-  float weights[kLanes] = {};
-  weights[0] = state[0] - top;
-  weights[1] = tile[0] - top;
+// states[i] <- states[i] folded with tiles[i]: (max, sum, out). The weights of several are one exp.
+constexpr std::size_t kFolds = kLanes / 2;
+
+OCTAVO_INLINE void fold_some(float* const* states, const float* const* tiles, std::size_t count, std::size_t head_dim) {
+  alignas(64) float weights[kLanes] = {};
+  for (std::size_t i = 0; i < count; ++i) {
+    const float top = tiles[i][0] > states[i][0] ? tiles[i][0] : states[i][0];
+    weights[2 * i] = states[i][0] - top;
+    weights[2 * i + 1] = tiles[i][0] - top;
+    states[i][0] = top;
+  }
   store(weights, exp(load(weights)));
-  const F old = set1(weights[0]);
-  const F now = set1(weights[1]);
-  state[0] = top;
-  state[1] = std::fma(tile[1], weights[1], state[1] * weights[0]);
-  for (std::size_t d = 0; d < head_dim; d += kLanes) {
-    store(state + 2 + d, fma(load(tile + 2 + d), now, mul(load(state + 2 + d), old)));
+  for (std::size_t i = 0; i < count; ++i) {
+    float* state = states[i];
+    const float* tile = tiles[i];
+    const F old = set1(weights[2 * i]);
+    const F now = set1(weights[2 * i + 1]);
+    state[1] = std::fma(tile[1], weights[2 * i + 1], state[1] * weights[2 * i]);
+    for (std::size_t d = 0; d < head_dim; d += kLanes) {
+      store(state + 2 + d, fma(load(tile + 2 + d), now, mul(load(state + 2 + d), old)));
+    }
   }
 }
 
@@ -273,13 +307,18 @@ OCTAVO_INLINE void finish_state(const float* state, std::size_t head_dim, float*
   for (std::size_t d = 0; d < head_dim; d += kLanes) store(out + d, div(load(state + 2 + d), sum));
 }
 
-void fold(const float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out) {
+void fold(float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out) {
   const std::size_t size = 2 + head_dim;
-  float state[2 + 1024];
-  for (std::size_t g = 0; g < group; ++g) {
-    std::memcpy(state, states + g * size, size * sizeof(float));
-    for (std::size_t t = 1; t < tiles; ++t) fold_one(state, states + (t * group + g) * size, head_dim);
-    finish_state(state, head_dim, out + g * head_dim);
+  for (std::size_t first = 0; first < group; first += kFolds) {
+    const std::size_t count = std::min(kFolds, group - first);
+    float* into[kFolds];  // the first tile's
+    const float* tile[kFolds];
+    for (std::size_t i = 0; i < count; ++i) into[i] = states + (first + i) * size;
+    for (std::size_t t = 1; t < tiles; ++t) {
+      for (std::size_t i = 0; i < count; ++i) tile[i] = states + (t * group + first + i) * size;
+      fold_some(into, tile, count, head_dim);
+    }
+    for (std::size_t i = 0; i < count; ++i) finish_state(into[i], head_dim, out + (first + i) * head_dim);
   }
 }
 
@@ -289,12 +328,14 @@ std::size_t attention_scratch(std::size_t head_dim, std::size_t group) {
 }
 
 // One tile for a block of queries: scores, weights and out of each query that sees some of it, into its `tile`.
+// The queries see positions from `first_tile` on, and none above `last_position`.
 template <bool Convert>
 void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile& tile, const Query* queries,
-              std::size_t count, float* keys, float* values, float* scores) {
+              std::size_t count, std::size_t first_tile, std::size_t last_position, float* keys, float* values,
+              float* scores) {
   const std::size_t dim = piece.kv.head_dim;
-  const float* a[kRowBlock * 64] = {};
-  float* c[kRowBlock * 64] = {};
+  const float* a[kRowBlock * 64];
+  float* c[kRowBlock * 64];
   for (std::size_t i = 0; i < count; ++i) {
     a[i] = queries[i].q;
     c[i] = scores + i * kTile;
@@ -304,11 +345,15 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
     product_all(a, count, Floats{keys, kTile}, 0, dim, false, c, 0, tile.lanes);
   } else {
     const uint16_t* chunks[kChunks];
+    const uint16_t* next[kChunks];
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
-      const auto* head = reinterpret_cast<const uint16_t*>(piece.kv.k + reader.base(tile.start + key));
-      chunks[key / kLanes] = head + reader.offset(tile.start + key);
+      const std::size_t position = tile.start + key;
+      const std::size_t at = reader.offset(position);
+      chunks[key / kLanes] = reader.halves(piece.kv.k, reader.base(position)) + at;
+      next[key / kLanes] =
+          reader.halves(piece.kv.k, reader.base_after(position, first_tile * kTile, last_position)) + at;
     }
-    product_all(a, count, ScatteredHalves{chunks, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
+    product_all(a, count, ScatteredHalves{chunks, next, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
   }
   std::size_t common_first = 0;
   std::size_t common_last = tile.keys;
@@ -334,12 +379,14 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
       product_all(a + from, queries_here, Floats{values, dim}, begin, end, go_on, c + from, 0, dim);
     } else {
       for (std::size_t key = begin; key < end;) {
-        const std::size_t at = reader.offset(tile.start + key);
+        const std::size_t position = tile.start + key;
+        const std::size_t at = reader.offset(position);
         const std::size_t run = std::min(piece.kv.block_size - at, end - key);
-        const auto* head = reinterpret_cast<const uint16_t*>(piece.kv.v + reader.base(tile.start + key));
         // Row i of the product is key i: move the base so that key `key` lies at its place in the block.
-        product_all(a + from, queries_here, Halves{head + at * dim - key * dim, dim}, key, key + run,
-                    go_on || key > begin, c + from, 0, dim);
+        const std::size_t then = reader.base_after(position, first_tile * kTile, last_position);
+        const Halves rows{reader.halves(piece.kv.v, reader.base(position)) + at * dim - key * dim,
+                          reader.halves(piece.kv.v, then) + at * dim - key * dim, dim};
+        product_all(a + from, queries_here, rows, key, key + run, go_on || key > begin, c + from, 0, dim);
         key += run;
       }
     }
@@ -399,18 +446,23 @@ void attention(const AttentionPiece& piece, float* scratch) {
       lowest = std::min(lowest, queries[i].lowest);
       limit = std::max(limit, queries[i].limit);
     }
-    std::size_t first_tile = lowest / kTile;
+    const std::size_t begin = lowest / kTile;
+    const std::size_t last_position = std::min(limit, piece.tail_start) - 1;
+    std::size_t first_tile = begin;
     std::size_t last_tile = (limit + kTile - 1) / kTile;
     if (split) {
       first_tile = std::max(first_tile, piece.first_tile);
       last_tile = std::min(last_tile, piece.last_tile);
     }
-    const bool convert = piece.kv.type != KVType::F16 || count > kQueryTile;
+    const bool convert = piece.kv.type != KVType::F16 || count > kMostInPlace;
     for (std::size_t t = first_tile; t < last_tile; ++t) {
       Tile tile{t * kTile, std::min(kTile, limit - t * kTile), 0};
       tile.lanes = (tile.keys + kLanes - 1) / kLanes * kLanes;
-      if (t + 1 < last_tile) {
+      const bool in_place = !convert && !reader.in_tail(tile);
+      if (!in_place && t + 1 < last_tile) {
         reader.prefetch(tile.start + kTile, std::min({tile.start + 2 * kTile, limit, piece.tail_start}));
+      } else if (in_place && t == first_tile) {
+        reader.prefetch(tile.start, tile.start + tile.keys);
       }
       if (split) {
         for (std::size_t i = 0; i < count; ++i) {
@@ -419,23 +471,29 @@ void attention(const AttentionPiece& piece, float* scratch) {
           queries[i].tile = piece.states + (state * group + i % group) * size;
         }
       }
-      if (convert || reader.in_tail(tile)) {
-        one_tile<true>(piece, reader, tile, queries, count, keys, values, scores);
+      if (in_place) {
+        one_tile<false>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);
       } else {
-        one_tile<false>(piece, reader, tile, queries, count, keys, values, scores);
+        one_tile<true>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);
       }
       if (split) continue;
+      float* into[kFolds];
+      const float* from[kFolds];
+      std::size_t waiting = 0;
       for (std::size_t i = 0; i < count; ++i) {
         std::size_t first, last;
         seen(queries[i], tile, first, last);
         if (first >= last) continue;
-        if (queries[i].begun) {
-          fold_one(queries[i].state, queries[i].tile, dim);
-        } else {
+        if (!queries[i].begun) {
           std::memcpy(queries[i].state, queries[i].tile, size * sizeof(float));
           queries[i].begun = true;
+          continue;
         }
+        into[waiting] = queries[i].state;
+        from[waiting++] = queries[i].tile;
+        if (waiting == kFolds) fold_some(into, from, waiting, dim), waiting = 0;
       }
+      if (waiting > 0) fold_some(into, from, waiting, dim);
     }
     if (split) continue;
     for (std::size_t i = 0; i < count; ++i) {

@@ -27,7 +27,7 @@ void rms_norm(const float* x, const float* weight, const float* residual, std::s
     const F a = load_some(x + i, n - i);
     squares = fma(a, a, squares);
   }
-  const float mean = sum_lanes(squares) / static_cast<float>(n);
+  const float mean = sum_of(squares) / static_cast<float>(n);
   const F scale = set1(1.0f / std::sqrt(mean + eps));
   for (std::size_t i = 0; i < n; i += kLanes) {
     F a = mul(mul(load_some(x + i, n - i), scale), load_some(weight + i, n - i));

@@ -53,7 +53,8 @@ constexpr std::size_t code_bytes_of(Codes codes) {
 
 constexpr Layout simple(Codes codes, int zero, int max_code, bool has_minimum) {
   const std::size_t bytes = code_bytes_of(codes);
-  return {codes, zero, max_code, has_minimum, 1, 1, bytes, bytes + (has_minimum ? 64u : 32u), 0};
+  return {codes, zero, max_code, has_minimum, 1, 1, bytes, bytes + (has_minimum || codes == Codes::kBytes ? 64u : 32u),
+          0};
 }
 
 // scale_bytes: of a group, all its subgroups.

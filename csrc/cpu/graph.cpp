@@ -1,55 +1,11 @@
 #include "graph.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <new>
 #include <utility>
 
 namespace octavo {
-
-// --- memory ---
-
-Bytes::Bytes(std::size_t size, bool zeroed) : size_(size) {
-  if (size == 0) return;
-  if (zeroed) {
-    // Straight from the system: zeros that cost nothing until they are touched.
-    void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<uint8_t*>(pages);
-    mapped_ = true;
-    return;
-  }
-  const std::size_t rounded = (size + 63) / 64 * 64;
-  if (rounded < size) throw std::bad_alloc();
-  data_ = static_cast<uint8_t*>(std::aligned_alloc(64, rounded));
-  if (data_ == nullptr) throw std::bad_alloc();
-}
-
-Bytes::Bytes(Bytes&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), mapped_(other.mapped_) {}
-
-Bytes& Bytes::operator=(Bytes&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  std::swap(mapped_, other.mapped_);
-  return *this;
-}
-
-Bytes::~Bytes() {
-  if (mapped_) {
-    munmap(data_, size_);
-  } else {
-    std::free(data_);
-  }
-}
-
-void Bytes::grow(std::size_t size) {
-  if (size > size_) *this = Bytes(size);
-}
 
 namespace {
 
@@ -73,7 +29,8 @@ Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::si
       if (inputs % multiple != 0) throw std::invalid_argument("inputs must be a multiple of the format's block");
     }
     if (inputs > kMostValues || part > kMostValues) throw std::bad_alloc();
-    segments.push_back({format, outputs, part, Bytes(times(panels_of(part), panel_bytes(format, inputs)), true)});
+    segments.push_back(
+        {format, outputs, part, Bytes(times(panels_of(part), panel_bytes(format, inputs)), Bytes::Kind::kPacked)});
     outputs += part;
   }
 }
@@ -105,8 +62,8 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   if (window < 0) throw std::invalid_argument("window must be at least 1, or 0 for none");
   if (kv_heads > kMostValues / (block_size * head_dim)) throw std::bad_alloc();
   const std::size_t bytes = times(num_blocks, block_bytes());
-  k = Bytes(bytes, true);
-  v = Bytes(bytes, true);
+  k = Bytes(bytes, Bytes::Kind::kLazy);
+  v = Bytes(bytes, Bytes::Kind::kLazy);
   view.k = k.data();
   view.v = v.data();
 }
@@ -353,6 +310,7 @@ void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<floa
   codes_.grow(quantized_inputs_ * rows);
   scales_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
   sums_.grow(quantized_inputs_ / kGroup * rows * sizeof(int32_t));
+  totals_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
   std::size_t angles = 0;
   for (const auto& table : tables_) angles += 2 * table.size() * rows;
   angles_.grow(angles * sizeof(float));
@@ -473,32 +431,37 @@ void Graph::run_linear(const Node& node, Work& work) {
     pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
       for (std::size_t t = begin; t < end; ++t) {
         kernels.quantize(x + t * x_stride, weight.inputs, codes_.as<int8_t>() + t * weight.inputs,
-                         scales_.as<float>() + t * groups, sums_.as<int32_t>() + t * groups);
+                         scales_.as<float>() + t * groups, sums_.as<int32_t>() + t * groups,
+                         totals_.as<float>() + t * groups);
       }
     });
   }
   const float* residual = node.residual.buffer < 0 ? nullptr : base(node.residual.buffer) + node.residual.first;
-  for (const Weight::Segment& segment : weight.segments) {
-    LinearPiece piece{segment.format,
-                      segment.packed.data(),
-                      segment.outputs,
-                      weight.inputs,
-                      0,
-                      0,
-                      rows,
-                      x,
-                      {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>()},
-                      residual == nullptr ? nullptr : residual + segment.first,
-                      base(node.out) + segment.first,
-                      weight.outputs};
-    const std::size_t panels = panels_of(segment.outputs);
-    pool.parallel(panels, grain_of(panels, pool.threads()), [&](std::size_t begin, std::size_t end) {
-      LinearPiece mine = piece;
-      mine.first_panel = begin;
-      mine.last_panel = end;
-      kernels.linear(mine);
-    });
-  }
+  float* y = base(node.out);
+  std::size_t panels = 0;
+  for (const Weight::Segment& segment : weight.segments) panels += panels_of(segment.outputs);
+  // All segments in one region: a region costs as much as reading some 30 kB.
+  pool.parallel(panels, grain_of(panels, pool.threads()), [&](std::size_t begin, std::size_t end) {
+    std::size_t first = 0;  // panel of the segment
+    for (const Weight::Segment& segment : weight.segments) {
+      const std::size_t last = first + panels_of(segment.outputs);
+      if (begin < last && end > first) {
+        kernels.linear({segment.format,
+                        segment.packed.data(),
+                        segment.outputs,
+                        weight.inputs,
+                        std::max(begin, first) - first,
+                        std::min(end, last) - first,
+                        rows,
+                        x,
+                        {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>(), totals_.as<float>()},
+                        residual == nullptr ? nullptr : residual + segment.first,
+                        y + segment.first,
+                        weight.outputs});
+      }
+      first = last;
+    }
+  });
 }
 
 void Graph::run_attention(const Node& node, Work& work) {

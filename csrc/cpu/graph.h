@@ -13,31 +13,10 @@
 #include "attention_plan.h"
 #include "batch.h"
 #include "kernels.h"
+#include "memory.h"
 #include "pool.h"
 
 namespace octavo {
-
-// Memory on 64-byte lines. Not initialised unless asked. Throws std::bad_alloc.
-class Bytes {
- public:
-  Bytes() = default;
-  explicit Bytes(std::size_t size, bool zeroed = false);
-  Bytes(Bytes&& other) noexcept;
-  Bytes& operator=(Bytes&& other) noexcept;
-  ~Bytes();
-  uint8_t* data() const { return data_; }
-  std::size_t size() const { return size_; }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-  void grow(std::size_t size);  // at least; what was there is lost
-
- private:
-  uint8_t* data_ = nullptr;
-  std::size_t size_ = 0;
-  bool mapped_ = false;
-};
 
 // Matrices that share their input, side by side: one segment each.
 struct Weight {
@@ -147,7 +126,7 @@ class Graph {
   std::size_t embed_rows_ = SIZE_MAX;  // token ids must be below
   int num_bound_ = 0;
   bool planned_ = false;
-  Bytes arena_, codes_, scales_, sums_, angles_, scratch_, states_;
+  Bytes arena_, codes_, scales_, sums_, totals_, angles_, scratch_, states_;
 };
 
 }  // namespace octavo

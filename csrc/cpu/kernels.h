@@ -18,6 +18,7 @@ struct Quantized {
   const int8_t* codes;  // [rows, inputs]
   const float* scales;  // [rows, inputs / 32]
   const int32_t* sums;  // [rows, inputs / 32]: of the codes
+  const float* totals;  // [rows, inputs / 32]: scale times sum, by which minima are multiplied
 };
 
 struct LinearPiece {
@@ -65,7 +66,7 @@ struct AttentionPiece {
 
 struct Kernels {
   const char* name;
-  void (*quantize)(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums);
+  void (*quantize)(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums, float* totals);
   void (*linear)(const LinearPiece& piece);
   // out[c] = (values of row `column`) * scale
   void (*embed)(Format format, const uint8_t* packed, std::size_t inputs, std::size_t column, float scale, float* out);
@@ -77,8 +78,8 @@ struct Kernels {
   void (*store_kv)(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot);
   void (*attention)(const AttentionPiece& piece, float* scratch);
   std::size_t (*attention_scratch)(std::size_t head_dim, std::size_t group);  // floats
-  // Fold the states of one row's tiles, left to right, into out [heads per KV head, D].
-  void (*fold)(const float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out);
+  // Fold the states of one row's tiles, left to right, into out [heads per KV head, D]; the first tile's are changed.
+  void (*fold)(float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out);
   // Rows of logits; see rows.inl.
   float (*row_max)(const float* x, std::size_t n);
   double (*row_sum_exp)(const float* x, std::size_t n, float top, float inverse_temperature);

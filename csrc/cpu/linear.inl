@@ -3,6 +3,7 @@
 // the minimum over groups ascending, then the residual.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "kernels.h"
@@ -202,6 +203,13 @@ OCTAVO_INLINE void each_group(const uint8_t* panel, std::size_t groups, const Vi
 
 // --- one panel, Rows rows ---
 
+// Which weights are asked for ahead of their use: those of every `every`-th group from `first` on, `bytes` further on.
+// Tiles of rows that go over the same panel share the next one among them, so that memory is read at an even pace.
+struct Ahead {
+  std::size_t bytes, first, every;
+};
+constexpr std::size_t kAhead = 4096;  // with one tile: what memory delivers to a thread in some 200 nanoseconds
+
 // Adds the residual and stores what of the panel belongs to the matrix.
 OCTAVO_INLINE void finish_row(const LinearPiece& piece, std::size_t row, std::size_t panel, F acc) {
   const std::size_t at = row * piece.stride + panel * kPanel;
@@ -220,8 +228,15 @@ OCTAVO_INLINE void finish_row(const LinearPiece& piece, std::size_t row, std::si
   std::memcpy(piece.y + at, values, left * sizeof(float));
 }
 
+// Sum of the first or second 16 codes of a group.
+OCTAVO_INLINE int32_t half_sum(const int8_t* x, int half) {
+  int32_t sum = 0;
+  for (int k = 16 * half; k < 16 * (half + 1); ++k) sum += x[k];
+  return sum;
+}
+
 template <Format format, std::size_t Rows>
-OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, std::size_t row, Ahead ahead) {
   constexpr Layout layout = layout_of(format);
   constexpr std::size_t kScaleBytes = layout.group_bytes - layout.code_bytes;
   constexpr std::size_t kPart = kQuads / layout.subgroups;
@@ -230,14 +245,15 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
   const int8_t* x = piece.q.codes + row * piece.inputs;
   const float* scales = piece.q.scales + row * groups;
   const int32_t* sums = piece.q.sums + row * groups;
+  const float* totals = piece.q.totals + row * groups;
   F acc[Rows];
   for (std::size_t r = 0; r < Rows; ++r) acc[r] = zero();
   each_group<format>(packed, groups, [&](const uint8_t* super, const uint8_t* group, std::size_t g) {
-    if constexpr (Rows == 1) __builtin_prefetch(group + 2048);
-    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 64);
-    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 128);
-    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 192);
-    if constexpr (Rows == 1) __builtin_prefetch(group + 2048 + 256);
+    if (g == ahead.first) {
+      for (std::size_t byte = 0; byte < layout.group_bytes; byte += 64)
+        __builtin_prefetch(group + ahead.bytes + byte, 0, 2);
+      ahead.first += ahead.every;
+    }
     const uint8_t* codes = group + kScaleBytes;
     const auto part = [&](auto subgroup) {
       constexpr std::size_t kSub = decltype(subgroup)::value;
@@ -248,11 +264,10 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
       for (std::size_t r = 0; r < Rows; ++r) {
         if constexpr (layout.zero != 0) {
           int32_t sum = sums[r * groups + g];
-          if constexpr (layout.subgroups == 2) {
-            sum = 0;
-            for (std::size_t k = 16 * kSub; k < 16 * (kSub + 1); ++k) sum += x[r * piece.inputs + g * kGroup + k];
-          }
-          isum[r] = addi(isum[r], set1i(-layout.zero * sum));
+          if constexpr (layout.subgroups == 2) sum = half_sum(x + r * piece.inputs + g * kGroup, kSub);
+          static_assert(std::has_single_bit(static_cast<unsigned>(layout.zero)));
+          constexpr int kShift = std::countr_zero(static_cast<unsigned>(layout.zero));
+          isum[r] = subi(isum[r], shift_left(set1i(sum), kShift));
         }
         acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[r * groups + g])), acc[r]);
       }
@@ -265,13 +280,11 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
       for (int s = 0; s < layout.subgroups; ++s) {
         const F minimum = minimum_of<format>(super, group, s);
         for (std::size_t r = 0; r < Rows; ++r) {
-          int32_t sum = sums[r * groups + g];
+          float total = totals[r * groups + g];
           if constexpr (layout.subgroups == 2) {
-            sum = 0;
-            for (int k = 16 * s; k < 16 * (s + 1); ++k)
-              sum += x[r * piece.inputs + g * kGroup + static_cast<std::size_t>(k)];
+            total = scales[r * groups + g] * static_cast<float>(half_sum(x + r * piece.inputs + g * kGroup, s));
           }
-          acc[r] = fma(minimum, set1(scales[r * groups + g] * static_cast<float>(sum)), acc[r]);
+          acc[r] = fma(minimum, set1(total), acc[r]);
         }
       }
     });
@@ -301,49 +314,59 @@ OCTAVO_INLINE void panel_of_floats(const LinearPiece& piece, std::size_t panel, 
 }
 
 template <Format format, std::size_t Rows>
-OCTAVO_INLINE void panel_of(const LinearPiece& piece, std::size_t panel, std::size_t row) {
+__attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t panel, std::size_t row, Ahead ahead) {
   if constexpr (is_float(format)) {
     panel_of_floats<format, Rows>(piece, panel, row);
   } else {
-    panel_of_codes<format, Rows>(piece, panel, row);
+    panel_of_codes<format, Rows>(piece, panel, row, ahead);
   }
 }
 
-template <Format format, std::size_t Rows>
-__attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t panel, std::size_t row) {
-  panel_of<format, Rows>(piece, panel, row);
-}
-
 template <Format format>
-void linear_of(const LinearPiece& piece) {
+void linear_of_rows(const LinearPiece& piece, std::size_t first_row, std::size_t last_row) {
+  const std::size_t tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
+  const std::size_t bytes = tiles == 1 ? kAhead : panel_bytes(format, piece.inputs);
   for (std::size_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
-    std::size_t row = 0;
-    for (; row + kRowTile <= piece.rows; row += kRowTile) panel_rows<format, kRowTile>(piece, panel, row);
-    switch (piece.rows - row) {
+    std::size_t row = first_row;
+    Ahead ahead{bytes, 0, tiles};
+    for (; row + kRowTile <= last_row; row += kRowTile, ++ahead.first) {
+      panel_rows<format, kRowTile>(piece, panel, row, ahead);
+    }
+    switch (last_row - row) {
       case 7:
-        panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row);
+        panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row, ahead);
         break;
       case 6:
-        panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row);
+        panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row, ahead);
         break;
       case 5:
-        panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row);
+        panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row, ahead);
         break;
       case 4:
-        panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row);
+        panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row, ahead);
         break;
       case 3:
-        panel_rows<format, 3>(piece, panel, row);
+        panel_rows<format, 3>(piece, panel, row, ahead);
         break;
       case 2:
-        panel_rows<format, 2>(piece, panel, row);
+        panel_rows<format, 2>(piece, panel, row, ahead);
         break;
       case 1:
-        panel_rows<format, 1>(piece, panel, row);
+        panel_rows<format, 1>(piece, panel, row, ahead);
         break;
       default:
         break;
     }
+  }
+}
+
+// Rows whose activations stay in a core's own cache while the panels of a piece pass by.
+constexpr std::size_t kRowsAtOnce = 128;
+
+template <Format format>
+void linear_of(const LinearPiece& piece) {
+  for (std::size_t row = 0; row < piece.rows; row += kRowsAtOnce) {
+    linear_of_rows<format>(piece, row, row + kRowsAtOnce < piece.rows ? row + kRowsAtOnce : piece.rows);
   }
 }
 
@@ -380,38 +403,30 @@ void linear(const LinearPiece& piece) {
 
 // --- activations ---
 
-OCTAVO_INLINE float highest_bits(I a) {
-  int32_t values[kLanes];
-  std::memcpy(values, &a, sizeof values);
-  int32_t best = values[0];
-  for (int i = 1; i < kLanes; ++i) best = values[i] > best ? values[i] : best;
-  float result;
-  std::memcpy(&result, &best, sizeof result);
-  return result;
-}
-
 // Symmetric, to nearest: code = round(x * 127 / max|x|). Looks at each group of the row alone. A group with NaN or
 // infinity has codes of 0 and a scale that is not finite, so that damage shows in the result, as NaN. A group so small
 // that 127 / max|x| is infinite (max|x| below 3.8e-37) is taken for zeros.
-void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
+void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums, float* totals) {
   for (std::size_t g = 0; g < inputs / kGroup; ++g, x += kGroup, codes += kGroup) {
     const F lo = load(x);
     const F hi = load(x + kLanes);
     // Compared as integers: of floats without their sign that is the same order, and NaN comes out on top.
-    const float top = highest_bits(maxi(as_int(abs(lo)), as_int(abs(hi))));
+    const float top = float_of_bits(highest_of(maxi(as_int(abs(lo)), as_int(abs(hi)))));
     scales[g] = top / 127.0f;
     sums[g] = 0;
+    totals[g] = scales[g] * 0.0f;
     const float steps = steps_per_unit(top);
     if (steps == 0.0f) {
       std::memset(codes, 0, kGroup);
       continue;
     }
     const F inverse = set1(steps);
-    store_bytes(codes, to_int(mul(lo, inverse)));
-    store_bytes(codes + kLanes, to_int(mul(hi, inverse)));
-    int32_t sum = 0;
-    for (std::size_t k = 0; k < kGroup; ++k) sum += codes[k];
-    sums[g] = sum;
+    const I lo_codes = to_int(mul(lo, inverse));
+    const I hi_codes = to_int(mul(hi, inverse));
+    store_bytes(codes, lo_codes);
+    store_bytes(codes + kLanes, hi_codes);
+    sums[g] = sum_of(addi(lo_codes, hi_codes));
+    totals[g] = scales[g] * static_cast<float>(sums[g]);
   }
 }
 

@@ -47,22 +47,4 @@ OCTAVO_INLINE float steps_per_unit(float top) {
   return top > 0.0f && steps > 0.0f && steps < INFINITY ? steps : 0.0f;
 }
 
-OCTAVO_INLINE float highest(F a) {  // exact in any order
-  float values[kLanes];
-  store(values, a);
-  float best = values[0];
-  for (int i = 1; i < kLanes; ++i) best = values[i] > best ? values[i] : best;
-  return best;
-}
-
-// Sum of the lanes by a fixed tree: lane i with lane i + 8, then + 4, + 2, + 1.
-OCTAVO_INLINE float sum_lanes(F a) {
-  float v[kLanes];
-  store(v, a);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
-  return v[0];
-}
-
 }  // namespace octavo::OCTAVO_ISA

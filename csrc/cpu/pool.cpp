@@ -91,37 +91,67 @@ constexpr uint32_t kClosed = UINT32_MAX;  // a ticket's next piece while there i
 
 }  // namespace
 
-// A region is a number of pieces. Threads draw them from a ticket that holds the region's number and the next piece, so
-// a worker that comes late, because its processor went to another program, finds nothing to do and is waited for by
-// nobody.
+// A region is a number of pieces, of which each thread has a share, one after the other: what lies together in memory
+// is read by one thread. Who is done with his own share helps with the others'. Pieces are drawn from a share's ticket,
+// which holds the region's number and the next piece, so a worker that comes late, because its processor went to
+// another program, finds nothing to do and is waited for by nobody.
 struct Pool::Shared {
-  // The region under way, written by the caller while the ticket is closed. A late worker may read these while they
+  struct alignas(64) Ticket {
+    std::atomic<uint64_t> value{0};  // region << 32 | next piece
+  };
+  // The region under way, written by the caller while the tickets are closed. A late worker may read these while they
   // change; its draw then fails: who sees a new value (acquire) also sees that the ticket it holds is out of date.
   std::atomic<Piece> piece{nullptr};
   std::atomic<const void*> body{nullptr};
   std::atomic<std::size_t> count{0};
   std::atomic<std::size_t> grain{1};
-  alignas(64) std::atomic<uint64_t> ticket{0};   // region << 32 | next piece
+  std::vector<Ticket> tickets;                   // of each thread's share
   alignas(64) std::atomic<std::size_t> done{0};  // items of this region
   alignas(64) std::atomic<uint32_t> region{0};   // what sleeping workers wait on
   alignas(64) std::atomic<int> sleeping{0};
   std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
 
+  explicit Shared(std::size_t threads) : tickets(threads) {}
+
+  // The first piece of a share; the one behind the last is the next share's first.
+  std::size_t first_piece(std::size_t share, std::size_t pieces) const { return pieces * share / tickets.size(); }
+
+  void open(uint32_t number, std::size_t items, std::size_t step, Piece run, const void* what) {
+    const uint64_t ticket = static_cast<uint64_t>(number) << 32;
+    for (Ticket& t : tickets) t.value.store(ticket | kClosed, std::memory_order_relaxed);
+    piece.store(run, std::memory_order_release);
+    body.store(what, std::memory_order_release);
+    count.store(items, std::memory_order_release);
+    grain.store(step, std::memory_order_release);
+    done.store(0, std::memory_order_release);
+    const std::size_t pieces = (items + step - 1) / step;
+    for (std::size_t share = 0; share < tickets.size(); ++share) {
+      tickets[share].value.store(ticket | first_piece(share, pieces), std::memory_order_release);
+    }
+    region.store(number);  // sequentially consistent: a worker that goes to sleep sees it or is seen sleeping
+    if (sleeping.load() > 0) region.notify_all();
+  }
+
   void work(std::size_t thread) {
+    for (std::size_t i = 0; i < tickets.size(); ++i) work_on((thread + i) % tickets.size(), thread);
+  }
+
+  void work_on(std::size_t share, std::size_t thread) {
+    std::atomic<uint64_t>& ticket = tickets[share].value;
     uint64_t drawn = ticket.load(std::memory_order_acquire);
     for (;;) {
       const std::size_t items = count.load(std::memory_order_acquire);
       const std::size_t step = grain.load(std::memory_order_acquire);
       const Piece run = piece.load(std::memory_order_acquire);
       const void* what = body.load(std::memory_order_acquire);
-      const std::size_t begin = static_cast<uint32_t>(drawn) * step;
-      if (static_cast<uint32_t>(drawn) == kClosed || begin >= items) return;
+      const std::size_t next = static_cast<uint32_t>(drawn);
+      if (next == kClosed || next >= first_piece(share + 1, (items + step - 1) / step)) return;
       if (!ticket.compare_exchange_weak(drawn, drawn + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
-      const std::size_t end = std::min(begin + step, items);
-      run(what, begin, end, thread);
-      done.fetch_add(end - begin, std::memory_order_release);
+      const std::size_t end = std::min((next + 1) * step, items);
+      run(what, next * step, end, thread);
+      done.fetch_add(end - next * step, std::memory_order_release);
       drawn = ticket.load(std::memory_order_acquire);
     }
   }
@@ -173,7 +203,7 @@ void Pool::start() {
   if (shared_ != nullptr && forks_seen_ == now) return;
   if (shared_ != nullptr) shared_.release();
   forks_seen_ = now;
-  shared_ = std::make_unique<Shared>();
+  shared_ = std::make_unique<Shared>(static_cast<std::size_t>(threads_));
   for (int i = 1; i < threads_; ++i)
     shared_->workers.emplace_back([shared = shared_.get(), i, pin = pin_] {
       if (pin) stay_on(i);
@@ -188,17 +218,7 @@ void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* bo
   }
   start();
   Shared& shared = *shared_;
-  const uint32_t region = shared.region.load(std::memory_order_relaxed) + 1;
-  const uint64_t ticket = static_cast<uint64_t>(region) << 32;
-  shared.ticket.store(ticket | kClosed, std::memory_order_relaxed);
-  shared.piece.store(piece, std::memory_order_release);
-  shared.body.store(body, std::memory_order_release);
-  shared.count.store(count, std::memory_order_release);
-  shared.grain.store(grain, std::memory_order_release);
-  shared.done.store(0, std::memory_order_release);
-  shared.ticket.store(ticket, std::memory_order_release);
-  shared.region.store(region);  // sequentially consistent: a worker that goes to sleep sees it or is seen sleeping
-  if (shared.sleeping.load() > 0) shared.region.notify_all();
+  shared.open(shared.region.load(std::memory_order_relaxed) + 1, count, grain, piece, body);
   shared.work(0);
   for (int spins = 0; shared.done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < kSpins) {

@@ -34,7 +34,7 @@ float row_max(const float* x, std::size_t n) {
   int32_t lanes[kLanes];
   store(reinterpret_cast<float*>(lanes), as_float(bits));
   const bool damaged = *std::max_element(lanes, lanes + kLanes) > 0x7f800000;
-  return damaged ? std::bit_cast<float>(0x7fc00000) : highest(top);
+  return damaged ? std::bit_cast<float>(0x7fc00000) : highest_of(top);
 }
 
 // Sum of e^((x - top) / temperature).
@@ -46,7 +46,7 @@ double row_sum_exp(const float* x, std::size_t n, float top, float inverse_tempe
     for (std::size_t i = piece; i < stop; i += kLanes) {
       sum = add(sum, exp(mul(sub(load_row(x, i, n), set1(top)), set1(inverse_temperature))));
     }
-    total += static_cast<double>(sum_lanes(sum));
+    total += static_cast<double>(sum_of(sum));
   }
   return total;
 }
@@ -61,7 +61,7 @@ std::size_t row_above(const float* x, std::size_t first, std::size_t last, float
   std::size_t i = first;
   for (; i + kSkip <= last; i += kSkip) {
     const F top = max(max(load(x + i), load(x + i + 16)), max(load(x + i + 32), load(x + i + 48)));
-    if (!(highest(top) > threshold)) continue;
+    if (!(highest_of(top) > threshold)) continue;
     for (std::size_t j = i; j < i + kSkip; ++j) {
       ids[count] = static_cast<int32_t>(j);
       count += x[j] > threshold;

@@ -39,6 +39,19 @@ OCTAVO_INLINE void unroll(const Body& body) {
 }
 #define OCTAVO_EACH(index) [&](auto index) __attribute__((always_inline))
 
+#if defined(__AVX2__)
+OCTAVO_INLINE float sum_of_eight(__m256 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+OCTAVO_INLINE float highest_of_eight(__m256 a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
+
 #if defined(__AVX512F__)
 
 struct F {
@@ -55,6 +68,7 @@ OCTAVO_INLINE F zero() { return {_mm512_setzero_ps()}; }
 OCTAVO_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
 OCTAVO_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 OCTAVO_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+OCTAVO_INLINE __m256 upper_half(__m512 a) { return _mm512_extractf32x8_ps(a, 1); }
 OCTAVO_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 OCTAVO_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 OCTAVO_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -72,7 +86,15 @@ OCTAVO_INLINE I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest
 OCTAVO_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 OCTAVO_INLINE I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 OCTAVO_INLINE I addi(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+OCTAVO_INLINE I subi(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 OCTAVO_INLINE I maxi(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+// Sum of the lanes by a fixed tree: lane i with lane i + 8, then + 4, + 2, + 1.
+OCTAVO_INLINE float sum_of(F a) { return sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a.v))); }
+OCTAVO_INLINE float highest_of(F a) {  // none may be NaN
+  return highest_of_eight(_mm256_max_ps(_mm512_castps512_ps256(a.v), upper_half(a.v)));
+}
+OCTAVO_INLINE int32_t sum_of(I a) { return _mm512_reduce_add_epi32(a.v); }
+OCTAVO_INLINE int32_t highest_of(I a) { return _mm512_reduce_max_epi32(a.v); }
 OCTAVO_INLINE I shift_left(I a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 OCTAVO_INLINE F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
 OCTAVO_INLINE I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
@@ -149,7 +171,22 @@ OCTAVO_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi
 OCTAVO_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 OCTAVO_INLINE I set1i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 OCTAVO_INLINE I addi(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+OCTAVO_INLINE I subi(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 OCTAVO_INLINE I maxi(I a, I b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+OCTAVO_INLINE float sum_of(F a) { return sum_of_eight(_mm256_add_ps(a.lo, a.hi)); }
+OCTAVO_INLINE float highest_of(F a) { return highest_of_eight(_mm256_max_ps(a.lo, a.hi)); }
+OCTAVO_INLINE int32_t sum_of(I a) {
+  const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+OCTAVO_INLINE int32_t highest_of(I a) {
+  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
 OCTAVO_INLINE I shift_left(I a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
 OCTAVO_INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 OCTAVO_INLINE I as_int(F a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
@@ -277,8 +314,33 @@ OCTAVO_INLINE I addi(I a, I b) {
   return lanes<I>(
       [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
 }
+OCTAVO_INLINE I subi(I a, I b) {
+  return lanes<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i])); });
+}
 OCTAVO_INLINE I maxi(I a, I b) {
   return lanes<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+OCTAVO_INLINE float sum_of(F a) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  }
+  return a.v[0];
+}
+OCTAVO_INLINE float highest_of(F a) {
+  float best = a.v[0];
+  for (float v : a.v) best = v > best ? v : best;
+  return best;
+}
+OCTAVO_INLINE int32_t sum_of(I a) {  // of lanes that do not overflow
+  int32_t sum = 0;
+  for (int32_t v : a.v) sum += v;
+  return sum;
+}
+OCTAVO_INLINE int32_t highest_of(I a) {
+  int32_t best = a.v[0];
+  for (int32_t v : a.v) best = v > best ? v : best;
+  return best;
 }
 OCTAVO_INLINE I shift_left(I a, int n) {
   return lanes<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); });
@@ -331,5 +393,11 @@ OCTAVO_INLINE Q orq(Q a, Q b) {
 }
 
 #endif
+
+OCTAVO_INLINE float float_of_bits(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 }  // namespace octavo::OCTAVO_ISA

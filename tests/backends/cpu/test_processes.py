@@ -324,7 +324,9 @@ def test_engine_after_a_fork_in_the_middle_of_its_work(llm: LLM) -> None:
     session.close()
 
 
-def test_a_stream_in_the_child_of_a_fork_says_so(llm: LLM) -> None:
+def test_a_stream_in_the_child_of_a_fork_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llm._engine.step
+    monkeypatch.setattr(llm._engine, "step", lambda: (time.sleep(0.02), step())[1])  # it is not over before the fork
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     stream = llm.stream({"prompt_token_ids": [5, 6, 7]}, params)
     next(stream)
