@@ -51,7 +51,7 @@ class EngineLoop:
         # holds it, so it must be one that a thread can take twice.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None  # started with the first command
-        self._at_work = threading.RLock()  # held while the engine may be changed
+        self._go_on = threading.Event()  # after a fork
 
     @property
     def thread(self) -> threading.Thread | None:
@@ -165,9 +165,8 @@ class EngineLoop:
         error = EngineClosedError("the engine was closed before the request ended")
         try:
             while self._obey():
-                with self._at_work:
-                    for output in self.engine.step():
-                        self._hand_out(output)
+                for output in self.engine.step():
+                    self._hand_out(output)
         except Exception as failure:
             log.exception("the engine's thread died")
             error = EngineClosedError(f"the engine died: {failure!r}")
@@ -188,8 +187,7 @@ class EngineLoop:
                 return True
             if command is None:
                 return False
-            with self._at_work:
-                command(self.engine)
+            command(self.engine)
 
     def _obey_the_rest(self) -> None:
         """After a failure: whoever has asked for something in the meantime must hear of it and not wait for ever."""
@@ -210,10 +208,23 @@ class EngineLoop:
     # --- forks of the process ---
 
     def _before_fork(self) -> None:
-        self._at_work.acquire()
+        """Hold the engine between two steps."""
+        if self._thread is None or self._closed is not None or threading.current_thread() is self._thread:
+            return
+        held = threading.Event()
+        self._go_on = threading.Event()
+        go_on = self._go_on
+
+        def hold(_: Engine) -> None:
+            held.set()
+            go_on.wait()
+
+        self._commands.put(hold)
+        while not held.wait(0.1) and self._thread.is_alive():
+            pass
 
     def _after_fork_in_parent(self) -> None:
-        self._at_work.release()
+        self._go_on.set()
 
     def _after_fork_in_child(self) -> None:
         """It has none of the parent's threads, and perhaps locks that nobody will open."""
