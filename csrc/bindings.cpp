@@ -79,24 +79,35 @@ std::size_t file_row_bytes(Format format, std::size_t inputs) {
   return 0;
 }
 
-void pack(Machine& machine, Weight& whole, std::size_t index, const PackedRows& rows, std::size_t at) {
-  if (index >= whole.segments.size()) throw nb::index_error("pack: no such part");
-  Weight::Segment& weight = whole.segments[index];
-  if (rows.shape(1) != file_row_bytes(weight.format, whole.inputs))
-    throw nb::value_error("pack: rows have the wrong size");
-  if (at > weight.outputs || rows.shape(0) > weight.outputs - at)
-    throw nb::value_error("pack: rows past the end of the weight");
+// A part of a weight, the file's rows, and the output of the part that they begin at.
+using Packing = std::tuple<Weight*, std::size_t, PackedRows, std::size_t>;
+
+void pack(Machine& machine, const std::vector<Packing>& all) {
+  for (const auto& [whole, index, rows, at] : all) {
+    if (index >= whole->segments.size()) throw nb::index_error("pack: no such part");
+    const Weight::Segment& weight = whole->segments[index];
+    if (rows.shape(1) != file_row_bytes(weight.format, whole->inputs))
+      throw nb::value_error("pack: rows have the wrong size");
+    if (at > weight.outputs || rows.shape(0) > weight.outputs - at)
+      throw nb::value_error("pack: rows past the end of the weight");
+  }
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
-  // Pieces begin at panel edges, so that no two threads write one panel.
-  const std::size_t first_panel = at / kPanel;
-  const std::size_t last_panel = panels_of(at + rows.shape(0));
-  machine.pool.parallel(last_panel - first_panel, 4, [&](std::size_t begin, std::size_t end) {
-    const std::size_t from = std::max((first_panel + begin) * kPanel, at);
-    const std::size_t to = std::min((first_panel + end) * kPanel, at + rows.shape(0));
-    pack_rows(weight.format, rows.data() + (from - at) * rows.shape(1), to - from, rows.shape(1), whole.inputs, from,
-              weight.packed.data());
-  });
+  for (const Packing& one : all) {
+    Weight& whole = *std::get<0>(one);
+    Weight::Segment& weight = whole.segments[std::get<1>(one)];
+    const PackedRows& rows = std::get<2>(one);
+    const std::size_t at = std::get<3>(one);
+    // Pieces begin at panel edges, so that no two threads write one panel.
+    const std::size_t first_panel = at / kPanel;
+    const std::size_t last_panel = panels_of(at + rows.shape(0));
+    machine.pool.parallel(last_panel - first_panel, 4, [&](std::size_t begin, std::size_t end) {
+      const std::size_t from = std::max((first_panel + begin) * kPanel, at);
+      const std::size_t to = std::min((first_panel + end) * kPanel, at + rows.shape(0));
+      pack_rows(weight.format, rows.data() + (from - at) * rows.shape(1), to - from, rows.shape(1), whole.inputs, from,
+                weight.packed.data());
+    });
+  }
 }
 
 void unpack(const Weight& whole, std::size_t index, std::size_t first, const Matrix& out) {
@@ -334,18 +345,14 @@ NB_MODULE(_C, m) {
             new (self) Weight(checked, inputs);
           },
           nb::arg("parts"), nb::arg("inputs"), "`parts`: (format, outputs) of each.")
-      .def(
-          "pack",
-          [](Weight& self, Machine& machine, std::size_t part, const PackedRows& rows, std::size_t at) {
-            pack(machine, self, part, rows, at);
-          },
-          nb::arg("machine"), nb::arg("part"), nb::arg("rows").noconvert(), nb::arg("at"),
-          "Pack rows as the file has them, uint8 [n, bytes], at output `at` of a part.")
       .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out").noconvert(),
            "The values of a part's outputs from `first` on, into float32 [n, inputs].")
       .def_prop_ro("inputs", [](const Weight& weight) { return weight.inputs; })
       .def_prop_ro("outputs", [](const Weight& weight) { return weight.outputs; })
       .def_prop_ro("nbytes", &Weight::nbytes);
+  m.def("pack", &pack, nb::arg("machine"), nb::arg("all").noconvert(),
+        "Pack rows as files have them: (weight, part, uint8 rows [n, bytes], output of the part that they begin at) of "
+        "each.");
   nb::class_<KVLayer>(m, "KVLayer", "K and V of one layer, all blocks.")
       .def(
           "__init__",

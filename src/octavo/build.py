@@ -70,12 +70,12 @@ def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
         ops = _make_ops(config, model_config)
         plan = _plan(config, model_config, file, ops, max_model_len)
         log.info("%s", plan)
-        with ThreadPoolExecutor(1) as beside:  # while the weights are packed, which takes about as long
-            codec = beside.submit(_read_tokenizer, file, path)
-            loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-            model = model_class(model_config.architecture)(model_config, loader)
-            loader.finish()
-            tokenizer = codec.result()
+        loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+        model = model_class(model_config.architecture)(model_config, loader)
+        with ThreadPoolExecutor(1) as beside:
+            packed = beside.submit(loader.finish)
+            tokenizer = _read_tokenizer(file, path)  # takes about as long
+            packed.result()
     runner = ModelRunner(
         model,
         ops,

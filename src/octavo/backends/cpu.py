@@ -90,6 +90,7 @@ class CpuOps:
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
+        self._deferred: list[tuple[_C.Weight, int, NDArray[np.uint8], int]] | None = None  # what is still to be packed
 
     @property
     def identity(self) -> str:
@@ -146,13 +147,27 @@ class CpuOps:
 
     def _pack(self, packed: _C.Weight, segment: int, tensor: RawTensor, at: int) -> None:
         if self._format(tensor) == tensor.dtype.name:
-            packed.pack(self.machine, segment, np.ascontiguousarray(tensor.data), at)
+            packing = (packed, segment, np.ascontiguousarray(tensor.data), at)
+            if self._deferred is None:
+                _C.pack(self.machine, [packing])
+            else:
+                self._deferred.append(packing)
             return
         outputs, inputs = tensor.shape
         step = max(_PACK_BYTES // (4 * inputs), 1)
         for first in range(0, outputs, step):
             rows = tensor.dequantize(slice(first, min(first + step, outputs)))
-            packed.pack(self.machine, segment, rows.view(np.uint8), at + first)
+            _C.pack(self.machine, [(packed, segment, rows.view(np.uint8), at + first)])
+
+    def defer_packing(self) -> Callable[[], None]:
+        deferred = self._deferred = []
+
+        def pack() -> None:  # in one call, which leaves the interpreter to other threads all the while
+            self._deferred = None
+            _C.pack(self.machine, deferred)
+            deferred.clear()
+
+        return pack
 
     def embedding_weight(self, tensor: RawTensor) -> CpuWeight:
         return self.linear_weight([tensor])

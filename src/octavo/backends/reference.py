@@ -74,6 +74,9 @@ class ReferenceOps:
         matrix = matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
         return Linear(matrix, tuple(len(m) for m in matrices))
 
+    def defer_packing(self) -> Callable[[], None]:
+        return lambda: None
+
     def embedding_weight(self, tensor: RawTensor) -> Linear:
         return self.linear_weight([tensor])
 

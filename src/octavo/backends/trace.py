@@ -77,6 +77,9 @@ class TraceOps:
         names = tuple(part.name for part in parts)
         return TraceWeight(names, (sum(outputs), parts[0].shape[1]), sum(part.nbytes for part in parts), outputs)
 
+    def defer_packing(self) -> Callable[[], None]:
+        return lambda: None
+
     def embedding_weight(self, tensor: RawTensor) -> TraceWeight:
         return self.linear_weight([tensor])
 

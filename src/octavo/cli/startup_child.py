@@ -34,9 +34,6 @@ def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Cal
 
 
 def main(file_descriptor: int, arguments: list[str]) -> int:
-    import octavo.async_llm
-    import octavo.cli.answering
-    import octavo.cli.run  # noqa: F401 - with the two above everything that an answer needs, but for the backend
     from octavo import build
     from octavo.cli.main import main as command_line
     from octavo.runner.model_runner import ModelRunner
@@ -48,7 +45,7 @@ def main(file_descriptor: int, arguments: list[str]) -> int:
     build.open_weights = timed("index", build.open_weights)
     Tokenizer.from_gguf = timed("tokenizer", Tokenizer.from_gguf)  # type: ignore[method-assign]
     Tokenizer.from_directory = timed("tokenizer", Tokenizer.from_directory)  # type: ignore[method-assign]
-    # From the loader being made to its last check, everything is packed.
+    # From the loader being made until everything is packed, which is partly beside the tokenizer.
     FileWeights.__init__ = timed("weights", FileWeights.__init__)  # type: ignore[method-assign]
     FileWeights.finish = timed("weights", FileWeights.finish)  # type: ignore[method-assign]
     run = ModelRunner.run

@@ -103,6 +103,11 @@ class Ops(Protocol):
         """Pack matrices [out_i, in] that share their input into one handle; its outputs are the parts' side by side."""
         ...
 
+    def defer_packing(self) -> Callable[[], None]:
+        """Give weights from here on to the function that comes back, which packs them all: call it once, in any thread,
+        before a weight is used and while the tensors' file is open."""
+        ...
+
     def embedding_weight(self, tensor: RawTensor) -> Weight:
         """Pack an embedding [vocab, hidden]. The handle serves `embed`, and `linear` where embeddings are tied."""
         ...

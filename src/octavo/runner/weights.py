@@ -55,6 +55,7 @@ class FileWeights:
         self._tensors = tensors
         self._gguf = gguf
         self._unused = set(tensors)
+        self._pack = ops.defer_packing()
         self._prefix = next((p for p in _HF_PREFIXES if f"{p}embed_tokens.weight" in tensors), "model.")
 
     # --- what models call ---
@@ -74,7 +75,10 @@ class FileWeights:
     # --- files ---
 
     def finish(self) -> None:
-        """Raises ModelFormatError when the file holds weights that the model did not ask for: they would change it."""
+        """The model has taken all it wants: pack that. May run beside other work, while the file is open.
+
+        Raises ModelFormatError when the file holds weights that the model did not ask for: they would change it.
+        """
         tied = {self._file_name("lm_head")} if self._config.tie_embeddings else set()
         left = sorted(name for name in self._unused - tied if not _IGNORED.fullmatch(name))
         if left:
@@ -82,6 +86,7 @@ class FileWeights:
             raise ModelFormatError(
                 self._path, "tensors", f"hold weights that a {self._config.architecture} model does not have: {shown}"
             )
+        self._pack()
 
     def _take(self, name: str) -> RawTensor:
         file_name = self._file_name(name)

@@ -189,7 +189,7 @@ def test_packing_outside(ops: CpuOps) -> None:
         (0, rows.view(np.int8), 0, TypeError),
     ):
         with pytest.raises(error):
-            weight.pack(ops.machine, part, data, at)
+            _C.pack(ops.machine, [(weight, part, data, at)])
     for part, first, shape, error in ((1, 0, (1, 64), IndexError), (0, 20, (1, 64), ValueError)):
         with pytest.raises(error):
             weight.unpack(part, first, np.empty(shape, F32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from octavo import _C
 from octavo.backends import cpu
 from octavo.backends.cpu import FORMATS, CpuOps
 from octavo.formats import QuantType, RawTensor
-from tests.backends.cpu.harness import FLOATS, array, bits_equal, granularity, random_tensor, unpacked
+from tests.backends.cpu.harness import FLOATS, array, bits_equal, granularity, random_tensor, run_linear, unpacked
 
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x7D55, 0x3C00], np.uint16
@@ -83,7 +85,7 @@ def test_packed_in_any_pieces(ops: CpuOps, name: str) -> None:
     packed = _C.Weight([(name, 150)], 256)
     at = 0
     for rows in (1, 14, 2, 16, 30, 87):
-        packed.pack(ops.machine, 0, np.ascontiguousarray(tensor.data[at : at + rows]), at)
+        _C.pack(ops.machine, [(packed, 0, np.ascontiguousarray(tensor.data[at : at + rows]), at)])
         at += rows
     assert at == 150
     bits_equal(unpacked(packed, 0, 0, 150, 256), tensor.dequantize())
@@ -121,3 +123,20 @@ def test_vectors(ops: CpuOps) -> None:
     tensor = RawTensor("n", (48,), QuantType.F32, array(48).view(np.uint8).reshape(1, -1))
     np.testing.assert_array_equal(ops.vector_weight(tensor, 1.0), tensor.dequantize() + np.float32(1))
     assert ops.weight_nbytes(tensor) == 48 * 4
+
+
+def test_deferred_packing_is_the_same() -> None:
+    """Weights noted first and packed at once, in another thread, as when a model is loaded."""
+    ops = CpuOps(threads=2)
+    tensors = [random_tensor(name, 96, 256) for name in ("Q4_1", "Q8_0", "F16")]
+    expected = [ops.linear_weight([tensor]) for tensor in tensors]
+    pack = ops.defer_packing()
+    weights = [ops.linear_weight([tensor]) for tensor in tensors]
+    thread = threading.Thread(target=pack)
+    thread.start()
+    thread.join()
+    later = ops.linear_weight([tensors[0]])
+    x = array(3, 256)
+    for weight, one in zip([*weights, later], [*expected, expected[0]], strict=True):
+        bits_equal(run_linear(ops, weight, x), run_linear(ops, one, x))
+        assert np.any(run_linear(ops, weight, x))
