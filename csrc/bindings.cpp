@@ -8,6 +8,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "cpu/graph.h"
 #include "cpu/sampling.h"
 
@@ -263,6 +265,33 @@ nb::list decode_strings(const FileBytes& file, const Offsets& starts, const Offs
   return strings;
 }
 
+// Each string as the two around its only space; None if one is not of that form or not UTF-8, for somebody else to say
+// what is wrong.
+nb::object decode_pairs(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
+  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_pairs: a start and an end for each string");
+  nb::list pairs;
+  for (std::size_t i = 0; i < starts.shape(0); ++i) {
+    const int64_t from = starts.data()[i];
+    const int64_t to = ends.data()[i];
+    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
+      throw nb::index_error("decode_pairs: outside the file");
+    }
+    const char* begin = reinterpret_cast<const char*>(file.data()) + from;
+    const char* end = begin + (to - from);
+    const char* space = std::find(begin, end, ' ');
+    if (space == begin || space + 1 >= end || std::find(space + 1, end, ' ') != end) return nb::none();
+    PyObject* left = PyUnicode_DecodeUTF8(begin, space - begin, "strict");
+    PyObject* right = left == nullptr ? nullptr : PyUnicode_DecodeUTF8(space + 1, end - space - 1, "strict");
+    if (right == nullptr) {
+      Py_XDECREF(left);
+      PyErr_Clear();
+      return nb::none();
+    }
+    pairs.append(nb::make_tuple(nb::steal(left), nb::steal(right)));
+  }
+  return pairs;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
 #if defined(OCTAVO_X86)
@@ -314,6 +343,7 @@ NB_MODULE(_C, m) {
   m.def("locate_strings", &locate_strings, nb::arg("file"), nb::arg("start"), nb::arg("end"),
         nb::arg("starts").noconvert(), "Fill `starts` with offsets; (how many were found, where the next one begins).");
   m.def("decode_strings", &decode_strings, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
+  m.def("decode_pairs", &decode_pairs, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def(
       "row_greatest",
       [](const Machine& machine, const Floats& row) { return greatest(machine.kernels, row.data(), size_of(row)); },

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo._C import decode_strings
+from octavo._C import decode_pairs, decode_strings
 from octavo._C import locate_strings as _locate
 from octavo.core.errors import ModelFormatError
 
@@ -69,6 +69,11 @@ class StringArray(Sequence[str]):
         """All strings, decoded."""
         file = np.frombuffer(self._buffer, np.uint8)
         return decode_strings(file, np.ascontiguousarray(self._starts), np.ascontiguousarray(self._ends))
+
+    def to_pairs(self) -> list[tuple[str, str]] | None:
+        """All strings, each as the two around its only space; None if one is not of that form or not UTF-8."""
+        file = np.frombuffer(self._buffer, np.uint8)
+        return decode_pairs(file, np.ascontiguousarray(self._starts), np.ascontiguousarray(self._ends))
 
     def to_bytes_list(self) -> list[bytes]:
         """The bytes of all strings."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.hub.home import models_dir
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +95,16 @@ ALIASES: dict[str, Alias] = {
 def find_alias(name: str) -> Alias | None:
     """The alias called `name`, upper and lower case alike; None when there is none."""
     return ALIASES.get(name) or ALIASES.get(name.lower())
+
+
+def alias_path(alias: Alias, *, writable: bool = False) -> Path:
+    """Where the model file of `alias` is, or would be."""
+    return models_dir(writable=writable) / alias.name / alias.file
+
+
+def problem_of(alias: Alias, path: Path) -> str | None:
+    """What is wrong with the file at rest, as far as its size tells; None when nothing is. Cheap."""
+    size = path.stat().st_size
+    if size == alias.num_bytes:
+        return None
+    return f"has {size:,} bytes where {alias.num_bytes:,} are expected"

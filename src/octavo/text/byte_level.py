@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 
@@ -55,7 +55,7 @@ def pre_tokenizer_family(name: str) -> str:
 
 def build_byte_level(
     vocab: dict[str, int],
-    merges: Sequence[str],
+    merges: Sequence[tuple[str, ...]],
     family: str,
     special: Sequence[str],
     user_defined: Sequence[str],
@@ -63,7 +63,7 @@ def build_byte_level(
 ) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer.
 
-    `vocab` maps token text (in the byte alphabet) to id; `merges` are ``"left right"``, best first; `special` and
+    `vocab` maps token text (in the byte alphabet) to id; `merges` are (left, right), best first; `special` and
     `user_defined` are tokens found whole in the text before anything else is done to it.
     Raises ModelFormatError naming ``tokenizer.ggml.merges`` where a merge is malformed or names an absent token.
     """
@@ -72,9 +72,7 @@ def build_byte_level(
     # Llama 3 has tokens that its merges cannot reach: a pre-token that is in the vocabulary is taken whole.
     ignore_merges = family == "llama-bpe"
     try:
-        # The byte alphabet has no white space, so splitting there is exact.
-        pairs: list = list(map(tuple, map(str.split, merges)))
-        model = models.BPE(vocab, pairs, ignore_merges=ignore_merges)
+        model = models.BPE(vocab, cast("list[tuple[str, str]]", merges), ignore_merges=ignore_merges)
     except Exception as error:  # tokenizers raises bare Exception for a token out of vocabulary
         raise ModelFormatError(path, "tokenizer.ggml.merges", _explain(vocab, merges, error)) from None
     tokenizer = Tokenizer(model)
@@ -91,10 +89,10 @@ def build_byte_level(
     return tokenizer
 
 
-def _explain(vocab: dict[str, int], merges: Sequence[str], error: Exception) -> str:
+def _explain(vocab: dict[str, int], merges: Sequence[tuple[str, ...]], error: Exception) -> str:
     """The first merge at fault, in words."""
-    for index, merge in enumerate(merges):
-        pieces = merge.split()
+    for index, pieces in enumerate(merges):
+        merge = " ".join(pieces)
         if len(pieces) != 2:
             return f"merge {index} is {merge!r}; expected two tokens with a space between"
         for token in (*pieces, "".join(pieces)):

@@ -20,7 +20,7 @@ from octavo.text.tokenizer import Tokenizer
 
 KINDS = ("gpt2", "llama")
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types; 1 is normal, 5 unused
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types; 5 is unused
 
 # Control tokens that end a turn or a text, by the names model families give them.
 # fmt: off
@@ -83,6 +83,13 @@ class _Metadata:
             raise self.error(key, f"not valid UTF-8 near {error.object[error.start :][:20]!r}") from None
         return items
 
+    def pairs(self, key: str) -> list[tuple[str, ...]]:
+        """Strings of two parts with a space between, taken apart: as many parts as there are."""
+        value = self.get(key)
+        found = value.to_pairs() if hasattr(value, "to_pairs") else None  # a lazy string array is several times faster
+        # The byte alphabet has no white space, so splitting there is exact.
+        return list(map(tuple, map(str.split, self.strings(key)))) if found is None else found
+
     def numbers(self, key: str, count: int) -> list | None:
         """As many numbers as there are tokens, or None where the key is absent."""
         value = self.get(key)
@@ -132,10 +139,11 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
         raise metadata.error("tokens", "no tokens")
     types = metadata.numbers("token_type", len(tokens))
     ids = {name: metadata.token_id(key, len(tokens)) for name, key in _NAMED_IDS.items()}
-    special = {n for n, t in enumerate(types or ()) if t in (_CONTROL, _UNKNOWN) and tokens[n]}
+    unusual = [(n, t) for n, t in enumerate(types or ()) if t != _NORMAL and tokens[n]]
+    special = {n for n, t in unusual if t in (_CONTROL, _UNKNOWN)}
     named = {name: token_id for name, token_id in ids.items() if token_id is not None and tokens[token_id]}
     special.update(named.values())
-    user_defined = [n for n, t in enumerate(types or ()) if t == _USER_DEFINED and n not in special and tokens[n]]
+    user_defined = [n for n, t in unusual if t == _USER_DEFINED and n not in special]
     named_texts = {name: tokens[token_id] for name, token_id in named.items()}
 
     build = _build_byte_level if kind == "gpt2" else _build_scored
@@ -208,7 +216,7 @@ def _build_byte_level(
     _unknown: int | None,
 ) -> _Built:
     family = pre_tokenizer_family(metadata.string("pre", "default"))
-    merges = metadata.strings("merges")
+    merges = metadata.pairs("merges")
     tokenizer = build_byte_level(
         _vocab(metadata, tokens),
         merges,
