@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import time
@@ -136,6 +138,29 @@ def test_multiprocessing(ops: CpuOps) -> None:
     for process in children:
         process.join(30)
         assert process.exitcode == 0
+
+
+# --- the host's floating-point mode ---
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="modes are numbered for x86-64")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_hosts_rounding_mode_does_not_matter(threads: int) -> None:
+    """A host program may round upward: the results are those of rounding to nearest, also of threads that are started
+    meanwhile, and the program's own mode is left as it was."""
+    library, upward = ctypes.CDLL("libm.so.6"), 0x800
+    weights = [CpuOps(threads=1).linear_weight([random_tensor(name, 640, 256)]) for name in ("Q4_1", "F32")]
+    expected = [compute(CpuOps(threads=1), weight) for weight in weights]
+    ops = CpuOps(threads=threads)
+    assert library.fesetround(upward) == 0
+    try:
+        found = [compute(ops, weight) for weight in weights]
+        mode = library.fegetround()
+    finally:
+        library.fesetround(0)
+    assert mode == upward
+    for one, other in zip(found, expected, strict=True):
+        bits_equal(one, other)
 
 
 # --- threads of the host ---

@@ -3,64 +3,55 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.backends.cpu.other_build import OtherBuild
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-FILES = ("packing", "linear", "rows", "attention", "attention_bits", "errors", "processes")
+FILES = "packing linear rows sampling attention attention_bits attention_shared errors processes".split()
 SKIPPED = "idle or torch or host or real or python_goes_on"  # by time or with libraries that clash with the sanitizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def library(file: str) -> str:
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={file}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package octavo, its extension built anew: some five minutes."""
-    nanobind = pytest.importorskip("nanobind")
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("no CMake or no C++ compiler")
-    folder = tmp_path_factory.mktemp("sanitized")
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DOCTAVO_SANITIZE=ON", f"-Dnanobind_DIR={nanobind.cmake_dir()}"]
-    options.append(f"-DPython_EXECUTABLE={sys.executable}")
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder / "build", *options], check=True)
-    subprocess.run(["cmake", "--build", folder / "build", "--parallel", "2"], check=True)
-    shutil.copytree(ROOT / "src" / "octavo", folder / "octavo", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
-    (library,) = (folder / "build").glob("_C*.so")
-    shutil.copy(library, folder / "octavo")
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", FILES)
-def test_sanitized(package: Path, name: str) -> None:
-    """Guards against reads and writes outside of what was allocated, and what C++ leaves undefined."""
-
-    def library(file: str) -> str:
-        compiler = os.environ.get("CXX", "c++")
-        return subprocess.run(
-            [compiler, f"-print-file-name={file}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    environment = os.environ | {
-        "PYTHONPATH": str(package),
+def environment() -> dict[str, str]:
+    return {
         "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so"))),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--timeout",
-        "3000",
-        "-k",
-        f"not ({SKIPPED})",
-    ]
-    run = subprocess.run([*command, str(HERE / f"test_{name}.py")], env=environment, cwd=ROOT, check=False)
-    assert run.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> OtherBuild:
+    """Some five minutes."""
+    return OtherBuild(tmp_path_factory.mktemp("sanitized"), options=["-DOCTAVO_SANITIZE=ON"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sanitized(sanitized: OtherBuild, environment: dict[str, str], name: str) -> None:
+    """Guards against reads and writes outside of what was allocated, and what C++ leaves undefined."""
+    run = sanitized.test("-k", f"not ({SKIPPED})", HERE / f"test_{name}.py", environment=environment)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+
+
+def test_the_sanitizer_looks(sanitized: OtherBuild, environment: dict[str, str], tmp_path: Path) -> None:
+    """Guards against tests that run on another build than they think: a read past the end must end the process."""
+    test = tmp_path / "test_overflow.py"
+    test.write_text(
+        "import ctypes\n"
+        "def test_overflow():\n"
+        "    ctypes.CDLL(None).malloc.restype = ctypes.c_void_p\n"
+        "    place = ctypes.CDLL(None).malloc(8)\n"
+        "    ctypes.CDLL(None).memcmp(ctypes.c_void_p(place), ctypes.c_void_p(place + 4), 64)\n"
+    )
+    run = sanitized.test(test, environment=environment)
+    assert run.returncode != 0 and "heap-buffer-overflow" in run.stdout + run.stderr
