@@ -12,6 +12,7 @@ See README.md beside this file for how to install the peers. A peer not given, o
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,9 @@ def prompt_ids(call: int, sequence: int, length: int, shared: int) -> list[int]:
     return own if not shared or not sequence else prompt_ids(call, 0, length, 0)[:shared] + own[shared:]
 
 
-# --- engines: each gives run(prompts, new, beams): the prompts, and `new` tokens after the first of each ---
+# --- engines: each gives run(prompts, work): the prompts, and `work.new` tokens after the first of each ---
 
-Run = Callable[[list[list[int]], int, int], None]
+Run = Callable[[list[list[int]], Work], None]
 
 
 class MissingError(Exception):
@@ -80,15 +82,38 @@ def load_octavo(model: str, threads: int) -> Run:
 
     llm = octavo.LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
 
-    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+    def run(prompts: list[list[int]], work: Work) -> None:
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        if not beams:
-            params = octavo.SamplingParams(temperature=0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
-            llm.generate(given, params)
-        elif hasattr(octavo, "BeamSearchParams"):
-            llm.beam_search(given, octavo.BeamSearchParams(beam_width=beams, max_tokens=new + 1, ignore_eos=True))
+        if work.beams:
+            params = octavo.BeamSearchParams(beam_width=work.beams, max_tokens=work.new + 1, ignore_eos=True)
+            llm.beam_search(given, params)
         else:
-            raise MissingError("this version has no beam search")
+            params = octavo.SamplingParams(temperature=0, max_tokens=work.new + 1, ignore_eos=True, detokenize=False)
+            llm.generate(given, params)
+
+    return run
+
+
+def load_beams_by_requests(model: str, threads: int) -> Run:
+    """Beam search as vLLM's `LLM.beam_search` does it, on Octavo's engine: in each step a request of one token for each
+    beam, with the log-probabilities of twice as many tokens as there are beams; the prefix cache carries the KV."""
+    import octavo
+
+    llm = octavo.LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
+
+    def run(prompts: list[list[int]], work: Work) -> None:
+        if not work.beams:
+            raise MissingError("it is a way to search")
+        params = octavo.SamplingParams(max_tokens=1, temperature=0, logprobs=2 * work.beams, detokenize=False)
+        beams = [(0.0, prompts[0])]
+        for _ in range(work.new + 1):
+            outputs = llm.generate([{"prompt_token_ids": tokens} for _, tokens in beams], params)
+            candidates = [
+                (score + entry.logprob, [*tokens, token_id])
+                for (score, tokens), output in zip(beams, outputs, strict=True)
+                for token_id, entry in output.outputs[0].logprobs[0].items()
+            ]
+            beams = sorted(candidates, key=lambda candidate: -candidate[0])[: work.beams]
 
     return run
 
@@ -135,24 +160,58 @@ def load_llama_cpp(model: str, threads: int) -> Run:
             found += [best(i) for i, row in enumerate(rows[first : first + 8192]) if row[3]]
         return found
 
-    held: dict[int, list[int]] = {}  # as its server: a slot keeps its last prompt, slots share nothing
-
-    def run(prompts: list[list[int]], new: int, beams: int) -> None:
-        if beams:
+    def run(prompts: list[list[int]], work: Work) -> None:
+        if work.beams:
             raise MissingError("it has no beam search")
-        memory = llama_cpp.llama_get_memory(context)
-        if not all(held.get(sequence) == prompt for sequence, prompt in enumerate(prompts)):
-            llama_cpp.llama_memory_clear(memory, False)
-            held.clear()
-        rows = []
-        for sequence, prompt in enumerate(prompts):
-            have = len(prompt) - 1 if sequence in held else 0
-            llama_cpp.llama_memory_seq_rm(memory, sequence, have, -1)
-            rows += [(prompt[i], i, sequence, i == len(prompt) - 1) for i in range(have, len(prompt))]
-            held[sequence] = prompt
-        tokens = run_batch(rows)
-        for step in range(new):
-            tokens = run_batch([(tokens[s], len(prompt) + step, s, True) for s, prompt in enumerate(prompts)])
+        if work.shared:
+            raise MissingError("its server shares prefixes: see llama-server")
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        last = len(prompts[0]) - 1
+        tokens = run_batch([(id_, i, s, i == last) for s, prompt in enumerate(prompts) for i, id_ in enumerate(prompt)])
+        for step in range(work.new):
+            tokens = run_batch([(token, last + 1 + step, s, True) for s, token in enumerate(tokens)])
+
+    return run
+
+
+def load_llama_server(model: str, threads: int) -> Run:
+    """llama.cpp's own server, with a slot for each request of a burst; asked over HTTP, all at once."""
+    import socket
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{(port := free.getsockname()[1])}"
+    settings = ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", "16", "--kv-unified"]
+    server = subprocess.Popen(
+        [os.environ["COMPARE_LLAMA_SERVER"], "--model", model, "--port", str(port), *settings, "--ctx-size", "20480"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=None if os.environ.get("COMPARE_VERBOSE") else subprocess.DEVNULL,
+    )
+    atexit.register(server.kill)
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+    for _ in range(600):
+        with suppress(OSError):
+            if ask("/health")["status"] == "ok":
+                break
+        time.sleep(0.1)
+
+    def run(prompts: list[list[int]], work: Work) -> None:
+        if not work.shared:
+            raise MissingError("it is timed with bursts of requests only")
+        body = {"n_predict": work.new + 1, "temperature": 0, "ignore_eos": True, "cache_prompt": True}
+        with ThreadPoolExecutor(len(prompts)) as users:
+            for answer in users.map(lambda prompt: ask("/completion", body | {"prompt": prompt}), prompts):
+                if answer["tokens_predicted"] != work.new + 1:
+                    raise RuntimeError(f"it gave {answer['tokens_predicted']} tokens")
 
     return run
 
@@ -162,18 +221,29 @@ def load_openvino(model: str, threads: int) -> Run:
     import openvino as ov
     import openvino_genai as genai
 
-    single = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
+    pipelines: dict[bool, Any] = {}  # by whether requests share a prefix; each is made when it is needed
 
-    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+    def pipeline(shared: bool) -> Any:
+        if shared not in pipelines:
+            pipelines.clear()
+            settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+            if shared:  # continuous batching with its prefix cache
+                settings["scheduler_config"] = scheduler = genai.SchedulerConfig()
+                scheduler.enable_prefix_caching = True
+                scheduler.max_num_batched_tokens, scheduler.cache_size = 512, 4
+            pipelines[shared] = genai.LLMPipeline(model, "CPU", **settings)
+        return pipelines[shared]
+
+    def run(prompts: list[list[int]], work: Work) -> None:
         config = genai.GenerationConfig()
         config.do_sample, config.ignore_eos = False, True
-        if beams:
-            config.num_beams, config.num_beam_groups, config.num_return_sequences = beams, 1, 1
+        if work.beams:
+            config.num_beams, config.num_beam_groups, config.num_return_sequences = work.beams, 1, 1
             config.stop_criteria = genai.StopCriteria.NEVER
-        config.max_new_tokens = config.min_new_tokens = new + 1
+        config.max_new_tokens = config.min_new_tokens = work.new + 1
         ids = np.array(prompts, np.int64)
         inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-        single.generate(inputs, config)
+        pipeline(bool(work.shared)).generate(inputs, config)
 
     return run
 
@@ -186,18 +256,18 @@ def load_transformers(model: str, threads: int) -> Run:
     path = Path(model)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    def run(prompts: list[list[int]], new: int, beams: int) -> None:
+    def run(prompts: list[list[int]], work: Work) -> None:
         ids = torch.tensor(prompts)
         with torch.no_grad():
             loaded.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new + 1,
-                min_new_tokens=new + 1,
+                max_new_tokens=work.new + 1,
+                min_new_tokens=work.new + 1,
                 do_sample=False,
-                num_beams=beams or 1,
+                num_beams=work.beams or 1,
                 pad_token_id=0,
-                **({"early_stopping": "never"} if beams else {}),
+                **({"early_stopping": "never"} if work.beams else {}),
             )
 
     return run
@@ -205,25 +275,28 @@ def load_transformers(model: str, threads: int) -> Run:
 
 ENGINES: dict[str, Callable[[str, int], Run]] = {
     "octavo": load_octavo,
+    "vllm-method": load_beams_by_requests,
     "llama.cpp": load_llama_cpp,
+    "llama-server": load_llama_server,
     "openvino": load_openvino,
     "transformers": load_transformers,
 }
 
 
 def serve(engine: str, model: str, threads: int) -> None:
-    """A child: loads one engine, then answers lines of [call, sequences, prompt, new, beams, shared] with seconds or a
-    reason; a call of the same number has the same prompts."""
+    """A child: loads one engine, then answers lines of {call, work} with seconds or a reason; a call of the same number
+    has the same prompts."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes elsewhere
     run = ENGINES[engine](model, threads)
     print("ready", file=output, flush=True)
     for line in sys.stdin:
-        call, sequences, prompt, new, beams, shared = json.loads(line)
-        prompts = [prompt_ids(call, sequence, prompt, shared) for sequence in range(sequences)]
+        asked = json.loads(line)
+        work = Work(**asked["work"])
+        prompts = [prompt_ids(asked["call"], s, work.prompt, work.shared) for s in range(work.sequences)]
         started = time.perf_counter()
         try:
-            run(prompts, new, beams)
+            run(prompts, work)
             answer: float | str = time.perf_counter() - started
         except MissingError as reason:
             answer = str(reason)
@@ -269,11 +342,15 @@ def seconds_to_first_byte(command: list[str]) -> float:
 
 class Child:
     def __init__(self, engine: str, python: str, model: str, threads: int) -> None:
-        command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
-        log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
         self.start = (engine, python, model, threads)
         self.calls = 0
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        environment = dict(os.environ)
+        if engine == "llama-server":  # a program of its own
+            environment["COMPARE_LLAMA_SERVER"], python = python, sys.executable
+        command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
+        log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != "ready":
             raise RuntimeError(f"it does not load with {python}")
@@ -281,7 +358,7 @@ class Child:
     def seconds(self, work: Work, new: int, again: bool = False) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.calls += not again
-        asked = [self.calls, work.sequences, work.prompt, new, work.beams, work.shared]
+        asked = {"call": self.calls, "work": asdict(replace(work, new=new))}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -352,6 +429,14 @@ def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
         print(f"{row['work']:40}{row['unit']:8}{cells}   {ratios}")
 
 
+def processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="alias, or a .gguf file that all engines read")
@@ -368,7 +453,11 @@ def main() -> None:
     from octavo.hub import resolve_model
 
     model = str(resolve_model(args.model))
-    pythons = {"octavo": sys.executable} | dict(peer.split("=", 1) for peer in args.peer)
+    pythons = {"octavo": sys.executable, "vllm-method": sys.executable}
+    pythons |= dict(peer.split("=", 1) for peer in args.peer)
+    works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
+    if not any(work.beams for work in works):
+        del pythons["vllm-method"]
     children: dict[str, Child] = {}
     for name in ENGINES:
         if name not in pythons:
@@ -378,11 +467,10 @@ def main() -> None:
             children[name] = Child(name, pythons[name], model, args.threads)
         except RuntimeError as error:
             print(f"{name}: {error}, skipped", file=sys.stderr)
-    works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
     rows = table([(work, measure(children, work, args.rounds)) for work in works])
     show(rows, [name for name in ENGINES if name in pythons])
     if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
+        machine = {"processor": processor(), "threads": args.threads}
         report = {"date": datetime.now(UTC).isoformat(), "machine": machine, "model": Path(model).name, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
