@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Fills the whole context of the model and reports memory of its own process, in bytes. What imports and the tokenizer
-# take is no part of the plan: it is measured with an engine that has next to no KV, and taken away.
+# Fills the whole context of the model and reports memory of its own process, in bytes. All rows of logits are wanted:
+# the plan has room for the step that needs most. What imports and a tokenizer take is no part of it, and is taken away.
 RUN = """
 import json, sys, threading, time
 from octavo import LLM, SamplingParams
@@ -33,7 +33,7 @@ llm = LLM(path, backend="cpu", threads=2, max_model_len=length, max_num_seqs=1,
           kv_cache_memory_bytes=length // 16 * 30 * 2 * 16 * 3 * 64 * 2)
 mapped = sum(path in line for line in open("/proc/self/maps"))
 token_ids = [i * 31 % 20000 + 1000 for i in range(length - 40)]
-params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, detokenize=False)
+params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0)
 (output,) = llm.generate({"prompt_token_ids": token_ids}, params)
 over.set()
 plan = llm.memory_plan
