@@ -49,9 +49,10 @@ def test_the_sanitizer_looks(sanitized: OtherBuild, environment: dict[str, str],
     test.write_text(
         "import ctypes\n"
         "def test_overflow():\n"
-        "    ctypes.CDLL(None).malloc.restype = ctypes.c_void_p\n"
-        "    place = ctypes.CDLL(None).malloc(8)\n"
-        "    ctypes.CDLL(None).memcmp(ctypes.c_void_p(place), ctypes.c_void_p(place + 4), 64)\n"
+        "    library = ctypes.CDLL(None)\n"
+        "    library.malloc.restype = ctypes.c_void_p\n"
+        "    place = library.malloc(8)\n"
+        "    library.memcmp(ctypes.c_void_p(place), ctypes.c_void_p(place + 4), ctypes.c_size_t(64))\n"
     )
-    run = sanitized.test(test, environment=environment)
+    run = sanitized.test("-s", test, environment=environment)
     assert run.returncode != 0 and "heap-buffer-overflow" in run.stdout + run.stderr
