@@ -319,7 +319,7 @@ for part in llm(prompt, max_tokens=1, temperature=0, stream=True):
 def start_command(engine: str, python: str, model: str, threads: int) -> list[str]:
     if engine == "octavo":
         settings = ["--model", model, "--threads", str(threads), "--max-tokens", "1", "--ignore-eos"]
-        return [python, "-m", "octavo", "run", "--raw", *settings, START_PROMPT]
+        return [str(Path(python).with_name("octavo")), "run", "--raw", *settings, START_PROMPT]
     if engine == "llama.cpp":
         return [python, "-c", LLAMA_CPP_START, model, str(threads), START_PROMPT]
     raise MissingError("its start-up is not timed")

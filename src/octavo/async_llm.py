@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 from octavo.build import build_engine
 from octavo.config import EngineConfig
 from octavo.core.beam_params import BeamSearchParams
-from octavo.core.coordinator import Coordinator
 from octavo.core.errors import RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import SamplingParams
-from octavo.engine import EngineLoop
-from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
-from octavo.session import Door
 
 if TYPE_CHECKING:
     import asyncio
 
     from octavo.async_session import AsyncSession
+    from octavo.core.coordinator import Coordinator
+    from octavo.frontend import ChatPrompt, Messages, Prompt
 
 
 class AsyncLLM:
@@ -37,13 +35,13 @@ class AsyncLLM:
     def __init__(self, model: str | None = None, **config: Any) -> None:
         self.config = EngineConfig.resolve({"model": model, **config})
         built = build_engine(self.config)
-        self._frontend = make_frontend(self.config, built)
-        self.tokenizer = built.codec
+        self._frontend = built.frontend
+        self.tokenizer = built.tokenizer
         self.model_config = built.model_config
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
         self.system_fingerprint = built.system_fingerprint
-        self._loop = EngineLoop(built.engine)
+        self._loop = built.start()
         # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -147,6 +145,7 @@ class AsyncLLM:
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
         """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""
         from octavo.async_session import AsyncSession
+        from octavo.session import Door
 
         coordinator = self._frontend.make_session(seed, priority, cache_salt)
         self._loop.post(lambda engine: engine.add(coordinator))
@@ -156,8 +155,7 @@ class AsyncLLM:
         """See `LLM.explain_cache`."""
         import asyncio
 
-        _, token_ids = await asyncio.to_thread(self._frontend.tokens_of, prompt)
-        salt = cache_salt(prompt)
+        token_ids, salt = await asyncio.to_thread(self._frontend.cache_key, prompt)
         return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.explain_cache(token_ids, salt)))
 
     async def reset_prefix_cache(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from octavo.coordinators import SessionCoordinator
+from octavo.coordinators.session import SessionCoordinator
 from octavo.core.outputs import CompletionOutput, SelectResult
 from octavo.core.params import SamplingParams
 from octavo.frontend import Frontend, Prompt

@@ -1,49 +1,46 @@
-"""The one place where settings become a wired engine."""
+"""The one place where settings become an engine: here the model, its backend and its weights, in `wiring` the rest."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import octavo
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError, OutOfMemoryError
-from octavo.engine import Engine, SchedulerConfig
 from octavo.formats import GGUFFile, open_weights
 from octavo.formats.mapping import ModelFile
 from octavo.hub import resolve_model
-from octavo.kv_cache import KVCacheManager
-from octavo.models import model_class
+from octavo.models import Model, model_class
 from octavo.ops import KVSpec, ModelConfig, Ops
-from octavo.runner.block_files import BlockFiles
-from octavo.runner.fingerprint import fingerprint
 from octavo.runner.gguf_config import config_from_gguf
 from octavo.runner.hf_config import config_from_folder
-from octavo.runner.memory import MemoryPlan, available_memory, plan_memory
-from octavo.runner.model_runner import LocalExecutor, ModelRunner, rows_per_slice
+from octavo.runner.memory import MemoryPlan, available_memory, plan_memory, rows_per_slice
 from octavo.runner.weights import FileWeights
-from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from octavo.core.protocols import Clock
+    from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltEngine:
-    """An engine and what its front ends need to know of it."""
+class LoadedModel:
+    """A model whose weights are in memory, or on their way there."""
 
-    engine: Engine
-    codec: Tokenizer
-    model_config: ModelConfig
-    memory_plan: MemoryPlan
+    path: Path
+    file: ModelFile  # open
+    config: ModelConfig
     max_model_len: int
-    system_fingerprint: str
+    ops: Ops
+    memory_plan: MemoryPlan
+    model: Model
 
 
 def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEngine:
@@ -52,7 +49,11 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
     Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError, ConfigError.
     """
     try:
-        return _build(config, clock)
+        with loading(config) as loaded:
+            # Imported only now: packing leaves the interpreter free, and half of all modules take about as long.
+            from octavo.wiring import wire
+
+            return wire(config, loaded, clock)
     except MemoryError as error:
         if isinstance(error, OutOfMemoryError):
             raise
@@ -62,55 +63,22 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
         ) from None
 
 
-def _build(config: EngineConfig, clock: Clock) -> BuiltEngine:
+@contextmanager
+def loading(config: EngineConfig) -> Iterator[LoadedModel]:
+    """Weights are packed on another thread while the block runs. Only after its end may the model compute."""
     path = resolve_model(config.model)
     with open_weights(path) as file:
         model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
         max_model_len = _max_model_len(config, model_config)
-        ops = _make_ops(config, model_config)
+        ops = make_ops(config, model_config)
         plan = _plan(config, model_config, file, ops, max_model_len)
         log.info("%s", plan)
         loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
         model = model_class(model_config.architecture)(model_config, loader)
         with ThreadPoolExecutor(1) as beside:
             packed = beside.submit(loader.finish)
-            tokenizer = _read_tokenizer(file, path)  # takes about as long
+            yield LoadedModel(path, file, model_config, max_model_len, ops, plan, model)
             packed.result()
-    runner = ModelRunner(
-        model,
-        ops,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        num_layers=model_config.num_layers,
-        vocab_size=model_config.vocab_size,
-    )
-    scheduler = SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.step_tokens,
-        max_chunk_tokens=config.long_prefill_token_threshold,
-        policy=config.scheduling_policy,
-        max_overtakes=config.max_cache_overtakes,
-    )
-    identity = _fingerprint(config, ops, path)
-    tier = None
-    if config.kv_offload_dir is not None:
-        tier = BlockFiles(Path(config.kv_offload_dir).expanduser(), config.kv_offload_bytes, runner.read_block)
-    kv = KVCacheManager(
-        plan.num_blocks,
-        config.block_size,
-        caching=config.enable_prefix_caching,
-        clock=clock,
-        tier=tier,
-        identity=identity,
-    )
-    engine = Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
-    return BuiltEngine(engine, tokenizer, model_config, plan, max_model_len, identity)
-
-
-def _read_tokenizer(file: ModelFile, path: Path) -> Tokenizer:
-    if isinstance(file, GGUFFile):
-        return Tokenizer.from_gguf(file.metadata, file.path)
-    return Tokenizer.from_directory(path)
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -124,12 +92,12 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     return asked
 
 
-def _make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
+def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     """The backend asked for, or the best there is. Raises ConfigError saying what was tried and why each refused."""
     refused: list[str] = []
     for name in ("cpu", "reference") if config.backend == "auto" else (config.backend,):
         try:
-            ops = (_make_cpu if name == "cpu" else _make_reference)(config)
+            ops = (make_cpu if name == "cpu" else make_reference)(config)
             reason = ops.why_not(model)
         except ConfigError as error:
             reason = str(error)
@@ -141,7 +109,7 @@ def _make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     raise ConfigError(f"backend: none fits; {'; '.join(refused)}{advice}")
 
 
-def _make_cpu(config: EngineConfig) -> Ops:
+def make_cpu(config: EngineConfig) -> Ops:
     try:
         from octavo.backends.cpu import CpuOps
     except ImportError as error:
@@ -164,7 +132,7 @@ def _make_cpu(config: EngineConfig) -> Ops:
         raise ConfigError(str(error)) from None
 
 
-def _make_reference(config: EngineConfig) -> Ops:
+def make_reference(config: EngineConfig) -> Ops:
     from octavo.backends.reference import ReferenceOps
 
     dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
@@ -187,8 +155,3 @@ def _plan(config: EngineConfig, model: ModelConfig, file: ModelFile, ops: Ops, m
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
     )
-
-
-def _fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
-    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
-    return "octavo-" + fingerprint(files, octavo.__version__, ops.identity)

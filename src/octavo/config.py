@@ -5,7 +5,6 @@ Precedence: keyword or flag, then environment, then default. An unknown name is 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -78,6 +77,8 @@ class EngineConfig:
         known = {setting.name for setting in fields(cls)}
         for name in given:
             if name not in known:
+                import difflib
+
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; settings are: {', '.join(sorted(known))}"
                 raise ConfigError(f"{name}: unknown setting{hint}")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import index
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from octavo.build import BuiltEngine
-from octavo.config import EngineConfig
-from octavo.coordinators import (
-    BeamCoordinator,
-    CompletionRequest,
-    SamplesCoordinator,
-    SessionCoordinator,
-    SingleCoordinator,
-)
-from octavo.coordinators.generating import GeneratingCoordinator
+from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.single import SingleCoordinator
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -26,6 +18,11 @@ from octavo.core.params import MAX_N, MAX_SEED, SamplingParams, integer
 from octavo.core.protocols import Clock
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.coordinators.beams import BeamCoordinator
+    from octavo.coordinators.generating import GeneratingCoordinator
+    from octavo.coordinators.session import SessionCoordinator
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -66,7 +63,7 @@ class Frontend:
         self._system_fingerprint = system_fingerprint
         self._clock = clock
         # Not to meet an id that a user chose: those look like "request-0" often enough.
-        self._id_prefix = secrets.token_hex(4)
+        self._id_prefix = os.urandom(4).hex()
         self._ids = count()
 
     def make(
@@ -77,12 +74,18 @@ class Frontend:
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
         request = self._request(prompt, params, request_id, priority)
         metrics = RequestMetrics(arrival_time=self._clock())
-        return (SingleCoordinator if params.n == 1 else SamplesCoordinator)(request, metrics)
+        if params.n == 1:
+            return SingleCoordinator(request, metrics)
+        from octavo.coordinators.samples import SamplesCoordinator
+
+        return SamplesCoordinator(request, metrics)
 
     def make_beams(
         self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, priority: int = 0
     ) -> BeamCoordinator:
         """A beam search over one prompt. Raises InvalidRequestError naming the field at fault."""
+        from octavo.coordinators.beams import BeamCoordinator
+
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequestError("params", f"must be BeamSearchParams, not {type(params).__name__}")
         if params.width > self._limits.max_num_seqs:
@@ -132,6 +135,8 @@ class Frontend:
 
     def make_session(self, seed: int | None, priority: int, salt: str | None) -> SessionCoordinator:
         """Raises InvalidRequestError naming the field at fault."""
+        from octavo.coordinators.session import SessionCoordinator
+
         self._check_priority(priority)
         return SessionCoordinator(
             self._new_id("session"),
@@ -271,6 +276,11 @@ class Frontend:
         self._check_length(len(token_ids))
         return text, token_ids
 
+    def cache_key(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        """What a prompt's KV is cached under: token ids and salt. Raises InvalidRequestError."""
+        _, token_ids = self.tokens_of(prompt)
+        return token_ids, cache_salt(prompt)
+
     def _form_of(self, prompt: Prompt) -> tuple[str | None, Any]:
         """(text, None), or the token ids that were given, with their text if that was given too."""
         text: Any = None
@@ -342,7 +352,7 @@ class Frontend:
     def _seed(self, seed: int | None) -> int:
         if seed is not None:
             return seed
-        return self._limits.default_seed if self._limits.default_seed is not None else secrets.randbits(64)
+        return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token ids of each bad word, as it is spelt at the start of a text and after a space."""
@@ -391,15 +401,3 @@ def _check_unicode(field: str, text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise InvalidRequestError(field, f"lone surrogate U+{code:04X} at character {error.start}") from None
-
-
-def make_frontend(config: EngineConfig, built: BuiltEngine) -> Frontend:
-    limits = Limits(
-        vocab_size=built.model_config.vocab_size,
-        max_model_len=built.max_model_len,
-        max_logprobs=config.max_logprobs,
-        max_num_seqs=config.max_num_seqs,
-        default_seed=config.seed,
-        priority_allowed=config.scheduling_policy == "priority",
-    )
-    return Frontend(built.codec, limits, built.system_fingerprint, built.engine.clock)

@@ -6,18 +6,20 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
 from octavo.core.beam_params import BeamSearchParams
-from octavo.core.coordinator import Coordinator
 from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
-from octavo.engine import Engine, EngineLoop
-from octavo.frontend import ChatPrompt, Messages, Prompt, cache_salt, make_frontend
-from octavo.session import Door, Session
+
+if TYPE_CHECKING:
+    from octavo.core.coordinator import Coordinator
+    from octavo.engine import Engine
+    from octavo.frontend import ChatPrompt, Messages, Prompt
+    from octavo.session import Session
 
 Answer = TypeVar("Answer")
 
@@ -38,12 +40,12 @@ class LLM:
     def __init__(self, model: str | None = None, **config: Any) -> None:
         self.config = EngineConfig.resolve({"model": model, **config})
         built = build_engine(self.config)
-        self._frontend = make_frontend(self.config, built)
+        self._frontend = built.frontend
         self._engine = built.engine
-        self._loop = EngineLoop(built.engine)
+        self._loop = built.start()
         # An LLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
-        self.tokenizer = built.codec
+        self.tokenizer = built.tokenizer
         self.model_config = built.model_config
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
@@ -188,6 +190,8 @@ class LLM:
 
         Use it in a ``with`` statement, or close it. Raises InvalidRequestError.
         """
+        from octavo.session import Door, Session
+
         coordinator = self._frontend.make_session(seed, priority, cache_salt)
         self._loop.post(lambda engine: engine.add(coordinator))
         return Session(Door(self, self._loop), self._frontend, coordinator)
@@ -197,8 +201,7 @@ class LLM:
     def explain_cache(self, prompt: Prompt) -> CacheExplanation:
         """How many tokens of a prompt are cached now, the first token that differs and from which request, and when
         and why something that used to be there was evicted. Raises InvalidRequestError."""
-        _, token_ids = self._frontend.tokens_of(prompt)
-        salt = cache_salt(prompt)
+        token_ids, salt = self._frontend.cache_key(prompt)
         return self._ask(lambda engine: engine.explain_cache(token_ids, salt))
 
     def reset_prefix_cache(self) -> int:

@@ -18,8 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
-from octavo.coordinators import SessionCoordinator
-from octavo.coordinators.session import BranchState
+from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
 from octavo.core.outputs import Choice, CompletionOutput, SelectResult
 from octavo.core.params import MAX_N, SamplingParams, integer

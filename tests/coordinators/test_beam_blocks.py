@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from octavo.coordinators import BeamCoordinator, CompletionRequest
+from octavo.coordinators.beams import BeamCoordinator
+from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
 from octavo.core.outputs import RequestMetrics, RequestOutput

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators import CompletionRequest, SamplesCoordinator, SingleCoordinator
+from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.samples import SamplesCoordinator
+from octavo.coordinators.single import SingleCoordinator
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators import CompletionRequest, SessionCoordinator
-from octavo.coordinators.session import BranchState
+from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics

@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.coordinators import CompletionRequest, SamplesCoordinator, SingleCoordinator
+from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.samples import SamplesCoordinator
+from octavo.coordinators.single import SingleCoordinator
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs

@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 
-from octavo.coordinators import BeamCoordinator, CompletionRequest
+from octavo.coordinators.beams import BeamCoordinator
+from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
 from octavo.core.outputs import RequestMetrics

@@ -12,8 +12,7 @@ import pytest
 from octavo import LLM
 from octavo.core.errors import OutOfMemoryError
 from octavo.core.want import NextLogprobs, Sample
-from octavo.runner.memory import available_memory, plan_memory, size
-from octavo.runner.model_runner import rows_per_slice
+from octavo.runner.memory import available_memory, plan_memory, rows_per_slice, size
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -83,16 +84,21 @@ def _combined(deltas: list[RequestOutput], finish_reason: str | None = None) -> 
 def open_model(config: EngineConfig, verbose: int) -> Iterator[Answerer]:
     """The model, loaded; a spinner on a terminal while it loads."""
     from octavo.hub import resolve_model
-    from octavo.llm import LLM
 
+    gc.disable()  # what comes into being here are a hundred thousand objects, and they stay: nothing to look through
     try:
         resolve_model(config.model)  # with its own progress bars, when it has to be fetched
+        from octavo.llm import LLM
+
         with spinner(f"loading {config.model}", shown=not verbose):
             answerer = Answerer(LLM(**asdict(config)), config.model)
     except OSError as error:
         if isinstance(error, OctavoError) or error.filename is None:
             raise
         raise ModelNotFoundError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    finally:
+        gc.freeze()
+        gc.enable()
     try:
         yield answerer
     finally:

@@ -25,9 +25,9 @@ from octavo.observe import utilization
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
 
-# In order. They may overlap where the engine does two things at once; "other" is what no phase covers: settings, the
+# By their beginnings. Weights are packed beside the two behind them; "other" is what no phase covers: settings, the
 # memory plan, KV, the engine's thread, and the way of the first text to stdout.
-PHASES = ("interpreter", "imports", "index", "tokenizer", "weights", "first_step", "other")
+PHASES = ("interpreter", "imports", "index", "weights", "later_imports", "tokenizer", "first_step", "other")
 _TIMEOUT_S = 600
 
 
@@ -101,9 +101,14 @@ def start(flags: list[str], prompt: str) -> dict[str, Any]:
 
 
 def _phases(note: dict[str, Any], began: float, answered: float) -> dict[str, Any]:
-    spans = {name: end - start for name, (start, end) in note["spans"].items()}
-    phases = {"interpreter": note["started"] - began, "imports": note["imported"] - note["started"], **spans}
-    phases["other"] = max(answered - began - sum(phases.values()), 0.0)
+    spans = {name: tuple(span) for name, span in note["spans"].items()}
+    spans |= {"interpreter": (began, note["started"]), "imports": (note["started"], note["imported"])}
+    phases = {name: end - start for name, (start, end) in spans.items()}
+    covered, until = 0.0, began
+    for start, end in sorted(spans.values()):
+        covered += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    phases["other"] = max(answered - began - covered, 0.0)
     return {
         "total": answered - began,
         "phases": {name: phases[name] for name in PHASES},

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from octavo.build import build_engine
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.want import Hidden
-from octavo.frontend import make_frontend
 from octavo.runner.input_batch import rows_with_next
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class EngineDriver:
 
     def __init__(self, config: EngineConfig) -> None:
         self.built = build_engine(config)
-        self._frontend = make_frontend(config, self.built)
+        self._frontend = self.built.frontend
         self._engine = self.built.engine
         self.clock = self._engine.clock
 

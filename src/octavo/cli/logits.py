@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from octavo.formats import GGUFFile, open_weights
 from octavo.models import model_class
 from octavo.ops import Batch
-from octavo.runner.model_runner import rows_per_slice
+from octavo.runner.memory import rows_per_slice
 from octavo.runner.weights import FileWeights
 
 if TYPE_CHECKING:

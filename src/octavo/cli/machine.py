@@ -63,7 +63,7 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     """The backend that an engine of this configuration uses. Raises ConfigError saying why each refused."""
     from octavo import build
 
-    return build._make_ops(config, model)
+    return build.make_ops(config, model)
 
 
 def refusals(config: EngineConfig, model: ModelConfig | None = None) -> dict[str, str | None]:
@@ -72,7 +72,7 @@ def refusals(config: EngineConfig, model: ModelConfig | None = None) -> dict[str
 
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
-        make = build._make_cpu if name == "cpu" else build._make_reference
+        make = build.make_cpu if name == "cpu" else build.make_reference
         try:
             ops = make(replace(config, backend=name))
             reasons[name] = None if model is None else ops.why_not(model)
@@ -91,7 +91,7 @@ def measure(config: EngineConfig, seconds: float = 1.2) -> MachineLimits | None:
     from octavo.runner.memory import available_memory
 
     # Settings that change what is computed, and not how fast the machine is, as the measurement needs them.
-    ops = cast("CpuOps", build._make_cpu(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16)))
+    ops = cast("CpuOps", build.make_cpu(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16)))
     return measure_limits(ops, ops.machine.threads, available_memory(), seconds)
 
 
@@ -109,8 +109,8 @@ def identity(config: EngineConfig, model: ModelConfig) -> dict[str, object]:
 
 def look_at_model(config: EngineConfig) -> dict[str, object]:
     """A model's file, which backends refuse it, and its numeric fingerprint with these settings; no weight is read."""
-    from octavo import build
     from octavo.hub import resolve_model
+    from octavo.wiring import system_fingerprint
 
     path = resolve_model(config.model)
     model = model_config(path)
@@ -121,7 +121,7 @@ def look_at_model(config: EngineConfig) -> dict[str, object]:
         "architecture": model.architecture,
         "refused": refusals(replace(config, backend="auto"), model),
         "computes": ops.identity,
-        "system_fingerprint": build._fingerprint(config, ops, path),
+        "system_fingerprint": system_fingerprint(config, ops, path),
     }
 
 

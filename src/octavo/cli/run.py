@@ -7,7 +7,6 @@ It becomes a user's message in the model's chat template where there is one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -51,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     with open_model(config, args.verbose) as answerer:
         prompt = _prompt_of(answerer.llm, text, args)
         if args.json:
+            import json
+
             output = answerer.ask(prompt, params)
             print(json.dumps(to_json(output, answerer.model)))
         elif params.num_outputs > 1:

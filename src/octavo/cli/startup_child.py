@@ -4,6 +4,8 @@ Writes one JSON object to the file descriptor FD: moments in seconds of the syst
 reads too, so that the time before this line counts as well.
 """
 
+from __future__ import annotations
+
 import time
 
 STARTED = time.monotonic()
@@ -12,8 +14,12 @@ import functools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig
 
 SPANS: dict[str, tuple[float, float]] = {}  # name -> (beginning of the first call, end of the last)
 
@@ -36,26 +42,41 @@ def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Cal
 def main(file_descriptor: int, arguments: list[str]) -> int:
     from octavo import build
     from octavo.cli.main import main as command_line
-    from octavo.runner.model_runner import ModelRunner
     from octavo.runner.weights import FileWeights
-    from octavo.text.tokenizer import Tokenizer
 
     imported = time.monotonic()
     prompt_tokens = 0
     build.open_weights = timed("index", build.open_weights)
-    Tokenizer.from_gguf = timed("tokenizer", Tokenizer.from_gguf)  # type: ignore[method-assign]
-    Tokenizer.from_directory = timed("tokenizer", Tokenizer.from_directory)  # type: ignore[method-assign]
-    # From the loader being made until everything is packed, which is partly beside the tokenizer.
+    # From the loader being made until everything is packed, beside what `second_half` times.
     FileWeights.__init__ = timed("weights", FileWeights.__init__)  # type: ignore[method-assign]
     FileWeights.finish = timed("weights", FileWeights.finish)  # type: ignore[method-assign]
-    run = ModelRunner.run
 
-    def first_step(runner: Any, plan: Any) -> Any:
-        nonlocal prompt_tokens
-        prompt_tokens = prompt_tokens or plan.num_tokens
-        return run(runner, plan)
+    def second_half() -> None:
+        """Imports what `build_engine` imports while weights are packed, and times what it then does."""
+        from octavo import wiring  # noqa: F401
+        from octavo.runner.model_runner import ModelRunner
+        from octavo.text.tokenizer import Tokenizer
 
-    ModelRunner.run = timed("first_step", first_step, once=True)  # type: ignore[method-assign]
+        Tokenizer.from_gguf = timed("tokenizer", Tokenizer.from_gguf)  # type: ignore[method-assign]
+        Tokenizer.from_directory = timed("tokenizer", Tokenizer.from_directory)  # type: ignore[method-assign]
+        run = ModelRunner.run
+
+        def first_step(runner: Any, plan: Any) -> Any:
+            nonlocal prompt_tokens
+            prompt_tokens = prompt_tokens or plan.num_tokens
+            return run(runner, plan)
+
+        ModelRunner.run = timed("first_step", first_step, once=True)  # type: ignore[method-assign]
+
+    loading = build.loading
+
+    @contextmanager
+    def loading_and_timing(config: EngineConfig) -> Iterator[build.LoadedModel]:
+        with loading(config) as loaded:
+            timed("later_imports", second_half)()
+            yield loaded
+
+    build.loading = loading_and_timing
     code = command_line(arguments)
     report = {"started": STARTED, "imported": imported, "spans": SPANS, "prompt_tokens": prompt_tokens}
     with os.fdopen(file_descriptor, "w") as out:

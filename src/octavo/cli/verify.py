@@ -129,7 +129,7 @@ def answers(config: EngineConfig, model: ModelConfig, num_tokens: int) -> Check:
     count = min(num_tokens, context // 4)
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1)
     with EngineDriver(replace(config, max_model_len=min(context, 256), max_num_seqs=4)) as driver:
-        prompts = [driver.built.codec.encode(text)[: context // 2] for text in texts]
+        prompts = [driver.built.tokenizer.encode(text)[: context // 2] for text in texts]
         done = [answer.output for answer in driver.run([(prompt, params) for prompt in prompts])]
     errors = [output.error for output in done if output is not None and output.error is not None]
     outputs = [output.outputs[0] for output in done if output is not None]

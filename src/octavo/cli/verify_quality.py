@@ -87,7 +87,7 @@ def _greedy(
     with EngineDriver(config) as driver:
         prose = "\n\n".join(topics[name] for name in sorted(topics))[:_TEXT_CHARS]
         most = min(driver.built.max_model_len, _LOGITS_BYTES // (4 * vocab_size))
-        text = driver.built.codec.encode(prose)[:most]
+        text = driver.built.tokenizer.encode(prose)[:most]
         room = driver.built.max_model_len - num_tokens
         prompts = [text[first : first + min(count, room)] for first, count in _PROMPTS]
         prompts = [prompt for prompt in prompts if prompt] or [text[:1]]

@@ -16,15 +16,9 @@ from octavo.models import Model
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.runner.input_batch import make_batch, rows_with_next
+from octavo.runner.memory import rows_per_slice
 from octavo.sampling import Sampler
 from octavo.sampling.sampler import SamplingError
-
-LOGITS_SLICE_BYTES = 64 << 20  # logits are made this much at a time, whatever the number of rows
-
-
-def rows_per_slice(vocab_size: int) -> int:
-    """Rows of logits (float32) that are made at a time."""
-    return max(LOGITS_SLICE_BYTES // (4 * vocab_size), 1)
 
 
 class ModelRunner:

@@ -6,10 +6,12 @@ the outcome is that of transformers, which is that of the model's original token
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.text.added_tokens import AddedTokens
@@ -90,17 +92,19 @@ class _Metadata:
         # The byte alphabet has no white space, so splitting there is exact.
         return list(map(tuple, map(str.split, self.strings(key)))) if found is None else found
 
-    def numbers(self, key: str, count: int) -> list | None:
+    def numbers(self, key: str, count: int) -> NDArray[Any] | None:
         """As many numbers as there are tokens, or None where the key is absent."""
         value = self.get(key)
         if value is None:
             return None
-        items = self._list(key, value)
-        if len(items) != count:
-            raise self.error(key, f"{len(items)} entries for {count} tokens")
-        if not set(map(type, items)) <= {int, float}:
-            raise self.error(key, "expected an array of numbers")
-        return items
+        if not (isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"):
+            items = self._list(key, value)
+            if not set(map(type, items)) <= {int, float}:
+                raise self.error(key, "expected an array of numbers")
+            value = np.array(items)
+        if len(value) != count:
+            raise self.error(key, f"{len(value)} entries for {count} tokens")
+        return value
 
     def _list(self, key: str, value: Any) -> list:
         if isinstance(value, (str, bytes)):
@@ -139,7 +143,8 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
         raise metadata.error("tokens", "no tokens")
     types = metadata.numbers("token_type", len(tokens))
     ids = {name: metadata.token_id(key, len(tokens)) for name, key in _NAMED_IDS.items()}
-    unusual = [(n, t) for n, t in enumerate(types or ()) if t != _NORMAL and tokens[n]]
+    # Nearly all tokens are normal ones: these few are the rest.
+    unusual = [] if types is None else [(n, types[n]) for n in np.flatnonzero(types != _NORMAL).tolist() if tokens[n]]
     special = {n for n, t in unusual if t in (_CONTROL, _UNKNOWN)}
     named = {name: token_id for name, token_id in ids.items() if token_id is not None and tokens[token_id]}
     special.update(named.values())
@@ -210,7 +215,7 @@ def _build_byte_level(
     metadata: _Metadata,
     _values: Mapping[str, Any],
     tokens: list[str],
-    _types: list | None,
+    _types: NDArray[Any] | None,
     special: set[int],
     user_defined: list[int],
     _unknown: int | None,
@@ -236,7 +241,7 @@ def _build_scored(
     metadata: _Metadata,
     values: Mapping[str, Any],
     tokens: list[str],
-    types: list | None,
+    types: NDArray[Any] | None,
     special: set[int],
     user_defined: list[int],
     unknown: int | None,
@@ -244,7 +249,7 @@ def _build_scored(
     scores = metadata.numbers("scores", len(tokens))
     if scores is None:
         raise metadata.error("scores", "missing")
-    if not all(map(math.isfinite, scores)):
+    if not np.isfinite(scores).all():
         raise metadata.error("scores", "every score must be finite")
     gemma = str(values.get("general.architecture", "")).startswith("gemma")
     if gemma:
@@ -258,7 +263,7 @@ def _build_scored(
         user_defined = [n for n in user_defined if n not in set(spaces)]
         ranks: Any = range(len(tokens))
     else:
-        ranks = [-score for score in scores]
+        ranks = (-scores).tolist()
     byte_ids = _byte_ids(metadata, tokens, types)
     if byte_ids is None and unknown is None:
         message = "there are neither 256 byte tokens nor a tokenizer.ggml.unknown_token_id: not every text has tokens"
@@ -273,12 +278,11 @@ def _build_scored(
     return encoder.encode, sentencepiece_bytes(frozenset(byte_ids or ())), add_space_prefix, True
 
 
-def _byte_ids(metadata: _Metadata, tokens: list[str], types: list | None) -> list[int] | None:
+def _byte_ids(metadata: _Metadata, tokens: list[str], types: NDArray[Any] | None) -> list[int] | None:
     """The ids of the byte tokens, by byte; None where there are not all 256."""
     by_byte: dict[int, int] = {}
-    for token_id, text in enumerate(tokens):
-        if types is not None and types[token_id] != _BYTE:
-            continue
+    for token_id in range(len(tokens)) if types is None else np.flatnonzero(types == _BYTE).tolist():
+        text = tokens[token_id]
         match = BYTE_TOKEN.fullmatch(text)
         if match:
             by_byte[int(match[1], 16)] = token_id

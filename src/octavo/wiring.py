@@ -1,0 +1,106 @@
+"""The second half of building an engine; see `build`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import octavo
+from octavo.engine import Engine, EngineLoop, SchedulerConfig
+from octavo.formats import GGUFFile
+from octavo.frontend import Frontend, Limits
+from octavo.kv_cache import KVCacheManager
+from octavo.runner.block_files import BlockFiles
+from octavo.runner.fingerprint import fingerprint
+from octavo.runner.model_runner import LocalExecutor, ModelRunner
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.build import LoadedModel
+    from octavo.config import EngineConfig
+    from octavo.core.protocols import Clock
+    from octavo.ops import ModelConfig, Ops
+    from octavo.runner.memory import MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine, and what makes requests for it."""
+
+    engine: Engine
+    frontend: Frontend
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    memory_plan: MemoryPlan
+    max_model_len: int
+    system_fingerprint: str
+
+    def start(self) -> EngineLoop:
+        """A thread that owns the engine from now on."""
+        return EngineLoop(self.engine)
+
+
+def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine:
+    """Everything around a model. Raises ModelFormatError, UnsupportedModelError, ConfigError."""
+    tokenizer = _tokenizer(loaded)
+    identity = system_fingerprint(config, loaded.ops, loaded.path)
+    limits = Limits(
+        vocab_size=loaded.config.vocab_size,
+        max_model_len=loaded.max_model_len,
+        max_logprobs=config.max_logprobs,
+        max_num_seqs=config.max_num_seqs,
+        default_seed=config.seed,
+        priority_allowed=config.scheduling_policy == "priority",
+    )
+    return BuiltEngine(
+        _engine(config, loaded, identity, clock),
+        Frontend(tokenizer, limits, identity, clock),
+        tokenizer,
+        loaded.config,
+        loaded.memory_plan,
+        loaded.max_model_len,
+        identity,
+    )
+
+
+def _tokenizer(loaded: LoadedModel) -> Tokenizer:
+    if isinstance(loaded.file, GGUFFile):
+        return Tokenizer.from_gguf(loaded.file.metadata, loaded.file.path)
+    return Tokenizer.from_directory(loaded.path)
+
+
+def _engine(config: EngineConfig, loaded: LoadedModel, identity: str, clock: Clock) -> Engine:
+    runner = ModelRunner(
+        loaded.model,
+        loaded.ops,
+        num_blocks=loaded.memory_plan.num_blocks,
+        block_size=config.block_size,
+        num_layers=loaded.config.num_layers,
+        vocab_size=loaded.config.vocab_size,
+    )
+    scheduler = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.step_tokens,
+        max_chunk_tokens=config.long_prefill_token_threshold,
+        policy=config.scheduling_policy,
+        max_overtakes=config.max_cache_overtakes,
+    )
+    tier = None
+    if config.kv_offload_dir is not None:
+        tier = BlockFiles(Path(config.kv_offload_dir).expanduser(), config.kv_offload_bytes, runner.read_block)
+    kv = KVCacheManager(
+        loaded.memory_plan.num_blocks,
+        config.block_size,
+        caching=config.enable_prefix_caching,
+        clock=clock,
+        tier=tier,
+        identity=identity,
+    )
+    return Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
+
+
+def system_fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
+    """What answers depend on besides the request: the model's files, this version, and how the backend computes."""
+    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
+    return "octavo-" + fingerprint(files, octavo.__version__, ops.identity)
