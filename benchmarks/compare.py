@@ -216,7 +216,7 @@ def load_llama_server(model: str, threads: int) -> Run:
     return run
 
 
-def load_openvino(model: str, threads: int) -> Run:
+def load_openvino(model: str, threads: int, **more: str) -> Run:
     import numpy as np
     import openvino as ov
     import openvino_genai as genai
@@ -226,7 +226,7 @@ def load_openvino(model: str, threads: int) -> Run:
     def pipeline(shared: bool) -> Any:
         if shared not in pipelines:
             pipelines.clear()
-            settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+            settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, **more}
             if shared:  # continuous batching with its prefix cache
                 settings["scheduler_config"] = scheduler = genai.SchedulerConfig()
                 scheduler.enable_prefix_caching = True
@@ -246,6 +246,11 @@ def load_openvino(model: str, threads: int) -> Run:
         pipeline(bool(work.shared)).generate(inputs, config)
 
     return run
+
+
+def load_openvino_f32(model: str, threads: int) -> Run:
+    """OpenVINO in float32, as it computes by default where the processor has no bfloat16."""
+    return load_openvino(model, threads, INFERENCE_PRECISION_HINT="f32")
 
 
 def load_transformers(model: str, threads: int) -> Run:
@@ -279,6 +284,7 @@ ENGINES: dict[str, Callable[[str, int], Run]] = {
     "llama.cpp": load_llama_cpp,
     "llama-server": load_llama_server,
     "openvino": load_openvino,
+    "openvino-f32": load_openvino_f32,
     "transformers": load_transformers,
 }
 

@@ -45,18 +45,8 @@ struct Floats {
   OCTAVO_INLINE void ahead(std::size_t, std::size_t) const {}
   OCTAVO_INLINE Floats columns(std::size_t c) const { return {p + c, stride}; }
 };
-struct Halves {
-  const uint16_t* p;
-  const uint16_t* next;
-  std::size_t stride;
-  OCTAVO_INLINE F at(std::size_t i, std::size_t c) const { return load_half(p + i * stride + c); }
-  OCTAVO_INLINE void ahead(std::size_t i, std::size_t c) const {
-    if (c % 32 == 0) __builtin_prefetch(next + i * stride + c, 0, 2);
-  }
-  OCTAVO_INLINE Halves columns(std::size_t c) const { return {p + c, next + c, stride}; }
-};
-// Rows whose every 16 columns lie elsewhere: K of a tile, whose keys are in several blocks.
-struct ScatteredHalves {
+// K of a tile, whose keys are in several blocks: every 16 columns lie elsewhere.
+struct HalfKeys {
   const uint16_t* const* p;
   const uint16_t* const* next;
   std::size_t stride;
@@ -64,7 +54,21 @@ struct ScatteredHalves {
   OCTAVO_INLINE void ahead(std::size_t i, std::size_t c) const {
     __builtin_prefetch(next[c / kLanes] + i * stride, 0, 2);
   }
-  OCTAVO_INLINE ScatteredHalves columns(std::size_t c) const { return {p + c / kLanes, next + c / kLanes, stride}; }
+  OCTAVO_INLINE HalfKeys columns(std::size_t c) const { return {p + c / kLanes, next + c / kLanes, stride}; }
+};
+// V of a tile: every 16 rows lie elsewhere.
+struct HalfValues {
+  const uint16_t* const* p;
+  const uint16_t* const* next;
+  std::size_t stride;
+  std::size_t column = 0;
+  OCTAVO_INLINE F at(std::size_t i, std::size_t c) const {
+    return load_half(p[i / kLanes] + i % kLanes * stride + column + c);
+  }
+  OCTAVO_INLINE void ahead(std::size_t i, std::size_t c) const {
+    if (c % 32 == 0) __builtin_prefetch(next[i / kLanes] + i % kLanes * stride + column + c, 0, 2);
+  }
+  OCTAVO_INLINE HalfValues columns(std::size_t c) const { return {p, next, stride, column + c}; }
 };
 
 // C[q][0 .. 16 * Chunks) (+)= sum over i in [begin, end), ascending, of a[q][i] * B[i].
@@ -191,10 +195,12 @@ struct TileReader {
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
       const std::size_t at = offset(tile.start + key);
       const uint8_t* head = kv.k + base(tile.start + key);
-      const F scale = kv.type == KVType::I8 ? scales(head, at) : zero();
-      for (std::size_t d = 0; d < kv.head_dim; ++d) {
-        store(out + d * kTile + key, sixteen(head, d * kv.block_size + at, scale));
-      }
+      each_scaled([&](std::size_t first, std::size_t last) {
+        const F scale = scales(head, first, at);
+        for (std::size_t d = first; d < last; ++d) {
+          store(out + d * kTile + key, sixteen(head, d * kv.block_size + at, scale));
+        }
+      });
     }
   }
   // V of the tile as float32 [64][D].
@@ -203,18 +209,27 @@ struct TileReader {
       const std::size_t slot = slot_of(tile.start + key);
       const std::size_t at = slot % kv.block_size;
       const uint8_t* head = kv.v + base_of(slot / kv.block_size);
-      float scale = 0.0f;
-      if (kv.type == KVType::I8)
-        std::memcpy(&scale, head + kv.block_size * kv.head_dim + at * sizeof(float), sizeof scale);
-      for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
-        store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d, set1(scale)));
-      }
+      each_scaled([&](std::size_t first, std::size_t last) {
+        float scale = 0.0f;
+        if (kv.type == KVType::I8) std::memcpy(&scale, head + kv.scale_at(first, at), sizeof scale);
+        for (std::size_t d = first; d < last; d += kLanes) {
+          store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d, set1(scale)));
+        }
+      });
     }
   }
 
  private:
-  OCTAVO_INLINE F scales(const uint8_t* head, std::size_t at) const {
-    return load(reinterpret_cast<const float*>(head + kv.block_size * kv.head_dim) + at);
+  // Visits the values of a token in runs that share a scale: visit(first, last).
+  template <class Visit>
+  OCTAVO_INLINE void each_scaled(const Visit& visit) const {
+    for (std::size_t first = 0; first < kv.head_dim; first += KVView::kScaled) {
+      visit(first, first + KVView::kScaled < kv.head_dim ? first + KVView::kScaled : kv.head_dim);
+    }
+  }
+  // Of the value d of 16 keys.
+  OCTAVO_INLINE F scales(const uint8_t* head, std::size_t d, std::size_t at) const {
+    return kv.type == KVType::I8 ? load(reinterpret_cast<const float*>(head + kv.scale_at(d, at))) : zero();
   }
   // Key by key; the same values as sixteen at a time.
   void gathered_keys(const Tile& tile, float* out) const {
@@ -225,10 +240,9 @@ struct TileReader {
       const uint8_t* head = kv.k + base_of(slot / kv.block_size);
       // A block has K transposed: 16 keys of one d lie together, of which one is taken.
       const std::size_t lane = at % kLanes;
-      const F scale = kv.type == KVType::I8 ? scales(head, at - lane) : zero();
       for (std::size_t d = 0; d < kv.head_dim; ++d) {
         alignas(64) float lanes[kLanes];
-        store(lanes, sixteen(head, d * kv.block_size + at - lane, scale));
+        store(lanes, sixteen(head, d * kv.block_size + at - lane, scales(head, d, at - lane)));
         out[d * kTile + key] = lanes[lane];
       }
     }
@@ -340,22 +354,26 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
     a[i] = queries[i].q;
     c[i] = scores + i * kTile;
   }
+  // Of each 16 keys, here and a tile further on. 16 keys never lie in two blocks.
+  const uint16_t *k[kChunks], *next_k[kChunks], *v[kChunks], *next_v[kChunks];
   if constexpr (Convert) {
     reader.keys(tile, keys);
     product_all(a, count, Floats{keys, kTile}, 0, dim, false, c, 0, tile.lanes);
   } else {
-    const uint16_t* chunks[kChunks];
-    const uint16_t* next[kChunks];
-    for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
-      const std::size_t position = tile.start + key;
+    for (std::size_t chunk = 0; chunk < tile.lanes / kLanes; ++chunk) {
+      const std::size_t position = tile.start + chunk * kLanes;
       const std::size_t at = reader.offset(position);
-      chunks[key / kLanes] = reader.halves(piece.kv.k, reader.base(position)) + at;
-      next[key / kLanes] =
-          reader.halves(piece.kv.k, reader.base_after(position, first_tile * kTile, last_position)) + at;
+      const std::size_t here = reader.base(position);
+      const std::size_t then = reader.base_after(position, first_tile * kTile, last_position);
+      k[chunk] = reader.halves(piece.kv.k, here) + at;
+      next_k[chunk] = reader.halves(piece.kv.k, then) + at;
+      v[chunk] = reader.halves(piece.kv.v, here) + at * dim;
+      next_v[chunk] = reader.halves(piece.kv.v, then) + at * dim;
     }
-    product_all(a, count, ScatteredHalves{chunks, next, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
+    product_all(a, count, HalfKeys{k, next_k, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
   }
   std::size_t common_first = 0;
+  std::size_t lowest_first = SIZE_MAX;
   std::size_t common_last = tile.keys;
   for (std::size_t i = 0; i < count; ++i) {
     std::size_t first, last;
@@ -367,6 +385,7 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
     std::fill(c[i] + tile.lanes, c[i] + kTile, 0.0f);
     soften(c[i], first, last, piece.scale, queries[i].tile);
     common_first = std::max(common_first, first);
+    lowest_first = std::min(lowest_first, first);
     common_last = std::min(common_last, last);
   }
   for (std::size_t i = 0; i < count; ++i) {
@@ -378,35 +397,28 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
     if constexpr (Convert) {
       product_all(a + from, queries_here, Floats{values, dim}, begin, end, go_on, c + from, 0, dim);
     } else {
-      for (std::size_t key = begin; key < end;) {
-        const std::size_t position = tile.start + key;
-        const std::size_t at = reader.offset(position);
-        const std::size_t run = std::min(piece.kv.block_size - at, end - key);
-        // Row i of the product is key i: move the base so that key `key` lies at its place in the block.
-        const std::size_t then = reader.base_after(position, first_tile * kTile, last_position);
-        const Halves rows{reader.halves(piece.kv.v, reader.base(position)) + at * dim - key * dim,
-                          reader.halves(piece.kv.v, then) + at * dim - key * dim, dim};
-        product_all(a + from, queries_here, rows, key, key + run, go_on || key > begin, c + from, 0, dim);
-        key += run;
-      }
+      product_all(a + from, queries_here, HalfValues{v, next_v, dim}, begin, end, go_on, c + from, 0, dim);
     }
   };
   if constexpr (Convert) reader.values(tile, values);
   const bool together = common_first < common_last;
-  for (std::size_t i = 0; i < count; ++i) {
-    std::size_t first, last;
-    seen(queries[i], tile, first, last);
-    if (first >= last) continue;
-    if (!together) {
-      span(i, 1, first, last, false);
-    } else if (first < common_first) {
-      span(i, 1, first, common_first, false);
-    } else {
-      std::fill(c[i], c[i] + dim, 0.0f);
+  const bool go_on = together && common_first > lowest_first;
+  if (!together || go_on) {
+    for (std::size_t i = 0; i < count; ++i) {
+      std::size_t first, last;
+      seen(queries[i], tile, first, last);
+      if (first >= last) continue;
+      if (!together) {
+        span(i, 1, first, last, false);
+      } else if (first < common_first) {
+        span(i, 1, first, common_first, false);
+      } else {
+        std::fill(c[i], c[i] + dim, 0.0f);
+      }
     }
   }
   if (!together) return;
-  span(0, count, common_first, common_last, true);
+  span(0, count, common_first, common_last, go_on);
   for (std::size_t i = 0; i < count; ++i) {
     std::size_t first, last;
     seen(queries[i], tile, first, last);
@@ -423,7 +435,7 @@ void attention(const AttentionPiece& piece, float* scratch) {
   float* scores = values + kTile * dim;
   float* states = scores + kRowBlock * group * kTile;
   float* tile_states = states + kRowBlock * group * size;
-  const TileReader reader{piece.kv,   piece.block_table, piece.kv_head, kv_head_bytes(piece.kv),
+  const TileReader reader{piece.kv,   piece.block_table, piece.kv_head, piece.kv.head_bytes(),
                           piece.tail, piece.tail_start};
   const bool split = piece.last_tile != 0;
   Query queries[kRowBlock * 64];

@@ -68,39 +68,25 @@ void embed(Format format, const uint8_t* packed, std::size_t inputs, std::size_t
 
 // --- K and V as stored ---
 
-// int8 values have a float32 scale for each token, KV head, and K or V, kept behind the block's codes of that head.
-OCTAVO_INLINE std::size_t kv_value_bytes(KVType type) { return type == KVType::F32 ? 4 : type == KVType::F16 ? 2 : 1; }
-
-OCTAVO_INLINE std::size_t kv_head_bytes(const KVView& kv) {
-  const std::size_t values = kv.block_size * kv.head_dim * kv_value_bytes(kv.type);
-  return kv.type == KVType::I8 ? values + kv.block_size * sizeof(float) : values;
-}
-
-// Of float32 and int8.
-OCTAVO_INLINE void put_value(KVType type, uint8_t* base, std::size_t index, float value, float steps) {
-  if (type == KVType::F32) {
-    reinterpret_cast<float*>(base)[index] = value;
-  } else {
-    reinterpret_cast<int8_t*>(base)[index] =
-        steps == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(value * steps));
-  }
-}
-
-// Scale of an int8 row, stored, NaN or infinity if the row has any, so that damage shows; steps_per_unit is given back.
-OCTAVO_INLINE float put_scale(const KVView& kv, uint8_t* base, std::size_t offset, const float* row) {
-  if (kv.type != KVType::I8) return 0.0f;
+// The scale of some int8 values of a token, NaN or infinity if they have any, so that damage shows. Stored at `at`;
+// what to multiply by is given back.
+OCTAVO_INLINE float put_scale(uint8_t* at, const float* values, std::size_t count) {
   float top = 0.0f;
-  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::fabs(row[d]) <= top ? top : std::fabs(row[d]);
-  for (std::size_t d = 0; d < kv.head_dim; ++d) top = std::isnan(row[d]) ? row[d] : top;
+  for (std::size_t d = 0; d < count; ++d) top = std::fabs(values[d]) <= top ? top : std::fabs(values[d]);
+  for (std::size_t d = 0; d < count; ++d) top = std::isnan(values[d]) ? values[d] : top;
   const float scale = top / 127.0f;
-  std::memcpy(base + kv.block_size * kv.head_dim + offset * sizeof(float), &scale, sizeof scale);
+  std::memcpy(at, &scale, sizeof scale);
   return steps_per_unit(top);
+}
+
+OCTAVO_INLINE int8_t kv_code(float value, float steps) {
+  return steps == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(value * steps));
 }
 
 void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot) {
   const std::size_t block = static_cast<std::size_t>(slot) / kv.block_size;
   const std::size_t offset = static_cast<std::size_t>(slot) % kv.block_size;
-  const std::size_t head = (block * kv.kv_heads + kv_head) * kv_head_bytes(kv);
+  const std::size_t head = (block * kv.kv_heads + kv_head) * kv.head_bytes();
   if (kv.type == KVType::F16) {
     auto* keys = reinterpret_cast<uint16_t*>(kv.k + head) + offset;
     auto* values = reinterpret_cast<uint16_t*>(kv.v + head) + offset * kv.head_dim;
@@ -112,11 +98,22 @@ void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_h
     }
     return;
   }
-  const float k_steps = put_scale(kv, kv.k + head, offset, k);
-  const float v_steps = put_scale(kv, kv.v + head, offset, v);
-  for (std::size_t d = 0; d < kv.head_dim; ++d) {
-    put_value(kv.type, kv.k + head, d * kv.block_size + offset, k[d], k_steps);
-    put_value(kv.type, kv.v + head, offset * kv.head_dim + d, v[d], v_steps);
+  if (kv.type == KVType::F32) {
+    auto* keys = reinterpret_cast<float*>(kv.k + head) + offset;
+    for (std::size_t d = 0; d < kv.head_dim; ++d) keys[d * kv.block_size] = k[d];
+    std::memcpy(reinterpret_cast<float*>(kv.v + head) + offset * kv.head_dim, v, kv.head_dim * sizeof(float));
+    return;
+  }
+  auto* keys = reinterpret_cast<int8_t*>(kv.k + head) + offset;
+  auto* values = reinterpret_cast<int8_t*>(kv.v + head) + offset * kv.head_dim;
+  for (std::size_t first = 0; first < kv.head_dim; first += KVView::kScaled) {
+    const std::size_t count = std::min(KVView::kScaled, kv.head_dim - first);
+    const float k_steps = put_scale(kv.k + head + kv.scale_at(first, offset), k + first, count);
+    const float v_steps = put_scale(kv.v + head + kv.scale_at(first, offset), v + first, count);
+    for (std::size_t d = first; d < first + count; ++d) {
+      keys[d * kv.block_size] = kv_code(k[d], k_steps);
+      values[d] = kv_code(v[d], v_steps);
+    }
   }
 }
 

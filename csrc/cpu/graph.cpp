@@ -68,17 +68,7 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   view.v = v.data();
 }
 
-std::size_t KVLayer::block_bytes() const {
-  const std::size_t values = view.block_size * view.head_dim;
-  switch (view.type) {
-    case KVType::F32:
-      return view.kv_heads * values * 4;
-    case KVType::F16:
-      return view.kv_heads * values * 2;
-    default:
-      return view.kv_heads * (values + view.block_size * sizeof(float));
-  }
-}
+std::size_t KVLayer::block_bytes() const { return view.kv_heads * view.head_bytes(); }
 
 // --- recording ---
 

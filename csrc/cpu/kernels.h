@@ -35,12 +35,26 @@ struct LinearPiece {
   std::size_t stride;
 };
 
-// K and V of one layer. A block holds, for each KV head, K transposed [D, block_size] and V [block_size, D].
+// K and V of one layer. A block holds, for each KV head, K transposed [D, block_size] and V [block_size, D]. int8 codes
+// of a head have float32 scales behind them: [groups of 32 values of a token, the last one maybe shorter, block_size].
 struct KVView {
   KVType type;
   uint8_t* k;
   uint8_t* v;
   std::size_t kv_heads, head_dim, block_size;
+
+  static constexpr std::size_t kScaled = 32;  // values that share a scale
+
+  std::size_t head_bytes() const {  // of K or V
+    const std::size_t values = block_size * head_dim;
+    if (type == KVType::F32) return 4 * values;
+    if (type == KVType::F16) return 2 * values;
+    return values + (head_dim + kScaled - 1) / kScaled * block_size * sizeof(float);
+  }
+  // Where the scale of the value d of a token lies, from the head's first byte on.
+  std::size_t scale_at(std::size_t d, std::size_t offset) const {
+    return block_size * head_dim + (d / kScaled * block_size + offset) * sizeof(float);
+  }
 };
 
 struct AttentionPiece {

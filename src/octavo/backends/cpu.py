@@ -24,6 +24,7 @@ from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeCo
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _PANEL = 16  # outputs that are packed together, and lanes of a vector
+_KV_GROUP = 32  # values of an int8 K or V that share a scale
 _MAX_HEAD_DIM = 1024
 _MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
@@ -113,7 +114,7 @@ class CpuOps:
         return -(-outputs // _PANEL) * _C.panel_bytes(self._format(tensor), inputs)
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
-        scale_bytes = 4 if self.kv_dtype == "int8" else 0
+        scale_bytes = 4 * math.ceil(spec.head_dim / _KV_GROUP) if self.kv_dtype == "int8" else 0
         return 2 * num_tokens * spec.num_kv_heads * (spec.head_dim * KV_BYTES[self.kv_dtype] + scale_bytes)
 
     def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:

@@ -209,5 +209,11 @@ def as_stored(values: Floats, kv_dtype: str) -> Floats:
         return values
     if kv_dtype == "float16":
         return values.astype(np.float16).astype(np.float32)
+    parts = np.split(values, range(32, values.shape[-1], 32), axis=-1)
+    return np.concatenate([_as_codes(part) for part in parts], axis=-1)
+
+
+def _as_codes(values: Floats) -> Floats:
+    """What codes with one scale keep of [.., n] values."""
     top = np.abs(values).max(axis=-1, keepdims=True)
     return np.rint(values * (np.float32(127) / top)) * (top / np.float32(127))

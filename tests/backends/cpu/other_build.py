@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import nanobind
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,6 @@ class OtherBuild:
     """`folder/octavo` is the package: the Python files of `source`, with an extension built from `source`."""
 
     def __init__(self, folder: Path, source: Path = ROOT, options: Sequence[str] = ()) -> None:
-        nanobind = pytest.importorskip("nanobind")
         if shutil.which("cmake") is None or shutil.which("c++") is None:
             pytest.skip("no CMake or no C++ compiler")
         self.folder = folder
