@@ -175,29 +175,36 @@ std::size_t size_of(const Floats& row) {
   return row.shape(0);
 }
 
-void row_best(const Machine& machine, const Floats& row, const MutableInts& ids) {
-  if (ids.shape(0) > size_of(row)) throw nb::value_error("row_best: more than there are");
+// Calls `work` with who does it, without the interpreter.
+template <class Work>
+auto on_row(Machine& machine, const Work& work) {
   nb::gil_scoped_release release;
-  const std::vector<int32_t> found = best(machine.kernels, row.data(), row.shape(0), ids.shape(0));
+  Pool::Session session(machine.pool);
+  return work(RowWorkers{machine.kernels, machine.pool});
+}
+
+void row_best(Machine& machine, const Floats& row, const MutableInts& ids) {
+  if (ids.shape(0) > size_of(row)) throw nb::value_error("row_best: more than there are");
+  const std::vector<int32_t> found =
+      on_row(machine, [&](const RowWorkers& workers) { return best(workers, row.data(), row.shape(0), ids.shape(0)); });
   std::copy(found.begin(), found.end(), ids.data());
 }
 
-void row_log_softmax(const Machine& machine, const Floats& row, const MutableFloats& out) {
+void row_log_softmax(Machine& machine, const Floats& row, const MutableFloats& out) {
   if (out.shape(0) != size_of(row)) throw nb::value_error("row_log_softmax: wrong length");
-  nb::gil_scoped_release release;
-  const double by = log_sum_exp(machine.kernels, row.data(), row.shape(0));
-  machine.kernels.row_shift(row.data(), row.shape(0), by, out.data());
+  on_row(machine, [&](const RowWorkers& workers) { log_softmax(workers, row.data(), row.shape(0), out.data()); });
 }
 
-std::size_t row_draw(const Machine& machine, const Floats& row, double temperature, std::size_t top_k, double top_p,
+std::size_t row_draw(Machine& machine, const Floats& row, double temperature, std::size_t top_k, double top_p,
                      double min_p, uint64_t seed, const std::vector<uint64_t>& stream, uint32_t position) {
   size_of(row);
   if (!(temperature > 0.0)) throw nb::value_error("row_draw: the temperature must be more than 0");
-  nb::gil_scoped_release release;
   const uint64_t path = stream_id(seed, stream);
   const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(path),
                      static_cast<uint32_t>(path >> 32), position};
-  return draw(machine.kernels, row.data(), row.shape(0), {temperature, top_k, top_p, min_p}, key);
+  return on_row(machine, [&](const RowWorkers& workers) {
+    return draw(workers, row.data(), row.shape(0), {temperature, top_k, top_p, min_p}, key);
+  });
 }
 
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
@@ -346,11 +353,17 @@ NB_MODULE(_C, m) {
   m.def("decode_pairs", &decode_pairs, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def(
       "row_greatest",
-      [](const Machine& machine, const Floats& row) { return greatest(machine.kernels, row.data(), size_of(row)); },
+      [](Machine& machine, const Floats& row) {
+        const std::size_t n = size_of(row);
+        return on_row(machine, [&](const RowWorkers& workers) { return greatest(workers, row.data(), n); });
+      },
       nb::arg("machine"), nb::arg("row").noconvert(), "Index and value of the greatest; NaN if any value is.");
   m.def(
       "row_log_sum_exp",
-      [](const Machine& machine, const Floats& row) { return log_sum_exp(machine.kernels, row.data(), size_of(row)); },
+      [](Machine& machine, const Floats& row) {
+        const std::size_t n = size_of(row);
+        return on_row(machine, [&](const RowWorkers& workers) { return log_sum_exp(workers, row.data(), n); });
+      },
       nb::arg("machine"), nb::arg("row").noconvert());
   m.def("row_log_softmax", &row_log_softmax, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("out").noconvert(),
         "Log-probabilities, rounded from float64.");

@@ -109,6 +109,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 
-constexpr std::size_t kTile = 64;  // keys
+constexpr std::size_t kRowPiece = 1024;  // logits summed in float32 before they go into a double
+constexpr std::size_t kTile = 64;        // keys
 
 }  // namespace octavo

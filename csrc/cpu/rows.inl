@@ -11,8 +11,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr std::size_t kSumPiece = 1024;  // values summed in float32 before they go into the double
-constexpr std::size_t kSkip = 64;        // values looked at together when few of them are wanted
+constexpr std::size_t kSkip = 64;  // values looked at together when few of them are wanted
 
 // 16 values from x + i on; those from n on are -inf.
 OCTAVO_INLINE F load_row(const float* x, std::size_t i, std::size_t n) {
@@ -40,8 +39,8 @@ float row_max(const float* x, std::size_t n) {
 // Sum of e^((x - top) / temperature).
 double row_sum_exp(const float* x, std::size_t n, float top, float inverse_temperature) {
   double total = 0.0;
-  for (std::size_t piece = 0; piece < n; piece += kSumPiece) {
-    const std::size_t stop = std::min(piece + kSumPiece, n);
+  for (std::size_t piece = 0; piece < n; piece += kRowPiece) {
+    const std::size_t stop = std::min(piece + kRowPiece, n);
     F sum = zero();
     for (std::size_t i = piece; i < stop; i += kLanes) {
       sum = add(sum, exp(mul(sub(load_row(x, i, n), set1(top)), set1(inverse_temperature))));

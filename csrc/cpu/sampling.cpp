@@ -2,13 +2,52 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 namespace octavo {
 
 namespace {
 
-constexpr std::size_t kScan = 1024;  // values between two looks at whether the threshold can rise
+constexpr std::size_t kTopPiece = 256;  // values of which the greatest is kept
+constexpr std::size_t kGrain = 4096;    // values of a row that a thread looks at between two looks for more to do
+constexpr std::size_t kScan = 1024;     // values between two looks at whether the threshold can rise
+
+std::size_t pieces_of(std::size_t n, std::size_t size) { return (n + size - 1) / size; }
+
+// visit(piece, its first value, how many there are) for all pieces of a row.
+template <class Visit>
+void each_piece(const RowWorkers& workers, std::size_t n, std::size_t size, const Visit& visit) {
+  workers.pool.parallel(pieces_of(n, size), kGrain / size, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) visit(i, i * size, std::min(size, n - i * size));
+  });
+}
+
+// The greatest value of each piece; NaN where any is.
+std::vector<float> maxima(const RowWorkers& workers, const float* x, std::size_t n) {
+  std::vector<float> top(pieces_of(n, kTopPiece));
+  each_piece(workers, n, kTopPiece, [&](std::size_t i, std::size_t first, std::size_t count) {
+    top[i] = workers.kernels.row_max(x + first, count);
+  });
+  return top;
+}
+
+float greatest_of(const std::vector<float>& tops) {
+  float top = -INFINITY;
+  for (const float t : tops) {
+    if (std::isnan(t)) return t;
+    top = std::max(top, t);
+  }
+  return top;
+}
+
+double sum_exp(const RowWorkers& workers, const float* x, std::size_t n, float top, float inverse_temperature) {
+  std::vector<double> sums(pieces_of(n, kRowPiece));
+  each_piece(workers, n, kRowPiece, [&](std::size_t i, std::size_t first, std::size_t count) {
+    sums[i] = workers.kernels.row_sum_exp(x + first, count, top, inverse_temperature);
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
 
 // x[a] stands before x[b].
 auto before(const float* x) {
@@ -31,7 +70,7 @@ std::size_t nucleus(const float* x, const std::vector<int32_t>& ids, float top, 
 }
 
 // Candidates, best first.
-std::vector<int32_t> survivors(const Kernels& kernels, const float* x, std::size_t n, float top,
+std::vector<int32_t> survivors(const RowWorkers& workers, const float* x, std::size_t n, float top,
                                const Filters& filters) {
   const double lowest = filters.min_p > 0.0 ? std::log(filters.min_p) : -INFINITY;
   const auto too_low = [&](int32_t id) {
@@ -40,9 +79,9 @@ std::vector<int32_t> survivors(const Kernels& kernels, const float* x, std::size
   };
   if (filters.top_k == 0 && filters.min_p <= 0.0) {
     // Of the whole vocabulary: as a rule a few tokens make up top_p of it.
-    const double whole = kernels.row_sum_exp(x, n, top, static_cast<float>(1.0 / filters.temperature));
+    const double whole = sum_exp(workers, x, n, top, static_cast<float>(1.0 / filters.temperature));
     for (std::size_t k = 64;; k *= 8) {
-      std::vector<int32_t> ids = best(kernels, x, n, std::min(k, n));
+      std::vector<int32_t> ids = best(workers, x, n, std::min(k, n));
       const std::size_t kept = nucleus(x, ids, top, filters, whole);
       if (kept == SIZE_MAX && k < n) continue;
       ids.resize(std::min(kept, ids.size()));
@@ -52,13 +91,13 @@ std::vector<int32_t> survivors(const Kernels& kernels, const float* x, std::size
   }
   std::vector<int32_t> ids;
   if (filters.top_k > 0) {
-    ids = best(kernels, x, n, std::min(filters.top_k, n));
+    ids = best(workers, x, n, std::min(filters.top_k, n));
   } else {
     ids.resize(n);
     // A little lower than min_p says: what is above it is looked at again.
     const double threshold = static_cast<double>(top) + filters.temperature * lowest;
     const auto slack = static_cast<float>(threshold - 1e-5 * (1.0 + std::fabs(threshold)));
-    ids.resize(kernels.row_above(x, 0, n, slack, ids.data()));
+    ids.resize(workers.kernels.row_above(x, 0, n, slack, ids.data()));
     std::sort(ids.begin(), ids.end(), before(x));
   }
   std::erase_if(ids, too_low);
@@ -72,17 +111,27 @@ std::vector<int32_t> survivors(const Kernels& kernels, const float* x, std::size
 
 }  // namespace
 
-std::pair<std::size_t, float> greatest(const Kernels& kernels, const float* x, std::size_t n) {
-  const float top = kernels.row_max(x, n);
-  return {static_cast<std::size_t>(std::find(x, x + n, top) - x), top};
+std::pair<std::size_t, float> greatest(const RowWorkers& workers, const float* x, std::size_t n) {
+  const std::vector<float> tops = maxima(workers, x, n);
+  const float top = greatest_of(tops);
+  if (std::isnan(top)) return {n, top};
+  const auto piece = static_cast<std::size_t>(std::find(tops.begin(), tops.end(), top) - tops.begin());
+  return {static_cast<std::size_t>(std::find(x + piece * kTopPiece, x + n, top) - x), top};
 }
 
-double log_sum_exp(const Kernels& kernels, const float* x, std::size_t n) {
-  const float top = kernels.row_max(x, n);
-  return static_cast<double>(top) + std::log(kernels.row_sum_exp(x, n, top, 1.0f));
+double log_sum_exp(const RowWorkers& workers, const float* x, std::size_t n) {
+  const float top = greatest_of(maxima(workers, x, n));
+  return static_cast<double>(top) + std::log(sum_exp(workers, x, n, top, 1.0f));
 }
 
-std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n, std::size_t k) {
+void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, float* out) {
+  const double by = log_sum_exp(workers, x, n);
+  each_piece(workers, n, kRowPiece, [&](std::size_t, std::size_t first, std::size_t count) {
+    workers.kernels.row_shift(x + first, count, by, out + first);
+  });
+}
+
+std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t n, std::size_t k) {
   if (k == 0) return {};
   std::vector<int32_t> ids;
   if (k >= n) {
@@ -91,23 +140,33 @@ std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n,
     std::sort(ids.begin(), ids.end(), before(x));
     return ids;
   }
-  ids.reserve(2 * k + 2 * kScan);
+  const std::vector<float> tops = maxima(workers, x, n);
   float threshold = -INFINITY;  // at least k of those seen are as high: later ones must be above it
+  float floor = -INFINITY;      // at least k of all are as high
+  if (k <= tops.size()) {
+    std::vector<float> sorted = tops;
+    const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
+    floor = *kth;
+    threshold = std::nextafter(floor, -INFINITY);
+  }
+  ids.reserve(2 * k + 2 * kScan);
   const auto cut = [&] {
     std::nth_element(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(k - 1), ids.end(), before(x));
     ids.resize(k);
     threshold = x[ids[k - 1]];
   };
-  for (std::size_t first = 0; first < n; first += kScan) {
-    const std::size_t last = std::min(first + kScan, n);
+  for (std::size_t first = 0; first < n; first += kTopPiece) {
+    if (tops[first / kTopPiece] < floor) continue;
+    const std::size_t last = std::min(first + kTopPiece, n);
     const std::size_t had = ids.size();
-    ids.resize(had + kScan);
+    ids.resize(had + kTopPiece);
     std::size_t found = 0;
     if (threshold == -INFINITY) {  // also tokens that cannot be drawn: k are asked for
       std::iota(ids.begin() + static_cast<std::ptrdiff_t>(had), ids.end(), static_cast<int32_t>(first));
       found = last - first;
     } else {
-      found = kernels.row_above(x, first, last, threshold, ids.data() + had);
+      found = workers.kernels.row_above(x, first, last, threshold, ids.data() + had);
     }
     ids.resize(had + found);
     if (ids.size() > 2 * k + kScan || (threshold == -INFINITY && ids.size() > k)) cut();
@@ -117,14 +176,15 @@ std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n,
   return ids;
 }
 
-std::size_t draw(const Kernels& kernels, const float* x, std::size_t n, const Filters& filters, const NoiseKey& key) {
-  const auto [start, top] = greatest(kernels, x, n);
+std::size_t draw(const RowWorkers& workers, const float* x, std::size_t n, const Filters& filters,
+                 const NoiseKey& key) {
+  const auto [start, top] = greatest(workers, x, n);
   if (filters.top_k == 0 && filters.top_p >= 1.0 && filters.min_p <= 0.0) {
-    return kernels.row_draw(x, n, start, top, filters.temperature, key);
+    return workers.kernels.row_draw(x, n, start, top, filters.temperature, key);
   }
   std::size_t winner = start;
   double highest = -INFINITY;
-  for (const int32_t candidate : survivors(kernels, x, n, top, filters)) {
+  for (const int32_t candidate : survivors(workers, x, n, top, filters)) {
     const auto id = static_cast<std::size_t>(candidate);
     const double score = scaled(x, id, top, filters.temperature) + gumbel(key, static_cast<uint32_t>(id));
     if (score > highest || (score == highest && id < winner)) {

@@ -8,8 +8,16 @@
 
 #include "kernels.h"
 #include "philox.h"
+#include "pool.h"
 
 namespace octavo {
+
+// Who computes. Rows are cut into pieces of kRowPiece values, which threads do in parallel; what comes of the pieces is
+// put together in order, so that results do not depend on the threads.
+struct RowWorkers {
+  const Kernels& kernels;
+  Pool& pool;  // held by the caller, see Pool::Session
+};
 
 struct Filters {
   double temperature;
@@ -18,16 +26,19 @@ struct Filters {
 };
 
 // The greatest value and its index; NaN if any value is.
-std::pair<std::size_t, float> greatest(const Kernels& kernels, const float* x, std::size_t n);
+std::pair<std::size_t, float> greatest(const RowWorkers& workers, const float* x, std::size_t n);
 
 // Natural logarithm of the sum of e^x.
-double log_sum_exp(const Kernels& kernels, const float* x, std::size_t n);
+double log_sum_exp(const RowWorkers& workers, const float* x, std::size_t n);
+
+// out = x - log_sum_exp(x), rounded from float64.
+void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, float* out);
 
 // Indices of the k greatest, greatest first.
-std::vector<int32_t> best(const Kernels& kernels, const float* x, std::size_t n, std::size_t k);
+std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t n, std::size_t k);
 
 // One token: those that min_p, top_k and top_p leave, in this order, then the argmax with Gumbel noise. The row's
 // greatest value must be finite.
-std::size_t draw(const Kernels& kernels, const float* x, std::size_t n, const Filters& filters, const NoiseKey& key);
+std::size_t draw(const RowWorkers& workers, const float* x, std::size_t n, const Filters& filters, const NoiseKey& key);
 
 }  // namespace octavo
