@@ -166,8 +166,8 @@ def test_large_scores() -> None:
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 def test_stored_values(instruction_set: str, kv_dtype: str, block_size: int) -> None:
-    """A row that sees one key only gives that key's value as stored: float16 rounded to nearest, int8 by the greatest of
-    32 values. From zero and denormals to values beyond float16, which become infinite."""
+    """A row that sees one key only gives that key's value as stored: float16 rounded to nearest, int8 by the greatest
+    of 32 values. From zero and denormals to values beyond float16, which become infinite."""
     ops = machine(instruction_set, kv_dtype=kv_dtype)
     k = array(70, 2, 32)
     v = array(70, 2, 32, seed=1) * np.exp2(np.arange(70, dtype=np.float32) / 2 - 28)[:, None, None]
