@@ -20,6 +20,7 @@ namespace {
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using RowOrder = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using PackedRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -81,33 +82,50 @@ std::size_t file_row_bytes(Format format, std::size_t inputs) {
   return 0;
 }
 
-// A part of a weight, the file's rows, and the output of the part that they begin at.
-using Packing = std::tuple<Weight*, std::size_t, PackedRows, std::size_t>;
+// A part of a weight, the file's rows, their order (null: as they are), and the output of the part that they begin at.
+using Packing = std::tuple<Weight*, std::size_t, PackedRows, std::optional<RowOrder>, std::size_t>;
+
+void check(const Packing& packing) {
+  const auto& [whole, index, rows, order, at] = packing;
+  if (index >= whole->segments.size()) throw nb::index_error("pack: no such part");
+  const Weight::Segment& weight = whole->segments[index];
+  if (rows.shape(1) != file_row_bytes(weight.format, whole->inputs))
+    throw nb::value_error("pack: rows have the wrong size");
+  const std::size_t count = order ? order->shape(0) : rows.shape(0);
+  if (at > weight.outputs || count > weight.outputs - at)
+    throw nb::value_error("pack: rows past the end of the weight");
+  for (std::size_t i = 0; order && i < count; ++i) {
+    const int64_t row = order->data()[i];
+    if (row < 0 || static_cast<std::size_t>(row) >= rows.shape(0)) throw nb::index_error("pack: no such row");
+  }
+}
 
 void pack(Machine& machine, const std::vector<Packing>& all) {
-  for (const auto& [whole, index, rows, at] : all) {
-    if (index >= whole->segments.size()) throw nb::index_error("pack: no such part");
-    const Weight::Segment& weight = whole->segments[index];
-    if (rows.shape(1) != file_row_bytes(weight.format, whole->inputs))
-      throw nb::value_error("pack: rows have the wrong size");
-    if (at > weight.outputs || rows.shape(0) > weight.outputs - at)
-      throw nb::value_error("pack: rows past the end of the weight");
-  }
+  for (const Packing& packing : all) check(packing);
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
-  for (const Packing& one : all) {
-    Weight& whole = *std::get<0>(one);
-    Weight::Segment& weight = whole.segments[std::get<1>(one)];
-    const PackedRows& rows = std::get<2>(one);
-    const std::size_t at = std::get<3>(one);
+  for (const Packing& packing : all) {
+    Weight& whole = *std::get<0>(packing);
+    Weight::Segment& weight = whole.segments[std::get<1>(packing)];
+    const uint8_t* rows = std::get<2>(packing).data();
+    const std::size_t row_bytes = std::get<2>(packing).shape(1);
+    const std::optional<RowOrder>& order = std::get<3>(packing);
+    const std::size_t at = std::get<4>(packing);
+    const std::size_t until = at + (order ? order->shape(0) : std::get<2>(packing).shape(0));
     // Pieces begin at panel edges, so that no two threads write one panel.
     const std::size_t first_panel = at / kPanel;
-    const std::size_t last_panel = panels_of(at + rows.shape(0));
-    machine.pool.parallel(last_panel - first_panel, 4, [&](std::size_t begin, std::size_t end) {
+    machine.pool.parallel(panels_of(until) - first_panel, 4, [&](std::size_t begin, std::size_t end) {
       const std::size_t from = std::max((first_panel + begin) * kPanel, at);
-      const std::size_t to = std::min((first_panel + end) * kPanel, at + rows.shape(0));
-      pack_rows(weight.format, rows.data() + (from - at) * rows.shape(1), to - from, rows.shape(1), whole.inputs, from,
-                weight.packed.data());
+      const std::size_t to = std::min((first_panel + end) * kPanel, until);
+      if (!order) {
+        pack_rows(weight.format, rows + (from - at) * row_bytes, to - from, row_bytes, whole.inputs, from,
+                  weight.packed.data());
+        return;
+      }
+      for (std::size_t output = from; output < to; ++output) {
+        const auto row = static_cast<std::size_t>(order->data()[output - at]);
+        pack_rows(weight.format, rows + row * row_bytes, 1, row_bytes, whole.inputs, output, weight.packed.data());
+      }
     });
   }
 }

@@ -6,8 +6,9 @@ Precedence: keyword or flag, then environment, then default. An unknown name is 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, get_type_hints
 
 from octavo.core.errors import ConfigError, shown
@@ -59,7 +60,7 @@ class EngineConfig:
     max_logprobs: int = _setting(20, "most log-probabilities a request may ask for per token", low=0, high=MAX_TOKENS)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(EngineConfig)
+        hints = type_hints(EngineConfig)
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), hints[setting.name], setting.metadata)
         tokens = self.max_num_batched_tokens
@@ -95,8 +96,12 @@ class EngineConfig:
         return self.max_num_batched_tokens or max(512, self.max_num_seqs)
 
 
+# get_type_hints compiles each annotation anew in every call.
+type_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
+
+
 def _from_environment(cls: type[EngineConfig], environ: Mapping[str, str]) -> dict[str, Any]:
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     values: dict[str, Any] = {}
     for setting in fields(cls):
         variable = ENV_PREFIX + setting.name.upper()

@@ -209,6 +209,9 @@ def test_select_rows_keeps_bits(matrix: RawTensor) -> None:
     assert not np.shares_memory(taken.data, matrix.data)
     inverse = np.argsort(order)
     assert np.array_equal(taken.select_rows(inverse).data, matrix.data)
+    assert np.array_equal(taken.dequantize(slice(1, 3)), matrix.dequantize(order)[1:3])
+    assert np.array_equal(taken.dequantize([3, 0]), matrix.dequantize(order)[[3, 0]])
+    assert taken.nbytes == taken.data.nbytes
     assert matrix.select_rows([4]).shape == (1, 64)
 
 

@@ -25,7 +25,7 @@ class Clocked:
 
     def linear_weight(self, parts: Any) -> Any:
         (part,) = parts
-        assert part.data.shape[0] == part.shape[0] and part.nbytes == part.data.nbytes
+        assert part.stored.shape[0] == part.shape[0] and part.nbytes == part.stored.nbytes
         return part
 
     def from_numpy(self, values: Any) -> Any:

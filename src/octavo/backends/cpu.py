@@ -91,7 +91,7 @@ class CpuOps:
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
-        self._deferred: list[tuple[_C.Weight, int, NDArray[np.uint8], int]] | None = None  # what is still to be packed
+        self._deferred: list[_C.Packing] | None = None  # what is still to be packed
 
     @property
     def identity(self) -> str:
@@ -148,7 +148,7 @@ class CpuOps:
 
     def _pack(self, packed: _C.Weight, segment: int, tensor: RawTensor, at: int) -> None:
         if self._format(tensor) == tensor.dtype.name:
-            packing = (packed, segment, np.ascontiguousarray(tensor.data), at)
+            packing = (packed, segment, np.ascontiguousarray(tensor.stored), tensor.order, at)
             if self._deferred is None:
                 _C.pack(self.machine, [packing])
             else:
@@ -158,7 +158,7 @@ class CpuOps:
         step = max(_PACK_BYTES // (4 * inputs), 1)
         for first in range(0, outputs, step):
             rows = tensor.dequantize(slice(first, min(first + step, outputs)))
-            _C.pack(self.machine, [(packed, segment, rows.view(np.uint8), at + first)])
+            _C.pack(self.machine, [(packed, segment, rows.view(np.uint8), None, at + first)])
 
     def defer_packing(self) -> Callable[[], None]:
         deferred = self._deferred = []

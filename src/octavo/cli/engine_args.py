@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
-from octavo.config import ENV_PREFIX, EngineConfig, parse_setting
+from octavo.config import ENV_PREFIX, EngineConfig, parse_setting, type_hints
 from octavo.core.errors import ConfigError
 
 _ALIASES = {"model": ("-m", "-hf")}
@@ -62,7 +62,7 @@ def _default(value: object) -> str:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """Settings from flags over environment over defaults. Raises ConfigError."""
-    hints = get_type_hints(EngineConfig)
+    hints = type_hints(EngineConfig)
     given = {
         setting.name: parse_setting(flag(setting.name), text, hints[setting.name])
         for setting in fields(EngineConfig)

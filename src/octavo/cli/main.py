@@ -95,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
     command_parser = argparse.ArgumentParser(
         prog=f"octavo {top.command}",
         description=(getattr(command, "__doc__", None) or summary).strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     _add_verbose(command_parser)
@@ -106,6 +106,17 @@ def _dispatch(arguments: list[str]) -> int:
     return command.run(args)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Asks for the terminal's width itself: `shutil`, which argparse asks, brings compression libraries along."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns
+        except (ValueError, OSError):
+            columns = 0
+        super().__init__(prog, width=(columns or 80) - 2)
+
+
 def _top_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items())
@@ -114,7 +125,7 @@ def _top_parser() -> argparse.ArgumentParser:
         usage="octavo [-h] [-v] [--version] COMMAND …",
         description="Octavo, an LLM inference engine for work that branches.",
         epilog=f"commands:\n{commands}\n\n`octavo COMMAND --help` tells more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     _add_verbose(parser)

@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from octavo.cli.engine_args import flag
+from octavo.config import type_hints
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError
 from octavo.core.params import SamplingParams
@@ -71,7 +72,7 @@ _NOT_IN_BEAM_SEARCH = {
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
     """One flag per field. Values stay text here: `sampling_params` checks them."""
     group = parser.add_argument_group("sampling and stopping")
-    hints = get_type_hints(SamplingParams)
+    hints = type_hints(SamplingParams)
     for field in fields(SamplingParams):
         if field.name in leave_out or field.name in _DECIDED_BY_COMMAND:
             continue
@@ -116,7 +117,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def _given(args: argparse.Namespace, kind: type[SamplingParams | BeamSearchParams]) -> dict[str, Any]:
     """The values of the flags that were given."""
-    hints = get_type_hints(kind)
+    hints = type_hints(kind)
     values: dict[str, Any] = {}
     for field in fields(kind):
         given = getattr(args, field.name, None)

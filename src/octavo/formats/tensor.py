@@ -22,12 +22,18 @@ class RawTensor:
     name: str
     shape: tuple[int, ...]  # outermost first: a linear weight is [out_features, in_features]
     dtype: QuantType
-    data: NDArray[np.uint8]  # [rows, bytes_per_row]; rows = product of the leading dims, the last dim is in blocks
+    stored: NDArray[np.uint8]  # [rows, bytes_per_row]; rows = product of the leading dims, the last dim is in blocks
+    order: NDArray[np.intp] | None = None  # row i of the tensor is the stored row order[i]; None: they are in order
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The packed rows in the tensor's order; a copy where they are stored in another."""
+        return self.stored if self.order is None else self.stored[self.order]
 
     @property
     def nbytes(self) -> int:
         """Packed size in bytes."""
-        return self.data.nbytes
+        return self.stored.nbytes if self.order is None else self.stored.shape[1] * len(self.order)
 
     @property
     def size(self) -> int:
@@ -52,24 +58,28 @@ class RawTensor:
         if len(self.shape) != 2:
             raise ValueError(f"tensor {self.name!r}: rows can be taken of a matrix only, and its shape is {self.shape}")
         if isinstance(rows, slice):
-            return dequantize(self.data[rows], self.dtype)
+            return dequantize(self.stored[rows if self.order is None else self.order[rows]], self.dtype)
         index = self._row_index(rows, self.shape[0])
+        if self.order is not None:
+            index = self.order[index]
         out = np.empty((len(index), self.shape[1]), dtype=np.float32)
         step = max(1, CHUNK_VALUES // max(1, self.shape[1]))
         for start in range(0, len(index), step):
-            dequantize(self.data[index[start : start + step]], self.dtype, out[start : start + step])
+            dequantize(self.stored[index[start : start + step]], self.dtype, out[start : start + step])
         return out
 
     def select_rows(self, index: ArrayLike) -> RawTensor:
-        """A copy with the packed rows `index` (1-D, in any order) of a matrix: values stay as they are, bit for bit.
+        """The packed rows `index` (1-D, in any order) of a matrix: values stay as they are, bit for bit.
 
-        A vector of a plain (not block-quantised) type is taken value by value, so that the bias of a linear follows
-        its weight. Raises ValueError for any other shape and IndexError for a number out of range.
+        Rows of a matrix are not copied before they are used. A vector of a plain (not block-quantised) type is taken
+        value by value, so that the bias of a linear follows its weight. Raises ValueError for any other shape and
+        IndexError for a number out of range.
         """
         ndim = len(self.shape)
         if ndim == 2:
             checked = self._row_index(index, self.shape[0])
-            return RawTensor(self.name, (len(checked), self.shape[1]), self.dtype, self.data[checked])
+            order = checked if self.order is None else self.order[checked]
+            return RawTensor(self.name, (len(checked), self.shape[1]), self.dtype, self.stored, order)
         if ndim == 1 and not self.dtype.is_quantized:
             checked = self._row_index(index, self.shape[0])
             values = self.data.reshape(self.shape[0], self.dtype.block_bytes)[checked]

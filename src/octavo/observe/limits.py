@@ -67,12 +67,13 @@ class _Matrix:
 
     shape: tuple[int, int]
     dtype: Coding
-    data: NDArray[np.uint8]  # [outputs, bytes of a row]
+    stored: NDArray[np.uint8]  # [outputs, bytes of a row]
     name: str = "measured"
+    order: None = None
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.stored.nbytes
 
     @property
     def size(self) -> int:

@@ -35,8 +35,13 @@ class RawTensor(Protocol):
     @property
     def nbytes(self) -> int: ...
     @property
-    def data(self) -> NDArray[np.uint8]:
-        """[rows, bytes_per_row], as the file has them."""
+    def stored(self) -> NDArray[np.uint8]:
+        """[stored rows, bytes_per_row], as the file has them."""
+        ...
+
+    @property
+    def order(self) -> NDArray[np.intp] | None:
+        """Row i of the tensor is the stored row order[i]; None: they are in order."""
         ...
 
     @property

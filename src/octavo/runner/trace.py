@@ -83,7 +83,11 @@ class _ShapeTensor:
         raise TypeError("a trace has shapes and no values")
 
     @property
-    def data(self) -> NoReturn:
+    def stored(self) -> NoReturn:
+        raise TypeError("a trace has shapes and no values")
+
+    @property
+    def order(self) -> NoReturn:
         raise TypeError("a trace has shapes and no values")
 
     def dequantize(self, rows: slice | None = None) -> NoReturn:

@@ -189,7 +189,10 @@ def test_packing_outside(ops: CpuOps) -> None:
         (0, rows.view(np.int8), 0, TypeError),
     ):
         with pytest.raises(error):
-            _C.pack(ops.machine, [(weight, part, data, at)])
+            _C.pack(ops.machine, [(weight, part, data, None, at)])
+    for order, at, error in (([4], 0, IndexError), ([-1], 0, IndexError), ([0] * 4, 17, ValueError)):
+        with pytest.raises(error):
+            _C.pack(ops.machine, [(weight, 0, rows, np.array(order), at)])
     for part, first, shape, error in ((1, 0, (1, 64), IndexError), (0, 20, (1, 64), ValueError)):
         with pytest.raises(error):
             weight.unpack(part, first, np.empty(shape, F32))

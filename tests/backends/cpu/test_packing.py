@@ -85,11 +85,20 @@ def test_packed_in_any_pieces(ops: CpuOps, name: str) -> None:
     packed = _C.Weight([(name, 150)], 256)
     at = 0
     for rows in (1, 14, 2, 16, 30, 87):
-        _C.pack(ops.machine, [(packed, 0, np.ascontiguousarray(tensor.data[at : at + rows]), at)])
+        _C.pack(ops.machine, [(packed, 0, np.ascontiguousarray(tensor.data[at : at + rows]), None, at)])
         at += rows
     assert at == 150
     bits_equal(unpacked(packed, 0, 0, 150, 256), tensor.dequantize())
     bits_equal(unpacked(packed, 0, 17, 100, 256), tensor.dequantize()[17:117])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_in_another_order(ops: CpuOps, name: str) -> None:
+    """Rows that are stored in another order than the tensor's, after others in the same panel."""
+    tensor = random_tensor(name, 50, 256)
+    order = np.random.default_rng(4).permutation(50)[:43]
+    weight = ops.linear_weight([tensor, tensor.select_rows(order)])
+    bits_equal(unpacked(weight.packed, 0, 0, 93, 256), np.concatenate([whole := tensor.dequantize(), whole[order]]))
 
 
 @pytest.mark.parametrize("name", FORMATS)
