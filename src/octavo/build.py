@@ -76,9 +76,14 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
         model = model_class(model_config.architecture)(model_config, loader)
         with ThreadPoolExecutor(1) as beside:
-            packed = beside.submit(loader.finish)
+            packed = beside.submit(_pack, loader, file)
             yield LoadedModel(path, file, model_config, max_model_len, ops, plan, model)
             packed.result()
+
+
+def _pack(loader: FileWeights, file: ModelFile) -> None:
+    loader.finish()
+    file.drop_pages()
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

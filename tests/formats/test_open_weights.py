@@ -58,6 +58,18 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_weights(tmp_path / "empty")
 
 
+def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
+    """Guards against pages dropped with what is in them, and shards that are forgotten."""
+    (tmp_path / "m.gguf").write_bytes(sample_gguf())
+    index = make_shards(tmp_path)
+    for path, files in ((tmp_path / "m.gguf", 1), (index, 2)):
+        with open_weights(path) as model:
+            assert len(model.mappings) == files
+            before = {name: tensor.data.tobytes() for name, tensor in model.tensors.items()}
+            model.drop_pages()
+            assert {name: tensor.data.tobytes() for name, tensor in model.tensors.items()} == before
+
+
 def test_split_gguf(tmp_path: Path) -> None:
     """One part alone lacks tensors: the error must say why."""
     (tmp_path / "m-00001-of-00003.gguf").write_bytes(gguf_file([("split.count", U16, 3)]))

@@ -81,12 +81,13 @@ class GGUFFile(ModelFile):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        reader = _Reader(path, map_file(path))
+        mapping = map_file(path)
+        reader = _Reader(path, mapping)
         self.version, tensor_count, pair_count = _read_counts(reader)
         metadata = _read_metadata(reader, pair_count)
         self.alignment = _checked_alignment(reader, metadata)
         infos = [_read_info(reader, i, self.alignment) for i in range(tensor_count)]
-        super().__init__(path, metadata, _locate_tensors(reader, infos, self.alignment))
+        super().__init__(path, metadata, _locate_tensors(reader, infos, self.alignment), [mapping])
 
 
 class _Reader:

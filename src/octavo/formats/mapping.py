@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -57,8 +57,11 @@ class ModelFile:
     until the last of them is gone.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, RawTensor]) -> None:
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, RawTensor], mappings: Sequence[mmap.mmap]
+    ) -> None:
         self.path = path
+        self.mappings = mappings
         self._metadata: Mapping[str, Any] | None = MappingProxyType(metadata)
         self._tensors: dict[str, RawTensor] | None = tensors
 
@@ -76,8 +79,16 @@ class ModelFile:
             raise ValueError(f"{self.path} is closed")
         return self._tensors
 
+    def drop_pages(self) -> None:
+        """Have the system forget what was read so far: it takes that out of the process, for which closing the file
+        would else have to wait. What is read again is there again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapping in self.mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the file; allowed more than once."""
+        self.mappings = ()
         self._metadata = None
         self._tensors = None
 

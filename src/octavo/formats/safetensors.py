@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +56,7 @@ class SafetensorsFile(ModelFile):
         header, data_start = _read_header(path, buffer)
         metadata = header.pop("__metadata__", {})
         _check_metadata(path, metadata)
-        super().__init__(path, metadata, _locate_tensors(path, buffer, header, data_start))
+        super().__init__(path, metadata, _locate_tensors(path, buffer, header, data_start), [buffer])
 
 
 class SafetensorsModel(ModelFile):
@@ -68,9 +68,14 @@ class SafetensorsModel(ModelFile):
     shards: tuple[Path, ...]
 
     def __init__(
-        self, path: Path, shards: tuple[Path, ...], metadata: Mapping[str, Any], tensors: dict[str, RawTensor]
+        self,
+        path: Path,
+        shards: tuple[Path, ...],
+        metadata: Mapping[str, Any],
+        tensors: dict[str, RawTensor],
+        mappings: Sequence[mmap.mmap],
     ) -> None:
-        super().__init__(path, metadata, tensors)
+        super().__init__(path, metadata, tensors, mappings)
         self.shards = shards
 
 
@@ -138,7 +143,7 @@ def check_inside(folder: Path, name: str, field: str = "file name") -> Path:
 
 def _open_single(opened: Path, file: Path) -> SafetensorsModel:
     with SafetensorsFile(file) as one:
-        return SafetensorsModel(opened, (file,), one.metadata, one.tensors)
+        return SafetensorsModel(opened, (file,), one.metadata, one.tensors, one.mappings)
 
 
 def _open_index(opened: Path, index: Path) -> SafetensorsModel:
@@ -147,6 +152,7 @@ def _open_index(opened: Path, index: Path) -> SafetensorsModel:
     if len(names) > MAX_SHARDS:
         raise ModelFormatError(index, "weight_map", f"names {len(names)} shards; {MAX_SHARDS} are allowed")
     metadata: dict[str, Any] = {}
+    mappings: list[mmap.mmap] = []
     by_shard: dict[str, dict[str, RawTensor]] = {}
     paths = []
     for name in names:
@@ -155,6 +161,7 @@ def _open_index(opened: Path, index: Path) -> SafetensorsModel:
             raise ModelFormatError(index, "weight_map", f"shard {printable(name)!r} is missing")
         with SafetensorsFile(path) as shard:
             by_shard[name] = shard.tensors
+            mappings += shard.mappings
             metadata = {**shard.metadata, **metadata}
         paths.append(path)
     tensors: dict[str, RawTensor] = {}
@@ -162,7 +169,7 @@ def _open_index(opened: Path, index: Path) -> SafetensorsModel:
         if tensor not in by_shard[name]:
             raise ModelFormatError(index, printable(tensor), f"is not in its shard, {printable(name)!r}")
         tensors[tensor] = by_shard[name][tensor]
-    return SafetensorsModel(opened, tuple(paths), metadata, tensors)
+    return SafetensorsModel(opened, tuple(paths), metadata, tensors, mappings)
 
 
 def _read_index(path: Path) -> dict[str, str]:
