@@ -227,6 +227,7 @@ std::size_t row_draw(Machine& machine, const Floats& row, double temperature, st
 
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
   if (source >= layer.num_blocks || target >= layer.num_blocks) throw nb::index_error("copy_block: no such block");
+  nb::gil_scoped_release release;
   const std::size_t bytes = layer.block_bytes();
   std::memcpy(layer.k.data() + target * bytes, layer.k.data() + source * bytes, bytes);
   std::memcpy(layer.v.data() + target * bytes, layer.v.data() + source * bytes, bytes);
@@ -236,9 +237,12 @@ nb::bytes read_block(const KVLayer& layer, std::size_t block) {
   if (block >= layer.num_blocks) throw nb::index_error("read_block: no such block");
   const std::size_t bytes = layer.block_bytes();
   std::string both;
-  both.reserve(2 * bytes);
-  both.append(reinterpret_cast<const char*>(layer.k.data() + block * bytes), bytes);
-  both.append(reinterpret_cast<const char*>(layer.v.data() + block * bytes), bytes);
+  {
+    nb::gil_scoped_release release;
+    both.reserve(2 * bytes);
+    both.append(reinterpret_cast<const char*>(layer.k.data()) + block * bytes, bytes);
+    both.append(reinterpret_cast<const char*>(layer.v.data()) + block * bytes, bytes);
+  }
   return nb::bytes(both.data(), both.size());
 }
 
@@ -246,8 +250,10 @@ void write_block(const KVLayer& layer, std::size_t block, const nb::bytes& kv) {
   const std::size_t bytes = layer.block_bytes();
   if (block >= layer.num_blocks) throw nb::index_error("write_block: no such block");
   if (kv.size() != 2 * bytes) throw nb::value_error("write_block: not a block of this layer");
-  std::memcpy(layer.k.data() + block * bytes, kv.c_str(), bytes);
-  std::memcpy(layer.v.data() + block * bytes, kv.c_str() + bytes, bytes);
+  const char* from = kv.c_str();
+  nb::gil_scoped_release release;
+  std::memcpy(layer.k.data() + block * bytes, from, bytes);
+  std::memcpy(layer.v.data() + block * bytes, from + bytes, bytes);
 }
 
 // --- strings of a GGUF file: a uint64 length and its bytes, one after another ---
@@ -391,6 +397,7 @@ NB_MODULE(_C, m) {
       "row_rank",
       [](const Machine& machine, const Floats& row, std::size_t id) {
         if (id >= size_of(row)) throw nb::index_error("row_rank: no such value");
+        nb::gil_scoped_release release;
         return machine.kernels.row_rank(row.data(), row.shape(0), id);
       },
       nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("id"), "Values that stand before this one, from 0.");

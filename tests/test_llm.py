@@ -18,6 +18,7 @@ from octavo import LLM, SamplingParams
 from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestError, OutOfMemoryError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
+from octavo.runner.weights import FileWeights
 
 PROMPT = "the quick brown fox"
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -461,6 +462,21 @@ def test_an_interrupt_in_generate_leaves_nothing(tiny: LLM) -> None:
     ended = list(tiny._engine.events.of(EventKind.FINISHED))[finished:]
     assert [event.reason for event in ended] == [Reason.ABORT] * 3
     assert token_ids(tiny.generate(PROMPT, params())[0]) == token_ids(tiny.generate(PROMPT, params())[0])
+
+
+def test_packing_that_fails_leaves_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an engine whose threads and memory outlive the error: the weights are packed while it is wired."""
+
+    def refused(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FileWeights, "finish", refused)
+    before = set(threading.enumerate())
+    with pytest.raises(OutOfMemoryError, match="refused memory"):
+        LLM(str(tiny_llama_dir), max_model_len=64, kv_offload_dir=str(tmp_path / "kv"))
+    assert set(threading.enumerate()) <= before
 
 
 @contextmanager

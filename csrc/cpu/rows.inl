@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "math.inl"
@@ -91,7 +92,7 @@ std::size_t row_draw(const float* x, std::size_t n, std::size_t start, float top
   };
   std::size_t winner = start;
   double best = score(start);
-  const auto inverse = static_cast<float>(1.0 / temperature);
+  const auto inverse = std::max(static_cast<float>(1.0 / temperature), std::numeric_limits<float>::min());
   for (std::size_t i = 0; i < n; i += kSkip) {
     uint32_t words[4][kSkip / 4];
     philox_groups(key, static_cast<uint32_t>(i / 4), words);

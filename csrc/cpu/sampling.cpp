@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
+#include <stdexcept>
 
 namespace octavo {
 
@@ -72,6 +74,8 @@ std::size_t nucleus(const float* x, const std::vector<int32_t>& ids, float top, 
 // Candidates, best first.
 std::vector<int32_t> survivors(const RowWorkers& workers, const float* x, std::size_t n, float top,
                                const Filters& filters) {
+  // Not 0, which times -inf would be NaN.
+  const auto inverse = std::max(static_cast<float>(1.0 / filters.temperature), std::numeric_limits<float>::min());
   const double lowest = filters.min_p > 0.0 ? std::log(filters.min_p) : -INFINITY;
   const auto too_low = [&](int32_t id) {
     const double logit = scaled(x, static_cast<std::size_t>(id), top, filters.temperature);
@@ -79,7 +83,7 @@ std::vector<int32_t> survivors(const RowWorkers& workers, const float* x, std::s
   };
   if (filters.top_k == 0 && filters.min_p <= 0.0) {
     // Of the whole vocabulary: as a rule a few tokens make up top_p of it.
-    const double whole = sum_exp(workers, x, n, top, static_cast<float>(1.0 / filters.temperature));
+    const double whole = sum_exp(workers, x, n, top, inverse);
     for (std::size_t k = 64;; k *= 8) {
       std::vector<int32_t> ids = best(workers, x, n, std::min(k, n));
       const std::size_t kept = nucleus(x, ids, top, filters, whole);
@@ -133,6 +137,8 @@ void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, float
 
 std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t n, std::size_t k) {
   if (k == 0) return {};
+  const std::vector<float> tops = maxima(workers, x, n);
+  if (std::isnan(greatest_of(tops))) throw std::invalid_argument("a row with NaN has no order");
   std::vector<int32_t> ids;
   if (k >= n) {
     ids.resize(n);
@@ -140,7 +146,6 @@ std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t
     std::sort(ids.begin(), ids.end(), before(x));
     return ids;
   }
-  const std::vector<float> tops = maxima(workers, x, n);
   float threshold = -INFINITY;  // at least k of those seen are as high: later ones must be above it
   float floor = -INFINITY;      // at least k of all are as high
   if (k <= tops.size()) {

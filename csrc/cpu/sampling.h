@@ -34,7 +34,7 @@ double log_sum_exp(const RowWorkers& workers, const float* x, std::size_t n);
 // out = x - log_sum_exp(x), rounded from float64.
 void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, float* out);
 
-// Indices of the k greatest, greatest first.
+// Indices of the k greatest, greatest first. Throws std::invalid_argument if any value is NaN.
 std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t n, std::size_t k);
 
 // One token: those that min_p, top_k and top_p leave, in this order, then the argmax with Gumbel noise. The row's

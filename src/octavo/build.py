@@ -48,13 +48,19 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
 
     Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError, ConfigError.
     """
+    built = None
     try:
         with loading(config) as loaded:
             # Imported only now: packing leaves the interpreter free, and half of all modules take about as long.
             from octavo.wiring import wire
 
-            return wire(config, loaded, clock)
-    except MemoryError as error:
+            built = wire(config, loaded, clock)
+        return built  # noqa: RET504 # packing may fail when the block ends
+    except BaseException as error:
+        if built is not None:
+            built.engine.close()
+        if not isinstance(error, MemoryError):
+            raise
         if isinstance(error, OutOfMemoryError):
             raise
         raise OutOfMemoryError(

@@ -36,7 +36,9 @@ class EngineConfig:
     model: str = _setting(DEFAULT_MODEL, "alias, Hugging Face name, .gguf file or model folder")
     backend: str = _setting("auto", "what computes", choices=BACKENDS)
     instruction_set: str | None = _setting(None, "of the cpu backend", choices=INSTRUCTION_SETS)
-    threads: int | None = _setting(None, "threads of the cpu backend", low=1, high=1024)
+    threads: int | None = _setting(
+        None, "threads of the cpu backend; default: the physical cores it may use", low=1, high=1024
+    )
     pin_threads: bool = _setting(False, "keep each worker thread of the cpu backend on one processor")
     max_model_len: int | None = _setting(None, "most tokens of prompt and output together", low=2, high=MAX_TOKENS)
     max_num_seqs: int = _setting(32, "most sequences in a step", low=1, high=4096)

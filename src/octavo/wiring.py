@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from octavo.formats import GGUFFile
 from octavo.frontend import Frontend, Limits
 from octavo.kv_cache import KVCacheManager
 from octavo.runner.block_files import BlockFiles
-from octavo.runner.fingerprint import fingerprint
+from octavo.runner.fingerprint import fingerprint_of, versions_of
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
 from octavo.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class BuiltEngine:
 def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine:
     """Everything around a model. Raises ModelFormatError, UnsupportedModelError, ConfigError."""
     tokenizer = _tokenizer(loaded)
-    identity = system_fingerprint(config, loaded.ops, loaded.path)
+    fingerprint = system_fingerprint(config, loaded.ops, loaded.path)
     limits = Limits(
         vocab_size=loaded.config.vocab_size,
         max_model_len=loaded.max_model_len,
@@ -54,13 +55,13 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         priority_allowed=config.scheduling_policy == "priority",
     )
     return BuiltEngine(
-        _engine(config, loaded, identity, clock),
-        Frontend(tokenizer, limits, identity, clock),
+        _engine(config, loaded, fingerprint, clock),
+        Frontend(tokenizer, limits, fingerprint, clock),
         tokenizer,
         loaded.config,
         loaded.memory_plan,
         loaded.max_model_len,
-        identity,
+        fingerprint,
     )
 
 
@@ -70,7 +71,7 @@ def _tokenizer(loaded: LoadedModel) -> Tokenizer:
     return Tokenizer.from_directory(loaded.path)
 
 
-def _engine(config: EngineConfig, loaded: LoadedModel, identity: str, clock: Clock) -> Engine:
+def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: Clock) -> Engine:
     runner = ModelRunner(
         loaded.model,
         loaded.ops,
@@ -88,19 +89,33 @@ def _engine(config: EngineConfig, loaded: LoadedModel, identity: str, clock: Clo
     )
     tier = None
     if config.kv_offload_dir is not None:
-        tier = BlockFiles(Path(config.kv_offload_dir).expanduser(), config.kv_offload_bytes, runner.read_block)
+        folder = Path(config.kv_offload_dir).expanduser()
+        tier = BlockFiles(folder, config.kv_offload_bytes, loaded.memory_plan.block_bytes, runner.read_block)
     kv = KVCacheManager(
         loaded.memory_plan.num_blocks,
         config.block_size,
         caching=config.enable_prefix_caching,
         clock=clock,
         tier=tier,
-        identity=identity,
+        # What is kept beyond this process must not outlive a change that the fingerprint's samples do not show, of the
+        # model or of the code.
+        identity=f"{fingerprint} {versions_of([*_files(loaded.path), *_code()])}",
     )
     return Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
 
 
 def system_fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
     """What answers depend on besides the request: the model's files, this version, and how the backend computes."""
-    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
-    return "octavo-" + fingerprint(files, octavo.__version__, ops.identity)
+    return "octavo-" + fingerprint_of(_files(path), octavo.__version__, ops.identity)
+
+
+def _files(model: Path) -> list[Path]:
+    return (
+        [model] if model.is_file() else [p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
+    )
+
+
+def _code() -> list[Path]:
+    """The file of the compiled kernels, if there is one."""
+    found = find_spec("octavo._C")
+    return [Path(found.origin)] if found is not None and found.origin is not None else []

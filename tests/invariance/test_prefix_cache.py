@@ -128,6 +128,44 @@ def test_salts_skipping_and_resetting(cold: LLM, tiny_gemma3_dir: Path) -> None:
         assert cached(cache_salt="c") == 96, "what reads nothing still leaves its own"
 
 
+def test_explanations_of_what_fills_no_block(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    """Guards against a difference behind the last whole block that is not told, and a request said not to have been."""
+    with open_llm(tiny_gemma3_dir, 320) as llm:
+        vocab_size = llm.model_config.vocab_size
+        token_ids = prompt(40, vocab_size, 1)
+        (first,) = llm.generate({"prompt_token_ids": token_ids[:31]}, GREEDY.but(max_tokens=1), use_tqdm=False)
+        for at, length in ((20, 21), (20, 32), (20, 40), (3, 5), (3, 16)):
+            other = token_ids[:length]
+            other[at] = (other[at] + 1) % vocab_size
+            told = llm.explain_cache({"prompt_token_ids": other})
+            assert (told.first_difference, told.token_id, told.earlier_token_id) == (at, other[at], token_ids[at])
+            assert (told.num_cached_tokens, told.earlier_request_id) == (at // 16 * 16, first.request_id)
+        ends = 31 + len(first.outputs[0].token_ids)
+        whole = [*token_ids[:31], *first.outputs[0].token_ids]
+        told = llm.explain_cache({"prompt_token_ids": whole[:20]})
+        assert told.reason == "All whole blocks are cached; the last 4 tokens do not fill one."
+        told = llm.explain_cache({"prompt_token_ids": [*whole, *token_ids[:9]]})
+        assert told.num_cached_tokens == 16 and f"past position {ends}; {first.request_id} ended there" in told.reason
+        told = llm.explain_cache({"prompt_token_ids": token_ids[:5]})
+        assert "does not fill a block" in told.reason and told.first_difference is None
+        assert llm.explain_cache({"prompt_token_ids": token_ids[:31], "cache_salt": "x"}).first_difference is None
+
+
+def test_explanations_know_what_is_in_files(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv") as llm:
+        vocab_size = llm.model_config.vocab_size
+        asked = {"prompt_token_ids": prompt(100, vocab_size, 1)}
+        llm.generate(asked, GREEDY, use_tqdm=False)
+        assert llm.explain_cache(asked).num_kept_tokens == 0
+        llm.generate({"prompt_token_ids": prompt(280, vocab_size, 2)}, GREEDY.but(max_tokens=2), use_tqdm=False)
+        llm._engine.kv._tier.flush()
+        told = llm.explain_cache(asked)
+        assert told.num_cached_tokens + told.num_kept_tokens == 96 and told.num_kept_tokens >= 16
+        assert told.evicted_reason is None, "what is kept is not gone"
+        (output,) = llm.generate(asked, GREEDY, use_tqdm=False)
+        assert output.num_cached_tokens == 96
+
+
 def test_explanations(tiny_gemma3_dir: Path) -> None:
     with open_llm(tiny_gemma3_dir, 320) as llm:
         vocab_size = llm.model_config.vocab_size

@@ -26,7 +26,7 @@ def key(block: int) -> bytes:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[BlockFiles]:
-    made = BlockFiles(tmp_path, 1 << 20, content)
+    made = BlockFiles(tmp_path, 1 << 20, 1000, content)
     yield made
     made.close()
 
@@ -45,10 +45,20 @@ def test_what_was_kept_comes_back(files: BlockFiles, tmp_path: Path) -> None:
     assert stat.S_IMODE(the_file(tmp_path).stat().st_mode) == 0o600
 
 
+def test_blocks_of_another_size_are_no_hits(files: BlockFiles, tmp_path: Path) -> None:
+    """Guards against a layout of KV that has changed since: such a block must not reach the kernels."""
+    files.save(key(1), TOKENS, 1)
+    files.close()
+    for size in (999, 1001):
+        again = BlockFiles(tmp_path, 1 << 20, size, content)
+        assert again.load(key(1), TOKENS, None) is None
+        again.close()
+
+
 def test_after_a_restart(files: BlockFiles, tmp_path: Path) -> None:
     files.save(key(1), TOKENS, 1)
     files.close()
-    again = BlockFiles(tmp_path, 1 << 20, content)
+    again = BlockFiles(tmp_path, 1 << 20, 1000, content)
     assert again.load(key(1), TOKENS, None) == content(1) and again.num_bytes == the_file(tmp_path).stat().st_size
     again.close()
 
@@ -88,12 +98,12 @@ def test_every_truncation_and_every_flipped_byte_of_the_header(files: BlockFiles
     data = path.read_bytes()
     for cut in range(0, len(data), 37):
         path.write_bytes(data[:cut])
-        again = BlockFiles(tmp_path, 1 << 20, content)
+        again = BlockFiles(tmp_path, 1 << 20, 1000, content)
         assert again.load(key(1), TOKENS, None) is None
         again.close()
     for at in range(160):
         path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
-        again = BlockFiles(tmp_path, 1 << 20, content)
+        again = BlockFiles(tmp_path, 1 << 20, 1000, content)
         assert again.load(key(1), TOKENS, None) is None, at
         again.close()
 
@@ -103,13 +113,13 @@ def test_a_file_of_another_name(files: BlockFiles, tmp_path: Path) -> None:
     files.save(key(1), TOKENS, 1)
     files.close()
     the_file(tmp_path).rename(tmp_path / f"{key(2).hex()}.kv")
-    again = BlockFiles(tmp_path, 1 << 20, content)
+    again = BlockFiles(tmp_path, 1 << 20, 1000, content)
     assert again.load(key(2), TOKENS, None) is None
     again.close()
 
 
 def test_the_size_is_kept_and_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
-    files = BlockFiles(tmp_path, 3500, content)
+    files = BlockFiles(tmp_path, 3500, 1000, content)
     for block in range(3):
         files.save(key(block), TOKENS, block)
         files.flush()
@@ -119,10 +129,10 @@ def test_the_size_is_kept_and_what_was_used_longest_ago_goes(tmp_path: Path) -> 
     assert [files.load(key(block), TOKENS, None) is not None for block in range(4)] == [True, False, True, True]
     assert files.num_bytes <= 3500 and files.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     files.close()
-    smaller = BlockFiles(tmp_path, 1200, content)
+    smaller = BlockFiles(tmp_path, 1200, 1000, content)
     assert len(smaller) == 1 == len(list(tmp_path.iterdir()))
     smaller.close()
-    none = BlockFiles(tmp_path, 10, content)
+    none = BlockFiles(tmp_path, 10, 1000, content)
     none.save(key(7), TOKENS, 7)
     none.flush()
     assert len(none) == 0
@@ -143,7 +153,7 @@ def test_leftovers_of_a_program_that_ended_while_it_wrote(tmp_path: Path) -> Non
     left = tmp_path / "abc.123.tmp"
     left.write_bytes(b"x")
     os.utime(left, (1, 1))
-    BlockFiles(tmp_path, 1 << 20, content).close()
+    BlockFiles(tmp_path, 1 << 20, 1000, content).close()
     assert not left.exists()
 
 
@@ -151,7 +161,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/octavo")):
         with pytest.raises(ConfigError, match="kv_offload_dir"):
-            BlockFiles(folder, 1 << 20, content)
+            BlockFiles(folder, 1 << 20, 1000, content)
 
 
 def test_a_full_disk_loses_blocks_and_nothing_else(

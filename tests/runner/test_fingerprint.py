@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from octavo import LLM
-from octavo.runner.fingerprint import fingerprint
+from octavo.runner.fingerprint import fingerprint_of, versions_of
 
 
 def test_of_files_and_settings(tmp_path: Path) -> None:
     a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
     a.write_bytes(bytes(100_000))
     b.write_bytes(bytes(100_000))
-    base = fingerprint([a], "float32")
+    base = fingerprint_of([a], "float32")
     assert len(base) == 16 and int(base, 16) >= 0
-    assert fingerprint([a], "float32") == base
-    assert fingerprint([a, b], "float32") == fingerprint([b, a], "float32") != base
-    assert fingerprint([a], "float64") != base
-    assert fingerprint([a], "float32", None) != base
-    assert fingerprint([b], "float32") != base
+    assert fingerprint_of([a], "float32") == base
+    assert fingerprint_of([a, b], "float32") == fingerprint_of([b, a], "float32") != base
+    assert fingerprint_of([a], "float64") != base
+    assert fingerprint_of([a], "float32", None) != base
+    assert fingerprint_of([b], "float32") != base
     for at in (0, 50_000, 99_999):  # a small file is sampled whole
         content = bytearray(100_000)
         content[at] = 1
         a.write_bytes(content)
-        assert fingerprint([a], "float32") != base, at
+        assert fingerprint_of([a], "float32") != base, at
     a.write_bytes(bytes(100_001))
-    assert fingerprint([a], "float32") != base
+    assert fingerprint_of([a], "float32") != base
     a.write_bytes(b"")
-    assert fingerprint([a]) != fingerprint([])
+    assert fingerprint_of([a]) != fingerprint_of([])
 
 
 def test_of_engines(tiny_llama_dir: Path, tiny_gemma3_dir: Path) -> None:
@@ -46,3 +47,19 @@ def test_of_engines(tiny_llama_dir: Path, tiny_gemma3_dir: Path) -> None:
         of(tiny_gemma3_dir),
     ]
     assert len({base, *others}) == 4
+
+
+def test_versions_tell_any_change(tmp_path: Path) -> None:
+    """Also one between the samples, under the same name and with the same size; and a copy is not the original."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(4 << 20))
+    sampled, version = fingerprint_of([path]), versions_of([path])
+    assert versions_of([path]) == version
+    with path.open("r+b") as file:
+        file.seek((1 << 20) + 30_000)
+        file.write(b"other")
+    assert fingerprint_of([path]) == sampled  # what the versions are for
+    assert versions_of([path]) != version
+    (tmp_path / "copy").mkdir()
+    shutil.copy2(path, tmp_path / "copy")
+    assert versions_of([tmp_path / "copy" / path.name]) != versions_of([path])

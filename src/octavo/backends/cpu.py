@@ -8,17 +8,16 @@ third of a decode step.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo import _C
+from octavo.backends.processors import available_processors
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -65,7 +64,7 @@ class CpuOps:
 
     Args:
         instruction_set: one of `_C.instruction_sets()`; None: the best.
-        threads: None: the processors this process may use.
+        threads: None: the physical cores this process may use.
         kv_dtype: float16, float32 or int8.
         compute_dtype: "auto" multiplies integer weights by int8 activations; "float32" all in float32.
         share_prefixes: read blocks that several sequences of a step share once for all of them. Changes no result.
@@ -354,15 +353,3 @@ class CpuRows:
         position: int,
     ) -> int:
         return _C.row_draw(self._machine, row, temperature, top_k, top_p, min_p, seed, stream, position)
-
-
-def available_processors() -> int:
-    """Processors this process may use: its affinity, and its cgroup's quota if that is less."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(int(quota) // int(period), 1))
-    except (OSError, ValueError):
-        pass
-    return max(count, 1)

@@ -67,7 +67,7 @@ class TraceOps:
         return tensor.nbytes
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
-        return 2 * num_tokens * spec.num_kv_heads * spec.head_dim * self.widths.kv
+        return round(2 * num_tokens * spec.num_kv_heads * spec.head_dim * self.widths.kv)
 
     def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
         return 0

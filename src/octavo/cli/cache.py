@@ -103,7 +103,8 @@ def _text(report: dict[str, Any]) -> str:
         f"{one['evicted_blocks']} blocks evicted"
         for number, one in enumerate(report["earlier"], 1)
     ]
-    lines.append(f"prompt: {report['num_tokens']} tokens, {report['num_cached_tokens']} from the cache")
+    kept = f", {report['num_kept_tokens']} more in files" if report["num_kept_tokens"] else ""
+    lines.append(f"prompt: {report['num_tokens']} tokens, {report['num_cached_tokens']} from the cache{kept}")
     lines.append(report["reason"])
     if report["first_difference"] is not None:
         lines.append(

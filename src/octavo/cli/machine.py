@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from octavo.backends.processors import cpu_quota
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError
 
@@ -31,11 +32,8 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cgroup_limits(folder: Path = _CGROUP) -> dict[str, float | None]:
-    """What the process's control group allows; None: no limit. As in cgroup version 2, seen from inside a container."""
-    limits: dict[str, float | None] = {"cpus": None, "memory_bytes": None}
-    with suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = (folder / "cpu.max").read_text().split()
-        limits["cpus"] = None if quota == "max" else int(quota) / int(period)
+    """What the process's control groups allow; None: no limit. Memory as in version 2, seen from inside a container."""
+    limits: dict[str, float | None] = {"cpus": cpu_quota(folder), "memory_bytes": None}
     with suppress(OSError, ValueError):  # no such file, or "max"
         limits["memory_bytes"] = int((folder / "memory.max").read_text())
     return limits

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from octavo.formats import RawTensor
     from octavo.ops import ModelConfig
 
-_KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_KV_BYTES = {"float32": 4, "float16": 2, "int8": 1 + 4 / 32}  # a scale for each 32 codes
 
 
 @dataclass(frozen=True, slots=True)

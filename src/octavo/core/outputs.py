@@ -83,7 +83,7 @@ class CacheExplanation:
     """What the prefix cache has of a prompt now, and why not more. Positions count tokens from 0."""
 
     num_tokens: int  # of the prompt
-    num_cached_tokens: int  # that a request would not compute; the last token is always computed
+    num_cached_tokens: int  # in memory: that a request would not compute; the last token is always computed
     block_size: int  # only whole blocks are cached
     reason: str  # one sentence: why it ends there
     first_difference: int | None = None  # position of the first token that differs from what an earlier request had
@@ -92,6 +92,7 @@ class CacheExplanation:
     earlier_request_id: str | None = None  # who computed what is cached up to there, or who differs
     evicted_reason: str | None = None  # the next block was cached once: "capacity" or "reset"
     evicted_seconds_ago: float | None = None
+    num_kept_tokens: int = 0  # that follow in kv_offload_dir: loaded, unless computing them is predicted to be faster
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,10 @@ class BlockTier(Protocol):
         """Keep the KV of a block, if there is room. `key` names it: 32 bytes over all it depends on."""
         ...
 
+    def has(self, key: bytes) -> bool:
+        """Whether something is kept under this key, as far as is known without looking into it."""
+        ...
+
     def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
         """KV that was kept under this key, verified; None if there is none or computing it, which takes so long as far
         as is known, is predicted to be faster."""

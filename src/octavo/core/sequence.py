@@ -34,6 +34,8 @@ class BlockTables(Protocol):
 
     def free(self, table: BlockTable) -> None: ...
 
+    def remember_end(self, table: BlockTable, token_ids: list[int]) -> None: ...
+
 
 class Sequence:
     """See the module. Made by `SequenceFactory` calls of the engine, and by `fork`."""
@@ -154,6 +156,7 @@ class Sequence:
         """End the sequence; its blocks go home. Idempotent."""
         if not self.dropped:
             self.dropped = True
+            self._kv.remember_end(self.block_table, self.token_ids)
             self.evict()
             self._attached.clear()
 

@@ -1,9 +1,9 @@
-"""What was cached once and is no longer, and why: so that a miss can be explained."""
+"""What was cached once and is no longer, and why, and how earlier requests ended: so that a miss can be explained."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from octavo.kv_cache.radix_tree import Key, Node
@@ -18,6 +18,36 @@ class Evicted(NamedTuple):
     reason: str  # "capacity" or "reset"
     time: float  # seconds, when it went
     age: float  # seconds it had been cached
+
+
+class Ending(NamedTuple):
+    """What a request had behind its last cached block when it ended."""
+
+    prefix: int  # hash of what came before
+    tokens: Key  # at most one block
+    request_id: str
+
+
+class EndingLog:
+    """How the last `capacity` sequences ended: tokens that fill no block are in no tree."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self._endings: deque[Ending] = deque(maxlen=capacity)
+
+    def add(self, prefix: int, tokens: Key, request_id: str) -> None:
+        self._endings.append(Ending(prefix, tokens, request_id))
+
+    def after(self, prefix: int) -> Iterator[Ending]:
+        """Those behind this prefix, the last first. Takes time for each that is kept."""
+        return (ending for ending in reversed(self._endings) if ending.prefix == prefix)
+
+
+def prefix_hash(namespace: Hashable, token_ids: Sequence[int], block_size: int, num_blocks: int) -> int:
+    """Of the first blocks of these tokens, as `Node.prefix_hash` has it."""
+    found = hash(namespace)
+    for block in range(num_blocks):
+        found = hash((found, tuple(token_ids[block * block_size : (block + 1) * block_size])))
+    return found
 
 
 class EvictionLog:
@@ -41,12 +71,8 @@ class EvictionLog:
 
     def find(self, namespace: Hashable, token_ids: Sequence[int], block_size: int, depth: int) -> Evicted | None:
         """The eviction of block number depth - 1 of these tokens, if it is remembered."""
-        prefix_hash = hash(namespace)
-        key: Key = ()
-        for block in range(depth):
-            key = tuple(token_ids[block * block_size : (block + 1) * block_size])
-            prefix_hash = hash((prefix_hash, key))
-        entry = self._entries.get(prefix_hash)
+        entry = self._entries.get(prefix_hash(namespace, token_ids, block_size, depth))
+        key = tuple(token_ids[(depth - 1) * block_size : depth * block_size])
         return entry if entry is not None and entry.tokens == key else None
 
     def __len__(self) -> int:

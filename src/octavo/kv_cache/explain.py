@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from octavo.core.outputs import CacheExplanation
 from octavo.kv_cache.manager import KVCacheManager
-from octavo.kv_cache.radix_tree import Node
+from octavo.kv_cache.radix_tree import Key
 
 
 def explain(kv: KVCacheManager, token_ids: Sequence[int], salt: str | None, now: float) -> CacheExplanation:
@@ -15,57 +16,82 @@ def explain(kv: KVCacheManager, token_ids: Sequence[int], salt: str | None, now:
     if not kv.caching:
         return CacheExplanation(len(token_ids), 0, size, "Prefix caching is off.")
     path = kv.find(token_ids, salt)
-    cached = len(path) * size  # whole blocks
-    hit = min(cached, max(len(token_ids) - 1, 0))
-    last = path[-1].request_id if path else None
-    if cached + size > len(token_ids):
-        left = len(token_ids) - cached
-        reason = (
-            "Everything is cached; the last token is computed all the same."
-            if left == 0
-            else f"All whole blocks are cached; the last {left} tokens do not fill one."
-        )
-        return CacheExplanation(len(token_ids), hit, size, reason, earlier_request_id=last)
-    if (evicted := kv.find_evicted(token_ids, salt, len(path) + 1)) is not None:
+    kept = kv.find_kept(path, token_ids, salt)
+    found = len(path) + kept  # whole blocks
+    told = CacheExplanation(
+        len(token_ids),
+        min(len(path) * size, max(len(token_ids) - 1, 0)),
+        size,
+        "",
+        earlier_request_id=path[-1].request_id if path and not kept else None,
+        num_kept_tokens=kept * size,
+    )
+    followers = [(node.key, node.request_id) for node in ([] if kept else kv.children(path, salt))]
+    followers += [(ending.tokens, ending.request_id) for ending in kv.find_endings(token_ids, salt, found)]
+    return _why_no_further(kv, token_ids, salt, now, found * size, told, followers)
+
+
+def _why_no_further(
+    kv: KVCacheManager,
+    token_ids: Sequence[int],
+    salt: str | None,
+    now: float,
+    start: int,
+    told: CacheExplanation,
+    followers: list[tuple[Key, str]],
+) -> CacheExplanation:
+    """`told` with the reason why the block from position `start` on is not cached. `followers`: what earlier requests
+    had there, a whole block or the end of a request."""
+    size = kv.block_size
+    block = tuple(token_ids[start : start + size])
+    if not block:
+        return replace(told, reason="Everything is cached; the last token is computed all the same.")
+    if len(block) == size and (evicted := kv.find_evicted(token_ids, salt, start // size + 1)) is not None:
         ago = now - evicted.time
         reason = (
-            f"The block of positions {cached} to {cached + size - 1} was computed by {evicted.request_id} and evicted "
+            f"The block of positions {start} to {start + size - 1} was computed by {evicted.request_id} and evicted "
             f"{ago:.1f} s ago ({evicted.reason}), after {evicted.age:.1f} s."
         )
-        return CacheExplanation(
-            len(token_ids),
-            hit,
-            size,
-            reason,
+        return replace(
+            told,
+            reason=reason,
             earlier_request_id=evicted.request_id,
             evicted_reason=evicted.reason,
             evicted_seconds_ago=ago,
         )
-    return _difference(kv.children(path, salt), token_ids, hit, cached, size, last)
-
-
-def _difference(
-    children: Sequence[Node], token_ids: Sequence[int], hit: int, cached: int, size: int, last: str | None
-) -> CacheExplanation:
-    """The request that went on after the cached prefix and shares most of the next block."""
-    block = tuple(token_ids[cached : cached + size])
-
-    def common(node: Node) -> int:
-        return next(i for i, (a, b) in enumerate(zip(node.key, block, strict=True)) if a != b)
-
-    if not children:
+    closest, request_id = max(followers, key=lambda one: _common(one[0], block), default=((), None))
+    at = _common(closest, block)
+    if at < min(len(closest), len(block)):
         reason = (
-            f"No earlier request went on past position {cached}; the last was {last}."
-            if last is not None
-            else "Nothing that begins like this is cached."
+            f"Token {start + at} is {block[at]}; {request_id} had {closest[at]} there, and blocks of {size} tokens are "
+            "shared whole."
         )
-        return CacheExplanation(len(token_ids), hit, size, reason, earlier_request_id=last)
-    closest = max(children, key=common)
-    at = common(closest)
+        return replace(
+            told,
+            reason=reason,
+            first_difference=start + at,
+            token_id=block[at],
+            earlier_token_id=closest[at],
+            earlier_request_id=request_id,
+        )
+    if len(block) < size:
+        several = f"last {len(block)} tokens do" if len(block) > 1 else "last token does"
+        reason = f"All whole blocks are cached; the {several} not fill one."
+        if start == 0:
+            reason = f"The prompt does not fill a block of {size} tokens, and only whole blocks are cached."
+        return replace(told, reason=reason)
+    if request_id is not None:
+        reason = f"No earlier request went on past position {start + at}; {request_id} ended there."
+        return replace(told, reason=reason, earlier_request_id=request_id)
+    last = told.earlier_request_id
+    if last is not None:
+        return replace(told, reason=f"No earlier request went on past position {start}; the last was {last}.")
     reason = (
-        f"Token {cached + at} is {block[at]}; {closest.request_id} had {closest.key[at]} there, and blocks of {size} "
-        "tokens are shared whole."
+        f"No earlier request went on past position {start}." if start else "Nothing that begins like this is cached."
     )
-    return CacheExplanation(
-        len(token_ids), hit, size, reason, cached + at, block[at], closest.key[at], closest.request_id
-    )
+    return replace(told, reason=reason)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -12,7 +12,7 @@ from octavo.core.plan import BlockCopy, BlockLoad
 from octavo.core.protocols import BlockTier
 from octavo.kv_cache.block_pool import BlockPool
 from octavo.kv_cache.block_table import BlockTable
-from octavo.kv_cache.eviction_log import Evicted, EvictionLog
+from octavo.kv_cache.eviction_log import Ending, EndingLog, Evicted, EvictionLog, prefix_hash
 from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
 
 
@@ -56,6 +56,7 @@ class KVCacheManager:
         self.caching = caching
         self.stats = CacheStats()
         self.evictions = EvictionLog()
+        self.endings = EndingLog()
         self.on_evict: OnEvict | None = None
         self.compute_seconds: float | None = None  # that a block of a prompt takes, as far as is known
         self._clock = clock
@@ -155,6 +156,14 @@ class KVCacheManager:
     def free(self, table: BlockTable) -> None:
         self.truncate(table, 0)
         table.node, table.indexes = None, True
+
+    def remember_end(self, table: BlockTable, token_ids: Sequence[int]) -> None:
+        """A sequence ends with these tokens. Before its table is freed; for explanations alone."""
+        if self.caching and table.indexes:
+            first = table.num_indexed * self.block_size
+            if tokens := tuple(token_ids[first : first + self.block_size]):
+                before = hash(table.namespace) if table.node is None else table.node.prefix_hash
+                self.endings.add(before, tokens, table.request_id)
 
     def _lower(self, table: BlockTable, num_blocks: int) -> None:
         """Let at most the first `num_blocks` blocks count as the tree's."""
@@ -325,6 +334,25 @@ class KVCacheManager:
         """What is cached right behind a path that `find` gave."""
         parent = path[-1] if path else self._tree.root(self._namespace("", salt))
         return [] if parent is None else list(parent.children.values())
+
+    def find_kept(self, path: list[Node], token_ids: Sequence[int], salt: str | None) -> int:
+        """How many blocks behind a path that `find` gave the tier has. Loads nothing."""
+        if self._tier is None:
+            return 0
+        digest = self._digest(path[-1]) if path else self._root_digest(self._namespace("", salt))
+        size = self.block_size
+        number = len(path)
+        while (number + 1) * size <= len(token_ids):
+            digest = _digest_of(digest, tuple(token_ids[number * size : (number + 1) * size]))
+            if not self._tier.has(digest):
+                break
+            number += 1
+        return number - len(path)
+
+    def find_endings(self, token_ids: Sequence[int], salt: str | None, num_blocks: int) -> Iterator[Ending]:
+        """How requests ended that had these tokens' first blocks and then no whole one that is cached."""
+        prefix = prefix_hash(self._namespace("", salt), token_ids, self.block_size, num_blocks)
+        return self.endings.after(prefix)
 
     def find_evicted(self, token_ids: Sequence[int], salt: str | None, depth: int) -> Evicted | None:
         """The eviction of the block number depth - 1 of these tokens, if it is remembered."""

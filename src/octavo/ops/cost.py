@@ -30,7 +30,7 @@ class Widths:
     """Bytes per element."""
 
     activation: int = 4
-    kv: int = 2
+    kv: float = 2  # with its share of scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def rope(elements: int, rotated: int, widths: Widths) -> Cost:
 
 def store_kv(elements: int, widths: Widths) -> Cost:
     """`elements` of K and V together."""
-    return Cost(0, elements * widths.activation, elements * widths.kv)
+    return Cost(0, elements * widths.activation, round(elements * widths.kv))
 
 
 def visible_keys(batch: Batch, window: int | None) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def attention(batch: Batch, heads: int, kv_heads: int, head_dim: int, window: in
     pairs, keys = visible_keys(batch, window)
     outputs = batch.num_tokens * heads * head_dim
     flops = pairs * heads * (4 * head_dim + FLOPS_PER_SCORE) + outputs  # the last term divides by the denominator
-    read = outputs * widths.activation + 2 * keys * kv_heads * head_dim * widths.kv
+    read = outputs * widths.activation + round(2 * keys * kv_heads * head_dim * widths.kv)
     return Cost(flops, read, outputs * widths.activation)
 
 

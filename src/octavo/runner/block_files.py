@@ -38,15 +38,18 @@ class BlockFiles:
     Args:
         folder: made if it is not there, for its owner alone. Several engines may share it. In a forked child, which has
             no thread that writes, it holds nothing.
-        max_bytes: of all files; those used longest ago go first.
-        read_block: the bytes of a block's K and V in all layers.
+        max_bytes: of the files found at the start and those written since; of these, those used longest ago go first.
+            Each of several engines counts what it found and wrote itself.
+        block_bytes: of a block's K and V in all layers; a file that holds another number is no hit.
+        read_block: gives these bytes.
 
     Raises ConfigError if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, read_block: Callable[[int], bytes]) -> None:
+    def __init__(self, folder: Path, max_bytes: int, block_bytes: int, read_block: Callable[[int], bytes]) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._block_bytes = block_bytes
         self._read_block = read_block
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # by name, used longest ago first
@@ -64,11 +67,12 @@ class BlockFiles:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = []
             for entry in os.scandir(self._folder):
-                if entry.name.endswith(_SUFFIX):
-                    stat = entry.stat()
-                    found.append((stat.st_mtime, entry.name, stat.st_size))
-                elif entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > 60:
-                    Path(entry.path).unlink(missing_ok=True)  # of a program that ended while it wrote
+                with suppress(FileNotFoundError):  # another engine may have removed it
+                    if entry.name.endswith(_SUFFIX):
+                        stat = entry.stat()
+                        found.append((stat.st_mtime, entry.name, stat.st_size))
+                    elif entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > 60:
+                        Path(entry.path).unlink()  # of a program that ended while it wrote
             probe = self._folder / f"{os.getpid()}.tmp"
             probe.write_bytes(b"")
             probe.unlink()
@@ -98,6 +102,10 @@ class BlockFiles:
                 return
         if not self._pending.full():
             self._pending.put((key, token_ids, self._read_block(block)))
+
+    def has(self, key: bytes) -> bool:
+        with self._lock:
+            return os.getpid() == self._pid and key.hex() + _SUFFIX in self._sizes
 
     def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
         if os.getpid() != self._pid:
@@ -149,7 +157,7 @@ class BlockFiles:
         body = memoryview(data)[_HEADER.size :]
         if (magic, version, num_tokens, stored_key) != (_MAGIC, _VERSION, len(token_ids), key):
             return None
-        if len(body) != 4 * num_tokens + num_bytes or _checksum(body) != checksum:
+        if num_bytes != self._block_bytes or len(body) != 4 * num_tokens + num_bytes or _checksum(body) != checksum:
             return None
         if struct.unpack_from(f"<{num_tokens}i", body) != token_ids:
             return None

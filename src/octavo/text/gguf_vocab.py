@@ -201,10 +201,9 @@ def _vocab(metadata: _Metadata, tokens: list[str]) -> dict[str, int]:
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocab) != len(tokens):
         twice = next((text for n, text in enumerate(tokens) if text and vocab[text] != n), None)
-        vocab.pop("", None)
-        if twice is None:
-            return vocab
-        raise metadata.error("tokens", f"token {twice!r} occurs more than once")
+        if twice is not None:
+            raise metadata.error("tokens", f"token {twice!r} occurs more than once")
+    vocab.pop("", None)
     return vocab
 
 

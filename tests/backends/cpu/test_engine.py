@@ -178,7 +178,8 @@ def test_real_models_pairwise(request: pytest.FixtureRequest, fixture: str) -> N
     counts = Counts()
     for combination in PAIRWISE:
         run_combination(path, MAX_MODEL_LEN, requests, expected, combination, counts)
-    print(counts)
+    assert min(counts.chunks, counts.mixed, counts.beside, counts.shared, counts.copies) > 0, counts
+    assert min(counts.preemptions, counts.cache_evictions, counts.hits, counts.shared_tiles) > 0, counts
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())

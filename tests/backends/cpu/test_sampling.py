@@ -71,6 +71,10 @@ def test_damage_shows(value: float, size: int) -> None:
             row[at] = value
             _, highest = rows_of(name).greatest(row)
             assert np.isnan(highest) if np.isnan(value) else highest == np.inf
+            if np.isnan(value):
+                for k in {1, size // 2, size} - {0}:
+                    with pytest.raises(ValueError, match="NaN"):
+                        rows_of(name).best(row, k)
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -103,6 +107,17 @@ def test_draws(filters: dict[str, Any], size: int) -> None:
                 assert rows_of(name).draw(row, **asked, **noise) == expected, (seed, position, name)
             drawn.add(expected)
     assert len(drawn) > 1
+
+
+def test_absurd_temperatures() -> None:
+    """All tokens are as likely, but for those that cannot be drawn. Guards against a reciprocal that becomes 0."""
+    row = np.full(3000, -np.inf, np.float32)
+    row[[5, 6, 7, 2000]] = 1.0, 0.5, 0.0, 0.5
+    for name in _C.instruction_sets():
+        for top_p, expected in ((1.0, {5, 6, 7, 2000}), (0.5, {5, 6})):
+            asked: dict[str, Any] = {"temperature": 1e300, "top_k": 0, "top_p": top_p, "min_p": 0.0, "stream": ()}
+            drawn = {rows_of(name).draw(row, **asked, seed=seed, position=1) for seed in range(60)}
+            assert drawn == expected
 
 
 def test_draws_follow_the_probabilities() -> None:
