@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from octavo.core.errors import ConfigError, shown
 
 DEFAULT_MODEL = "smollm2"
+DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
 ENV_PREFIX = "OCTAVO_"
 
 BACKENDS = ("auto", "cpu", "reference")
@@ -52,7 +53,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = _setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
     enable_prefix_caching: bool = _setting(True, "let requests use KV that earlier ones computed")
     kv_offload_dir: str | None = _setting(None, "folder for KV blocks that leave memory")
-    kv_offload_bytes: int = _setting(4 << 30, "most bytes in that folder", low=1, high=2**63 - 1)
+    kv_offload_bytes: int = _setting(DEFAULT_KV_OFFLOAD_BYTES, "most bytes in that folder", low=1, high=2**63 - 1)
     max_cache_overtakes: int = _setting(
         16, "how often requests with more of their prompt cached may pass a waiting one", low=0, high=MAX_TOKENS
     )
@@ -73,6 +74,8 @@ class EngineConfig:
             )
         if self.kv_offload_dir is not None and not self.enable_prefix_caching:
             raise ConfigError("kv_offload_dir: needs enable_prefix_caching")
+        if self.kv_offload_dir is None and self.kv_offload_bytes != DEFAULT_KV_OFFLOAD_BYTES:
+            raise ConfigError("kv_offload_bytes: needs kv_offload_dir")
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EngineConfig:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
+from octavo.cli.sampling_args import add_sampling_arguments, refuse_logprobs, sampling_params
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
     params = sampling_params(args)
+    if not args.json:
+        refuse_logprobs(args)
     config = engine_config(args)
     from octavo.cli.answering import check_unicode, is_terminal, open_model
 

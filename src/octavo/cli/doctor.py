@@ -1,8 +1,9 @@
 """Say what Octavo finds on this machine: processor, memory, backends, models, and how fast it can be.
 
 Measures for a second or two how fast memory is read and how fast numbers are multiplied, with the threads an engine
-would use, and shows which share of that the last `octavo bench` reached. With --model it also shows that model's
-numeric fingerprint with the settings given: answers are the same, to the bit, where fingerprints are equal.
+would use, and shows which share of that the last `octavo bench latency` and `throughput` reached. With --model it also
+shows that model's numeric fingerprint with the settings given: answers are the same, to the bit, where fingerprints are
+equal.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, request_params
+from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, refuse_logprobs, request_params
 from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
     params = request_params(args)
+    if not args.json:
+        refuse_logprobs(args)
     config = engine_config(args)
     text = _text_of(args)
     from octavo.cli.answering import AnswerInterrupted, TextWriter, check_unicode, open_model, spinner, to_json

@@ -103,6 +103,13 @@ def request_params(args: argparse.Namespace) -> SamplingParams | BeamSearchParam
     return sampling_params(args)
 
 
+def refuse_logprobs(args: argparse.Namespace) -> None:
+    """Where they would not be shown. Raises InvalidRequestError."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None:
+            raise InvalidRequestError(flag(name), "is shown with --json only")
+
+
 def _beam_search_params(args: argparse.Namespace) -> BeamSearchParams:
     for name, reason in _NOT_IN_BEAM_SEARCH.items():
         if getattr(args, name, None) is not None:
