@@ -90,7 +90,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         ("python", f"{report['python']} on {report['system']}"),
         ("processor", report["cpu"]),
         ("instruction sets", _instruction_sets(report)),
-        ("threads", f"{report['threads']} ({report['processors']} processors may be used)"),
+        ("threads", f"{report['threads']} ({report['processors']} physical cores may be used)"),
         ("control group", _cgroup(report["cgroup"])),
         ("memory available", _bytes(report["available_memory_bytes"])),
         *((f"backend {name}", reason or "loads") for name, reason in report["backends"].items()),
