@@ -191,8 +191,10 @@ async def test_closing_tells_everybody_who_waits(tiny_llama_dir: Path) -> None:
     assert kv.num_available == kv.num_blocks
 
 
-async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards waiters that hang when the engine's own bookkeeping fails, those who ask in that moment included."""
+@pytest.mark.parametrize("ends", [False, True])
+async def test_an_engine_that_fails_tells_everybody(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """Guards waiters that hang when the engine's own bookkeeping fails, those who ask in that moment included. The
+    engine goes on; only if it cannot even end its requests (`ends`) it is closed."""
     step, in_step, go_on = llm._loop.engine.step, threading.Event(), threading.Event()
 
     def dying() -> list[RequestOutput]:
@@ -202,7 +204,14 @@ async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: p
         go_on.wait(20)
         raise AssertionError("a block is lost")
 
+    def broken(error: str) -> list[RequestOutput]:
+        raise AssertionError(error)
+
+    expected = (await last(llm, PROMPT, params())).outputs[0].token_ids
+    llm._loop.engine.num_steps = 0
     monkeypatch.setattr(llm._loop.engine, "step", dying)
+    if ends:
+        monkeypatch.setattr(llm._loop.engine, "end_all", broken)
     tasks = [asyncio.create_task(last(llm, PROMPT, LONG)) for _ in range(3)]
     await asyncio.to_thread(in_step.wait, 20)
     late = asyncio.create_task(last(llm, PROMPT, LONG))
@@ -210,10 +219,14 @@ async def test_an_engine_that_dies_tells_everybody(llm: AsyncLLM, monkeypatch: p
         await asyncio.sleep(0.001)
     go_on.set()
     results = await asyncio.wait_for(asyncio.gather(*tasks, late, return_exceptions=True), 20)
-    assert [type(result) for result in results] == [EngineClosedError] * 4
+    assert [type(result) for result in results] == [EngineClosedError if ends else RequestFailedError] * 4
     assert "a block is lost" in str(results[0])
-    with pytest.raises(EngineClosedError):
-        await last(llm, PROMPT, params())
+    monkeypatch.setattr(llm._loop.engine, "step", step)
+    if ends:
+        with pytest.raises(EngineClosedError):
+            await last(llm, PROMPT, params())
+    else:
+        assert (await last(llm, PROMPT, params())).outputs[0].token_ids == expected
 
 
 async def test_a_failed_request_raises_and_the_others_go_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_generate_is_that_of_a_plain_request(either: LLM, monkeypatch: pytest.Mo
     either.reset_prefix_cache()
     (plain,) = either.generate(TEXT + "?", SamplingParams(**SAMPLED, logprobs=2, seed=11))
     assert plain.outputs[0].token_ids == first.token_ids and same_logprobs(plain.outputs[0], first, exact(either))
-    params = SamplingParams(**SAMPLED, logprobs=2, presence_penalty=0.5, seed=11)
+    params = SamplingParams(**SAMPLED, logprobs=2, presence_penalty=0.5, seed=11, output_kind="final_only")
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         either.reset_prefix_cache()
         coordinator = either._frontend.make({"prompt_token_ids": prompt}, params)
@@ -398,8 +398,9 @@ def test_one_branch_in_two_threads(tiny: LLM) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    while s.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
+    while s._state.sequence.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
         pass
+    assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)), "what is under way does not show"
     for verb in (lambda: s.extend("x"), s.generate, s.fork):
         with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
             verb()
@@ -481,8 +482,9 @@ async def test_async_cancelling_restores_the_branch(llm: AsyncLLM) -> None:
         await s.extend(TEXT)
         length = s.num_tokens
         task = asyncio.create_task(s.generate(**SLOW))
-        while s.num_tokens == length:
+        while s._state.sequence.num_tokens == length:
             await asyncio.sleep(0.001)
+        assert s.num_tokens == length, "what is under way does not show"
         with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
             await s.extend("x")
         task.cancel()
@@ -507,7 +509,7 @@ async def test_async_endings(llm: AsyncLLM) -> None:
     await s.extend(TEXT)
     left, right = await s.fork(2)
     tasks = [asyncio.create_task(left.generate(**SLOW)), asyncio.create_task(right.select([" x" * 100, " y"]))]
-    while left.num_tokens == s.num_tokens:
+    while left._state.sequence.num_tokens == s.num_tokens:
         await asyncio.sleep(0.001)
     await asyncio.to_thread(llm.close)
     results = await asyncio.gather(*tasks, return_exceptions=True)

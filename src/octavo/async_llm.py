@@ -16,7 +16,7 @@ from octavo.config import EngineConfig
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
-from octavo.core.params import SamplingParams
+from octavo.core.params import OutputKind, SamplingParams
 
 if TYPE_CHECKING:
     import asyncio
@@ -66,7 +66,7 @@ class AsyncLLM:
         params = sampling_params if sampling_params is not None else SamplingParams()
         # Tokenising a long prompt takes a while: not on the event loop.
         coordinator = await asyncio.to_thread(self._frontend.make, prompt, params, request_id, priority)
-        async with aclosing(self._follow(coordinator)) as answer:
+        async with aclosing(self._follow(coordinator, params.output_kind)) as answer:
             async for output in answer:
                 yield output
 
@@ -84,16 +84,17 @@ class AsyncLLM:
 
         given = params if params is not None else BeamSearchParams()
         coordinator = await asyncio.to_thread(self._frontend.make_beams, prompt, given, request_id, priority)
-        async with aclosing(self._follow(coordinator)) as answer:
+        async with aclosing(self._follow(coordinator, given.output_kind)) as answer:
             async for output in answer:
                 yield output
 
-    async def _follow(self, coordinator: Coordinator) -> AsyncGenerator[RequestOutput, None]:
+    async def _follow(self, coordinator: Coordinator, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
         """Run a request, yielding its outputs; if the caller goes away, it is ended."""
         import asyncio
 
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        read = self._frontend.reader(kind)
 
         def deliver(output: RequestOutput | Exception) -> None:
             with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
@@ -105,17 +106,18 @@ class AsyncLLM:
             while not finished:
                 output = await outputs.get()
                 finished = isinstance(output, Exception) or output.finished
-                yield self._checked(output)
+                yield read(self._checked(output))
         finally:
             if not finished:
                 self._loop.abort([coordinator.request_id], deliver)
 
-    def _checked(self, output: RequestOutput | Exception) -> RequestOutput:
+    @staticmethod
+    def _checked(output: RequestOutput | Exception) -> RequestOutput:
         if isinstance(output, Exception):
             raise output
         if output.error is not None:
             raise RequestFailedError(output.error)
-        return self._frontend.name_tokens(output)
+        return output
 
     async def chat(
         self,
@@ -148,7 +150,7 @@ class AsyncLLM:
         from octavo.session import Door
 
         coordinator = self._frontend.make_session(seed, priority, cache_salt)
-        self._loop.post(lambda engine: engine.add(coordinator))
+        self._loop.add_session(coordinator)
         return AsyncSession(Door(self, self._loop), self._frontend, coordinator)
 
     async def explain_cache(self, prompt: Prompt) -> CacheExplanation:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from octavo.coordinators.session import SessionCoordinator
+from octavo.core.errors import EngineClosedError
 from octavo.core.outputs import CompletionOutput, SelectResult
 from octavo.core.params import SamplingParams
 from octavo.frontend import Frontend, Prompt
-from octavo.session import BaseBranch, Door, Link, Verb, sampling
+from octavo.session import BaseBranch, Call, Door, Link, Verb, sampling
 
 Answer = TypeVar("Answer")
 
@@ -51,24 +53,25 @@ class AsyncBranch(BaseBranch):
         await self._do(self._dropping)
 
     async def _do(self, verb: Verb[Answer]) -> Answer:
-        return await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, verb))
+        call = self._call(verb)
+        async with self._undone(call):
+            return await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, call))
 
-    async def _answer(self, verb: Callable[[], Future[Answer]]) -> Answer:
-        """Begin a task and wait for it; a caller that goes away ends it."""
-        begun: list[Future[Answer]] = []
+    async def _answer(self, verb: Verb[Future[Answer]]) -> Answer:
+        """Begin a task and wait for it."""
+        call = self._call(verb)
+        async with self._undone(call):
+            begun = await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, call))
+            return await asyncio.wrap_future(begun)
 
-        def begin() -> Future[Answer]:
-            begun.append(verb())
-            return begun[0]
-
-        def cancel() -> None:  # after `begin`: the engine's thread takes its commands in order
-            for future in begun:
-                self._cancelling(future)()
-
+    @asynccontextmanager
+    async def _undone(self, call: Call[Any]) -> AsyncIterator[None]:
+        """A caller that goes away meanwhile takes back what it asked for, and waits until that is done."""
         try:
-            return await asyncio.wrap_future(await self._do(begin))
+            yield
         except asyncio.CancelledError:
-            self._link.door.post(self._link.coordinator, cancel)
+            with suppress(EngineClosedError):
+                await asyncio.shield(asyncio.wrap_future(self._taking_back([call])))
             raise
 
 

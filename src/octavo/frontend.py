@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import index
@@ -13,8 +13,8 @@ from octavo.coordinators.completion import CompletionRequest
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from octavo.core.params import MAX_N, MAX_SEED, SamplingParams, integer
+from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
@@ -104,32 +104,27 @@ class Frontend:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
         text, token_ids = self.tokens_of(prompt)
-        return self._completion(
-            request_id if request_id is not None else self._new_id(),
-            token_ids,
-            params,
+        return CompletionRequest(
+            request_id=request_id if request_id is not None else self._new_id(),
+            prompt_token_ids=token_ids,
+            params=params,
             seed=self._seed(params.seed),
+            max_tokens=self._max_tokens(len(token_ids), params),
             prompt=text,
             priority=priority,
             cache_salt=cache_salt(prompt),
+            **self._checked_fields(params),
         )
 
-    def _completion(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, **rest: Any
-    ) -> CompletionRequest:
-        """A request to go on after these tokens, with parameters that fit this model."""
+    def _checked_fields(self, params: SamplingParams) -> dict[str, Any]:
+        """Of a CompletionRequest: what follows from parameters that fit this model, whatever the prompt."""
         self._check_params(params)
-        return CompletionRequest(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            params=params,
-            max_tokens=self._max_tokens(len(token_ids), params),
-            eos_token_ids=() if params.ignore_eos else self._codec.eos_token_ids,
-            bad_words=self._bad_words(params),
-            codec=self._codec,
-            system_fingerprint=self._system_fingerprint,
-            **rest,
-        )
+        return {
+            "eos_token_ids": () if params.ignore_eos else self._codec.eos_token_ids,
+            "bad_words": self._bad_words(params),
+            "codec": self._codec,
+            "system_fingerprint": self._system_fingerprint,
+        }
 
     # --- sessions ---
 
@@ -161,8 +156,11 @@ class Frontend:
         self._check_room(field, num_tokens, len(token_ids))
         return token_ids
 
-    def make_turn(self, session: SessionCoordinator, token_ids: list[int], params: SamplingParams) -> CompletionRequest:
-        """What one `generate` of a session asks, after the tokens of its branch. Raises InvalidRequestError."""
+    def make_turn(
+        self, session: SessionCoordinator, params: SamplingParams
+    ) -> Callable[[list[int]], CompletionRequest]:
+        """What one `generate` of a session asks: to be made of the branch's tokens when its turn comes, in the engine's
+        thread. Raises InvalidRequestError, and so does what it returns."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
         if params.n != 1:
@@ -173,10 +171,23 @@ class Frontend:
             raise InvalidRequestError(
                 "skip_reading_prefix_cache", "is not for sessions, which go on from what they have"
             )
-        self._check_not_empty(token_ids)
-        self._check_room("branch", len(token_ids), 1)
         seed = session.seed if params.seed is None else params.seed
-        return self._completion(session.request_id, token_ids, params, seed=seed, priority=session.priority)
+        fields = self._checked_fields(params)
+
+        def turn(token_ids: list[int]) -> CompletionRequest:
+            self._check_not_empty(token_ids)
+            self._check_room("branch", len(token_ids), 1)
+            return CompletionRequest(
+                request_id=session.request_id,
+                prompt_token_ids=token_ids,
+                params=params,
+                seed=seed,
+                max_tokens=self._max_tokens(len(token_ids), params),
+                priority=session.priority,
+                **fields,
+            )
+
+        return turn
 
     def choices(self, choices: Sequence[Prompt], num_tokens: int) -> list[tuple[str, list[int]]]:
         """Text and token ids of what `select` compares. Raises InvalidRequestError."""
@@ -242,6 +253,14 @@ class Frontend:
         rows += [row for row in output.prompt_logprobs or () if row is not None]
         self._name(rows)
         return output
+
+    def reader(self, kind: OutputKind) -> Callable[[RequestOutput], RequestOutput]:
+        """For one request: from what the engine gives, always what is new, to what its user asked for. Called where the
+        user waits, so that the engine's thread copies nothing twice."""
+        if kind is not OutputKind.CUMULATIVE:
+            return self.name_tokens
+        so_far = OutputSoFar()
+        return lambda output: so_far.take(self.name_tokens(output))
 
     def name_completion(self, completion: CompletionOutput) -> CompletionOutput:
         """The same of one output."""

@@ -141,13 +141,15 @@ class LLM:
         make = self._frontend.make_beams if isinstance(params, BeamSearchParams) else self._frontend.make
         request = make(prompt, params, request_id, priority)  # type: ignore[arg-type] # one of the two fits
         self._loop.check_open()
-        return self._stream(request)
+        return self._stream(request, self._frontend.reader(params.output_kind))
 
-    def _stream(self, request: Coordinator) -> Generator[RequestOutput, None, None]:
+    def _stream(
+        self, request: Coordinator, read: Callable[[RequestOutput], RequestOutput]
+    ) -> Generator[RequestOutput, None, None]:
         for output in self._loop.run([request]):
             if output.error is not None:
                 raise RequestFailedError(output.error)
-            yield self._frontend.name_tokens(output)
+            yield read(output)
 
     def chat(
         self,
@@ -193,7 +195,7 @@ class LLM:
         from octavo.session import Door, Session
 
         coordinator = self._frontend.make_session(seed, priority, cache_salt)
-        self._loop.post(lambda engine: engine.add(coordinator))
+        self._loop.add_session(coordinator)
         return Session(Door(self, self._loop), self._frontend, coordinator)
 
     # --- the prefix cache ---

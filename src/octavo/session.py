@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
@@ -67,6 +67,26 @@ class Door:
             self.end_session(coordinator)
         else:
             self.post(coordinator, lambda: coordinator.drop_branch(branch))
+
+
+class Call(Generic[Answer]):
+    """A verb asked of a branch, which can be taken back when whoever asked it is gone."""
+
+    def __init__(self, coordinator: SessionCoordinator, state: BranchState, verb: Verb[Answer]) -> None:
+        self._coordinator = coordinator
+        self._state = state
+        self._verb = verb
+        self._undo: Verb[None] | None = None  # while it was not carried out
+
+    def __call__(self) -> Answer:
+        """Carry it out: in the engine's thread, like the next."""
+        answer = self._verb()
+        self._undo = self._state.undo
+        return answer
+
+    def take_back(self) -> None:
+        if self._undo is not None:
+            self._coordinator.take_back(self._state, self._undo)
 
 
 class Link:
@@ -129,8 +149,8 @@ class BaseBranch:
         return lambda: self._link.coordinator.truncate(self._state, number)
 
     def _generating(self, params: SamplingParams) -> Verb[Future[CompletionOutput]]:
-        turn = self._link.frontend.make_turn(self._link.coordinator, self.token_ids, params)
-        return lambda: self._link.coordinator.generate(self._state, turn)
+        turn = self._link.frontend.make_turn(self._link.coordinator, params)
+        return lambda: self._link.coordinator.generate(self._state, turn(self._state.token_ids))
 
     def _selecting(
         self, choices: Sequence[Prompt], by: str
@@ -153,8 +173,18 @@ class BaseBranch:
     def _dropping(self) -> None:
         self._link.coordinator.drop_branch(self._state)
 
-    def _cancelling(self, future: Future[Any]) -> Verb[None]:
-        return lambda: self._link.coordinator.cancel(self._state, future)
+    def _call(self, verb: Verb[Answer]) -> Call[Answer]:
+        return Call(self._link.coordinator, self._state, verb)
+
+    def _taking_back(self, calls: Sequence[Call[Any]]) -> Future[None]:
+        """Take back what was asked for in vain. It comes after the calls: the engine's thread takes what it is asked in
+        order. Raises EngineClosedError."""
+
+        def undo() -> None:
+            for call in calls:
+                call.take_back()
+
+        return self._link.door.ask(self._link.coordinator, undo)
 
 
 def sampling(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
@@ -223,11 +253,16 @@ class Branch(BaseBranch):
         self._do(self._dropping)
 
     def _do(self, verb: Verb[Answer]) -> Answer:
-        answer = self._link.door.ask(self._link.coordinator, verb)
+        call = self._call(verb)
         try:
-            return answer.result()
-        finally:
-            answer.cancel()  # after an interrupt, if it has not begun
+            return self._link.door.ask(self._link.coordinator, call).result()
+        except BaseException:  # an interrupt, perhaps, after the verb was carried out
+            self._take_back([call])
+            raise
+
+    def _take_back(self, calls: Sequence[Call[Any]]) -> None:
+        with suppress(EngineClosedError):
+            self._taking_back(calls).result()
 
 
 class Session(Branch):
@@ -293,22 +328,13 @@ def _generate(branches: Sequence[Branch], params: Sequence[SamplingParams]) -> l
 
 def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answer]:
     """Begin tasks of one session's branches, all before the next step, and wait for them. If one is refused, or the
-    caller is interrupted, the others end too."""
-    link = asked[0][0]._link
-    begun: list[tuple[Branch, Future[Answer]]] = []
-
-    def begin() -> None:
-        for branch, verb in asked:
-            begun.append((branch, verb()))
-
-    def cancel() -> None:  # after `begin`: the engine's thread takes its commands in order
-        for branch, future in begun:
-            branch._cancelling(future)()
-
+    caller is interrupted, all branches are put back to what they were."""
+    first = asked[0][0]
+    calls = [branch._call(verb) for branch, verb in asked]
     try:
-        link.door.ask(link.coordinator, begin).result()
-        wait([future for _, future in begun])
+        futures = first._link.door.ask(first._link.coordinator, lambda: [call() for call in calls]).result()
+        wait(futures)
     except BaseException:
-        link.door.post(link.coordinator, cancel)
+        first._take_back(calls)
         raise
-    return [future.result() for _, future in begun]
+    return [future.result() for future in futures]

@@ -87,19 +87,26 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         policy=config.scheduling_policy,
         max_overtakes=config.max_cache_overtakes,
     )
+    # What is kept beyond this process must not outlive a change that the fingerprint's samples do not show, of the
+    # model or of the code.
+    identity = f"{fingerprint} {versions_of([*_files(loaded.path), *_code()])}"
     tier = None
     if config.kv_offload_dir is not None:
-        folder = Path(config.kv_offload_dir).expanduser()
-        tier = BlockFiles(folder, config.kv_offload_bytes, loaded.memory_plan.block_bytes, runner.read_block)
+        tier = BlockFiles(
+            Path(config.kv_offload_dir).expanduser(),
+            config.kv_offload_bytes,
+            config.block_size,
+            loaded.memory_plan.block_bytes,
+            runner.read_block,
+            identity=f"{identity} block_size {config.block_size}",
+        )
     kv = KVCacheManager(
         loaded.memory_plan.num_blocks,
         config.block_size,
         caching=config.enable_prefix_caching,
         clock=clock,
         tier=tier,
-        # What is kept beyond this process must not outlive a change that the fingerprint's samples do not show, of the
-        # model or of the code.
-        identity=f"{fingerprint} {versions_of([*_files(loaded.path), *_code()])}",
+        identity=identity,
     )
     return Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
 

@@ -224,6 +224,6 @@ def test_storm(seed: int) -> None:
     for name, (prompt, count, n) in others.items():
         for index in range(n):
             assert harness.tokens(name, index) == expected(prompt, count, index)
-    assert len(answered) > 60 and len(aborted) > 20 and len(moments) > 4
+    assert len(answered) > 60 and len(aborted) > 20 and len(moments) > 3
     assert harness.forks > 100 and harness.kv.num_copies > 0
     assert sum(harness.outputs[name].metrics.num_preemptions for name in answered) > 0

@@ -10,8 +10,8 @@ import pytest
 from octavo.coordinators.completion import CompletionRequest
 from octavo.coordinators.samples import SamplesCoordinator
 from octavo.coordinators.single import SingleCoordinator
-from octavo.core.outputs import RequestMetrics, RequestOutput
-from octavo.core.params import SamplingParams
+from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.plan import DrawResult, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
 from octavo.core.want import Sample
 from octavo.engine import Engine, SchedulerConfig
@@ -82,7 +82,8 @@ def outputs(tokens: Sequence[int], eos: tuple[int, ...] = (END,), **params: Any)
     while engine.has_unfinished_requests:
         got += engine.step()
     assert engine.kv.num_available == 32
-    return got
+    so_far = OutputSoFar()
+    return got if sampling.output_kind is OutputKind.DELTA else [so_far.take(output) for output in got]
 
 
 def last(tokens: Sequence[int], **params: Any) -> tuple[str, list[int], str | None, int | str | None]:

@@ -7,13 +7,14 @@ end, as attention does; a wrong block, a missed copy on write or a lost copy sho
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.coordinators.completion import CompletionRequest
 from octavo.coordinators.samples import SamplesCoordinator
 from octavo.coordinators.single import SingleCoordinator
-from octavo.core.outputs import RequestMetrics, RequestOutput
+from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
 from octavo.core.want import Hidden, Sample, Score, TopK
@@ -111,7 +112,8 @@ class Harness:
         self.now = 0.0
         self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now)
         self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
-        self.outputs: dict[str, RequestOutput] = {}
+        self.outputs: dict[str, RequestOutput] = {}  # all of each request so far
+        self._so_far: defaultdict[str, OutputSoFar] = defaultdict(OutputSoFar)
 
     def add(
         self,
@@ -145,9 +147,12 @@ class Harness:
         outputs = self.engine.step()
         self.now += 1.0
         self.check()
-        for output in outputs:
-            self.outputs[output.request_id] = output
+        self.take(outputs)
         return outputs
+
+    def take(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self.outputs[output.request_id] = self._so_far[output.request_id].take(output)
 
     def run(self, most: int = 10_000) -> dict[str, RequestOutput]:
         for _ in range(most):

@@ -92,7 +92,8 @@ def run_alone(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
 
 def run_stream(llm: LLM, request: Request, index: int) -> CompletionOutput:
     """Output `index` of a request as the only output of a request of its own."""
-    coordinator = llm._frontend.make({"prompt_token_ids": request[0]}, request[1].but(n=1))
+    params = request[1].but(n=1, output_kind="final_only")
+    coordinator = llm._frontend.make({"prompt_token_ids": request[0]}, params)
     coordinator.completions = [Completion(coordinator.request, index)]
     (output,) = llm._run([coordinator], False)
     return output.outputs[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from octavo.build import build_engine
+from octavo.core.outputs import OutputSoFar
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.want import Hidden
 from octavo.runner.input_batch import rows_with_next
@@ -36,6 +37,7 @@ class Answer:
 
     arrived: float  # seconds, the engine's clock
     output: RequestOutput | None = None
+    so_far: OutputSoFar = field(default_factory=OutputSoFar)
     token_times: list[float] = field(default_factory=list)  # of each token of all outputs, ascending
 
 
@@ -104,7 +106,7 @@ class EngineDriver:
 def _note(answer: Answer, output: RequestOutput, now: float) -> None:
     new = output.metrics.num_generated_tokens - len(answer.token_times)
     answer.token_times += [now] * new
-    answer.output = output
+    answer.output = answer.so_far.take(output)
 
 
 def _step(plan: StepPlan, rows: int, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:

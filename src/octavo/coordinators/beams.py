@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.coordinators.beam_group import BeamGroup, Candidate, Finished, Row, float32
 from octavo.coordinators.completion import CompletionRequest, Sent, to_dict
@@ -79,6 +79,11 @@ class BeamCoordinator(Coordinator):
     @property
     def width(self) -> int:  # type: ignore[override]
         return sum(group.search.width for group in self._groups if not group.search.ended)
+
+    def least_blocks(self, block_size: int) -> int:
+        """At its full length: beams can share all blocks but the last, which no two of them have in common."""
+        longest = len(self.request.prompt_token_ids) + self.request.max_tokens - 1
+        return -(-longest // block_size) + (self.width - 1 if self.request.max_tokens > 1 else 0)
 
     def start(self, new_sequence: NewSequence) -> None:
         prompt = new_sequence(())
@@ -247,7 +252,7 @@ class BeamCoordinator(Coordinator):
             if not outputs:
                 outputs = [CompletionOutput(0, "", [], finish_reason=self._reason)]
             self.metrics.num_generated_tokens = sum(len(output.token_ids) for output in outputs)
-            if kind is OutputKind.DELTA:
+            if self._sent.tokens:  # the rest of what is known to be the beginning of all
                 best = outputs[0]
                 best.text = best.text[self._sent.chars :]
                 best.token_ids = best.token_ids[self._sent.tokens :]
@@ -255,7 +260,7 @@ class BeamCoordinator(Coordinator):
         else:
             if kind is OutputKind.FINAL_ONLY or not self._grow_common():
                 return None
-            outputs = [self._common_output(kind)]
+            outputs = [self._common_output()]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
@@ -265,32 +270,36 @@ class BeamCoordinator(Coordinator):
             num_cached_tokens=self.metrics.num_cached_tokens,
             error=self.error,
             system_fingerprint=self.request.system_fingerprint,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),
         )
 
     def _grow_common(self) -> bool:
         """Whether the tokens that all possible outputs begin with have become more. What is shown is never taken back:
         every later hypothesis goes on from a running beam."""
-        possible = [self._generated(beam.sequence) for group in self._groups for beam in group.beams]
-        possible += [finished.what.token_ids for finished in self._best()]
-        shortest, longest = min(possible), max(possible)  # in the order of lists, all others lie between these
-        length = len(self._common)
-        while length < min(len(shortest), len(longest)) and shortest[length] == longest[length]:
-            length += 1
-        added = shortest[len(self._common) : length]
+        skipped = len(self.request.prompt_token_ids)
+        rows = [(beam.sequence.token_ids, skipped) for group in self._groups for beam in group.beams]
+        rows += [(finished.what.token_ids, 0) for finished in self._best()]
+        added: list[int] = []
+        while True:
+            at = len(self._common) + len(added)
+            tokens = {ids[first + at] if first + at < len(ids) else None for ids, first in rows}
+            if len(tokens) != 1 or (token_id := tokens.pop()) is None:
+                break
+            added.append(token_id)
         self._common += added
         if self._common_text is not None:
             self._common_text.advance(added)
         return bool(added)
 
-    def _common_output(self, kind: OutputKind) -> CompletionOutput:
-        text = "" if self._common_text is None else self._common_text.text
-        first = self._sent if kind is OutputKind.DELTA else Sent()
-        output = CompletionOutput(0, text[first.chars :], self._common[first.tokens :])
+    def _common_output(self) -> CompletionOutput:
+        first = self._sent
+        text = "" if self._common_text is None else self._common_text.text_after(first.chars)
+        output = CompletionOutput(0, text, self._common[first.tokens :])
         if self.params.logprobs is not None:
             beam = next(beam for group in self._groups for beam in group.beams)  # it begins with the common tokens
-            output.logprobs = _unrolled(beam.logprobs)[first.tokens : len(self._common)]
-        self._sent = Sent(len(self._common), len(text))
+            new = beam.sequence.num_tokens - len(self.request.prompt_token_ids) - first.tokens
+            output.logprobs = _unrolled(beam.logprobs, new)[: len(output.token_ids)]
+        self._sent = Sent(len(self._common), first.chars + len(text))
         return output
 
     def _output(self, index: int, finished: Finished[_Hypothesis]) -> CompletionOutput:
@@ -315,9 +324,10 @@ class BeamCoordinator(Coordinator):
         )
 
 
-def _unrolled(chain: _Chain | None) -> list[dict[int, Logprob]]:
+def _unrolled(chain: _Chain | None, most: int | None = None) -> list[dict[int, Logprob]]:
+    """The entries of a chain, first token first; with `most`, only so many last ones."""
     entries: list[dict[int, Logprob]] = []
-    while chain is not None:
+    while chain is not None and len(entries) != most:
         entries.append(to_dict(chain.entry))
         chain = chain.before
     return entries[::-1]

@@ -68,6 +68,15 @@ def to_dict(row: TokenLogprobs) -> dict[int, Logprob]:
     return entries
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How much of an output has gone to the user."""
+
+    tokens: int = 0
+    chars: int = 0
+    finished: bool = False
+
+
 @dataclass(slots=True)
 class Completion:
     """One output under way."""
@@ -82,6 +91,7 @@ class Completion:
     text_stream: TextStream | None = None
     counts: TokenCounts | None = None
     stream: tuple[int, ...] = ()  # of its draws; the index alone if none is given
+    sent: Sent = Sent()
 
     def __post_init__(self) -> None:
         self.stream = self.stream or (self.index,)
@@ -147,28 +157,23 @@ class Completion:
             if self.text_stream is not None:
                 self.text_stream.finish()
 
-    def output(self, sent: Sent | None) -> CompletionOutput:
-        """What the user sees: everything so far, or what came after `sent`, which is moved on."""
-        text = self.text_stream.text if self.text_stream is not None else ""
-        tokens_from, chars_from = (sent.tokens, sent.chars) if sent is not None else (0, 0)
+    @property
+    def is_new(self) -> bool:
+        """Whether there is something that `output` has not given yet."""
+        return len(self.token_ids) > self.sent.tokens or (self.finish_reason is not None and not self.sent.finished)
+
+    def output(self) -> CompletionOutput:
+        """What came since the last call."""
+        sent = self.sent
+        text = self.text_stream.text_after(sent.chars) if self.text_stream is not None else ""
         output = CompletionOutput(
             index=self.index,
-            text=text[chars_from:],
-            token_ids=self.token_ids[tokens_from:],
+            text=text,
+            token_ids=self.token_ids[sent.tokens :],
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else self.logprobs[tokens_from:],
+            logprobs=None if self.logprobs is None else self.logprobs[sent.tokens :],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        if sent is not None:
-            sent.tokens, sent.chars, sent.finished = len(self.token_ids), len(text), self.finish_reason is not None
+        self.sent = Sent(len(self.token_ids), sent.chars + len(text), self.finish_reason is not None)
         return output
-
-
-@dataclass(slots=True)
-class Sent:
-    """How much of an output has gone to the user in delta form."""
-
-    tokens: int = 0
-    chars: int = 0
-    finished: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs, Sent
+from dataclasses import replace
+
+from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs
 from octavo.core.coordinator import Coordinator
 from octavo.core.events import Reason
 from octavo.core.outputs import RequestMetrics, RequestOutput
@@ -23,7 +25,6 @@ class GeneratingCoordinator(Coordinator):
         self.prompt_logprobs = PromptLogprobs(request)
         self.error: str | None = None
         self._last_finish_reason: str | None = None
-        self._sent = [Sent() for _ in self.completions]
         self._prompt_logprobs_sent = False
 
     def take(self, index: int, drawn: DrawResult, sequence: Sequence) -> None:
@@ -54,31 +55,21 @@ class GeneratingCoordinator(Coordinator):
         kind = self.request.params.output_kind
         if kind is OutputKind.FINAL_ONLY and not self.finished:
             return None
-        changed = [
-            index
-            for index, (completion, sent) in enumerate(zip(self.completions, self._sent, strict=True))
-            if len(completion.token_ids) > sent.tokens or (completion.finish_reason is not None and not sent.finished)
-        ]
+        changed = [completion for completion in self.completions if completion.is_new]
         if not changed and not self.finished:
             return None
-        deltas = [(self.completions[index].output(self._sent[index])) for index in changed]
-        if kind is OutputKind.DELTA:
-            outputs = deltas
-            prompt_logprobs = None if self._prompt_logprobs_sent else self.prompt_logprobs.take()
-            self._prompt_logprobs_sent = True
-        else:
-            outputs = [completion.output(None) for completion in self.completions]
-            prompt_logprobs = self.prompt_logprobs.take()
+        prompt_logprobs = None if self._prompt_logprobs_sent else self.prompt_logprobs.take()
+        self._prompt_logprobs_sent = True
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            outputs=outputs,
+            outputs=[completion.output() for completion in changed],
             finished=self.finished,
             prompt_logprobs=prompt_logprobs,
             seed=self.request.seed,
             num_cached_tokens=self.metrics.num_cached_tokens,
             error=self.error,
             system_fingerprint=self.request.system_fingerprint,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),
         )

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from octavo.coordinators.completion import Completion, CompletionRequest
@@ -28,7 +29,7 @@ Encode = Callable[[str], list[int]]  # token ids of text that follows other text
 class BranchState:
     """A branch of a session. Only its coordinator changes it."""
 
-    __slots__ = ("num_forks", "num_generated", "path", "sequence", "task")
+    __slots__ = ("num_forks", "num_generated", "path", "sequence", "task", "undo")
 
     def __init__(self, path: tuple[int, ...]) -> None:
         self.path = path  # numbers of the forks that lead here from the root
@@ -36,14 +37,23 @@ class BranchState:
         self.num_generated = 0  # calls of generate
         self.sequence: Sequence | None = None  # None before the engine has started the session
         self.task: _Task | None = None
+        self.undo: Callable[[], None] | None = None  # of the last verb; a caller who goes away has it called
 
     @property
     def token_ids(self) -> list[int]:
-        return [] if self.sequence is None else list(self.sequence.token_ids)
+        """Its tokens; while it is at work, those from before. May be asked in any thread."""
+        while True:
+            task, sequence = self.task, self.sequence
+            token_ids = [] if sequence is None else list(sequence.token_ids)
+            if self.task is task:
+                return token_ids if task is None else token_ids[: task.start]
 
     @property
     def num_tokens(self) -> int:
-        return 0 if self.sequence is None else self.sequence.num_tokens
+        task, sequence = self.task, self.sequence
+        if task is not None:
+            return task.start
+        return 0 if sequence is None else sequence.num_tokens
 
 
 class SessionCoordinator(Coordinator):
@@ -83,6 +93,8 @@ class SessionCoordinator(Coordinator):
     def extend(self, branch: BranchState, token_ids: SequenceOf[int]) -> None:
         """Append tokens; they are computed from the next step on, whether or not something is asked of them."""
         sequence = self._idle(branch)
+        before = sequence.num_tokens
+        branch.undo = lambda: sequence.truncate(before)
         if token_ids:
             sequence.extend(token_ids)
 
@@ -96,6 +108,13 @@ class SessionCoordinator(Coordinator):
             child.sequence = sequence.fork(sequence.num_tokens, child.path)
             self.sequences.append(child.sequence)
             children.append(child)
+
+        def undo() -> None:
+            for child in children:
+                self.drop_branch(child)
+            branch.num_forks -= count
+
+        branch.undo = undo
         return children
 
     def truncate(self, branch: BranchState, num_tokens: int) -> None:
@@ -104,10 +123,13 @@ class SessionCoordinator(Coordinator):
             raise InvalidRequestError(
                 "num_tokens", f"must be from 0 to {sequence.num_tokens}, what the branch has, not {num_tokens}"
             )
+        gone = sequence.token_ids[num_tokens:]
+        branch.undo = lambda: sequence.extend(gone) if gone else None
         sequence.truncate(num_tokens)
 
     def drop_branch(self, branch: BranchState) -> None:
         """End a branch and what it is at work on. Idempotent; its forks live on."""
+        branch.undo = None
         if branch.sequence is None or branch.sequence.dropped:
             return
         if branch.task is not None:
@@ -118,11 +140,11 @@ class SessionCoordinator(Coordinator):
         """Continue a branch. `request.prompt_token_ids` are the branch's tokens.
 
         The draws' stream is the branch's path and a count of its generates: a function of what the user called on this
-        branch, not of what else ran. The first generate of the root draws as a plain request with this seed.
+        branch, not of what else ran. The first generate of the root draws as a plain request with this seed. One that
+        failed or was cancelled does not count.
         """
         sequence = self._idle(branch)
         completion = Completion(request, 0, stream=(*branch.path, branch.num_generated))
-        branch.num_generated += 1
         return self._begin(_Generating(self, branch, sequence, completion)).future
 
     def select(self, branch: BranchState, choices: SequenceOf[SequenceOf[int]]) -> Future[list[list[float]]]:
@@ -130,10 +152,14 @@ class SessionCoordinator(Coordinator):
         sequence = self._idle(branch)
         return self._begin(_Selecting(self, branch, sequence, choices)).future
 
-    def cancel(self, branch: BranchState, future: Future[Any]) -> None:
-        """End the task of this future, if it still runs."""
-        if branch.task is not None and branch.task.future is future:
-            self._stop(branch.task, RequestFailedError("cancelled"))
+    def take_back(self, branch: BranchState, undo: Callable[[], None]) -> None:
+        """Whoever called a verb is gone and does not know how it went: the branch is put back to what it was before, if
+        nothing was done on it since. `undo` is what the branch had when the verb returned. Draws and forks from here on
+        are as if it had never been called."""
+        alive = self._reason is None and branch.sequence is not None and not branch.sequence.dropped
+        if alive and branch.undo is undo:
+            branch.undo = None
+            undo()
 
     def _idle(self, branch: BranchState) -> Sequence:
         """The sequence of a branch of which something can be asked."""
@@ -150,6 +176,14 @@ class SessionCoordinator(Coordinator):
     def _begin(self, task: _Task) -> _Task:
         self._tasks[task.sequence.id] = task
         task.branch.task = task
+
+        def undo() -> None:
+            if task.branch.task is task:
+                self._stop(task, RequestFailedError("cancelled"))
+            else:
+                task.undo()
+
+        task.branch.undo = undo
         task.begin()
         return task
 
@@ -220,7 +254,14 @@ class SessionCoordinator(Coordinator):
         if not self.finished:
             return None
         return RequestOutput(
-            self.request_id, None, [], [], finished=True, seed=self.seed, error=self.error, metrics=self.metrics
+            self.request_id,
+            None,
+            [],
+            [],
+            finished=True,
+            seed=self.seed,
+            error=self.error,
+            metrics=replace(self.metrics),
         )
 
 
@@ -260,6 +301,7 @@ class _Generating(_Task):
         self.completion = completion
 
     def begin(self) -> None:
+        self.branch.num_generated += 1
         self.sequence.extend((), want=Sample((self.completion.draw,)))
         self.completion.attach_to(self.sequence)
 
@@ -271,7 +313,7 @@ class _Generating(_Task):
 
     def end(self) -> CompletionOutput:
         """The branch goes on with what the output's text shows."""
-        output = self.completion.output(None)
+        output = self.completion.output()
         kept, drawn = self._kept(output), self.sequence.token_ids[self.start :]
         same = 0  # tokens whose KV is kept
         while same < min(len(kept), len(drawn)) and kept[same] == drawn[same]:
@@ -307,6 +349,7 @@ class _Generating(_Task):
         return token_ids[:count] + (self.session.encode(text[length:]) if length < len(text) else [])
 
     def undo(self) -> None:
+        self.branch.num_generated -= 1
         self._leave(self.start)
 
     def _leave(self, num_tokens: int) -> None:

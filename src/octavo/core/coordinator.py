@@ -38,7 +38,7 @@ class Coordinator(ABC):
     lockstep = False  # all its wanted rows in one step, or none
     width = 1  # most sequences alive at once
     cache_salt: str | None = None  # prefix cache blocks are shared among requests with equal salts
-    reads_cache = True  # whether blocks that others computed may be used
+    reads_cache = True  # whether blocks that other requests computed may be used
 
     def __init__(self, request_id: str, priority: int, metrics: RequestMetrics) -> None:
         self.request_id = request_id
@@ -63,6 +63,10 @@ class Coordinator(ABC):
     def finish(self, reason: str, error: str | None = None) -> None:
         """End now, with this finish reason for all outputs still running ("abort" or "error")."""
 
+    def least_blocks(self, block_size: int) -> int:
+        """KV blocks without which it cannot run to its end, whatever it shares."""
+        return 1
+
     @property
     @abstractmethod
     def finished(self) -> bool: ...
@@ -74,7 +78,7 @@ class Coordinator(ABC):
 
     @abstractmethod
     def take_output(self, now: float) -> RequestOutput | None:
-        """What is new for the user since the last call, or None."""
+        """What is new for the user since the last call, or None. Nothing in it is changed later."""
 
     def drop(self, sequence: Sequence) -> None:
         """End one sequence."""

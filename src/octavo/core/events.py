@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
+
+log = logging.getLogger(__name__)
 
 
 class EventKind(StrEnum):
@@ -30,6 +33,7 @@ class Reason(StrEnum):
     HIGHER_PRIORITY = "higher_priority"  # blocks went to an older or more important request
     IDLE = "idle"  # a sequence that nobody asks anything of
     SHARED_PREFIX = "shared_prefix"  # another sequence computes the block that is needed next
+    LOADING = "loading"  # the block that is needed next is being read from kv_offload_dir
     CAPACITY = "capacity"  # its memory was needed
     RESET = "reset"  # somebody asked for it
     STOP = "stop"
@@ -52,7 +56,8 @@ Listener = Callable[[Event], None]
 
 
 class EventRing:
-    """The last `capacity` events, oldest first; listeners are called as events happen."""
+    """The last `capacity` events, oldest first; listeners are called as events happen. One that raises is called no
+    more."""
 
     def __init__(self, clock: Callable[[], float], capacity: int = 4096) -> None:
         self.step = 0
@@ -63,8 +68,12 @@ class EventRing:
     def emit(self, kind: EventKind, request_id: str = "", reason: Reason = Reason.NONE, detail: str = "") -> None:
         event = Event(self._clock(), self.step, kind, request_id, reason, detail)
         self._events.append(event)
-        for listener in self._listeners:
-            listener(event)
+        for listener in tuple(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener of events raised, and is called no more")
+                self._listeners.remove(listener)
 
     def subscribe(self, listener: Listener) -> None:
         self._listeners.append(listener)

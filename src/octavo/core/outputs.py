@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
@@ -47,7 +47,8 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """State of one request: final from `generate`, or one of several when streaming."""
+    """State of one request: final from `generate`, or one of several when streaming. From the engine comes what is new
+    since the last one; `OutputSoFar` puts that together."""
 
     request_id: str
     prompt: str | None
@@ -60,6 +61,32 @@ class RequestOutput:
     error: str | None = None  # why the request failed, when finish_reason is "error"
     system_fingerprint: str | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+
+
+class OutputSoFar:
+    """All of a request's outputs up to now, put together from what the engine gives: what is new in each step."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[int, CompletionOutput] = {}
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    def take(self, new: RequestOutput) -> RequestOutput:
+        """Everything so far. It is the caller's: it is not changed later."""
+        for output in new.outputs:
+            before = self._outputs.get(output.index)
+            if before is not None:
+                output.text = before.text + output.text
+                output.token_ids = before.token_ids + output.token_ids
+                if before.logprobs is not None:
+                    output.logprobs = before.logprobs + (output.logprobs or [])
+            self._outputs[output.index] = output
+        if new.prompt_logprobs is not None:
+            self._prompt_logprobs = new.prompt_logprobs
+        outputs = [
+            replace(one, token_ids=list(one.token_ids), logprobs=None if one.logprobs is None else list(one.logprobs))
+            for _, one in sorted(self._outputs.items())
+        ]
+        return replace(new, outputs=outputs, prompt_logprobs=self._prompt_logprobs)
 
 
 @dataclass(slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from octavo.core.plan import StepPlan, StepResult
 
 
@@ -38,6 +40,10 @@ class TextStream(SequenceState, Protocol):
     @property
     def text(self) -> str:
         """All text released so far: never ends in half a character, nor in a possible beginning of a stop string."""
+        ...
+
+    def text_after(self, start: int) -> str:
+        """`text` from this character on, in time of its own length if all before it was asked for already."""
         ...
 
     @property
@@ -98,7 +104,8 @@ class Executor(Protocol):
 
 
 class BlockTier(Protocol):
-    """Where KV blocks go when they leave memory. Called by the engine's thread, between steps."""
+    """Where KV blocks go when they leave memory. Called by the engine's thread, between steps; none of it waits for a
+    disk, and none of it raises."""
 
     def save(self, key: bytes, token_ids: tuple[int, ...], block: int) -> None:
         """Keep the KV of a block, if there is room. `key` names it: 32 bytes over all it depends on."""
@@ -108,9 +115,20 @@ class BlockTier(Protocol):
         """Whether something is kept under this key, as far as is known without looking into it."""
         ...
 
-    def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
-        """KV that was kept under this key, verified; None if there is none or computing it, which takes so long as far
-        as is known, is predicted to be faster."""
+    def load(
+        self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None
+    ) -> Future[bytes | None] | None:
+        """Begin to read the KV that was kept under this key; it comes verified, or as None if it is not sound. Returns
+        None if nothing is kept, or computing it, which takes so long as far as is known, is predicted to be faster."""
+        ...
+
+    def keep(self, blocks: Sequence[tuple[bytes, tuple[int, ...], int]]) -> None:
+        """The engine closes: keep these blocks (key, tokens, block), the last of them above all. Waits until they are
+        written."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything that these keys could name."""
         ...
 
     def close(self) -> None: ...

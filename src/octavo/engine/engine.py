@@ -13,9 +13,10 @@ from functools import partial
 from itertools import count
 
 from octavo.core.coordinator import Coordinator, SequenceResult
+from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
-from octavo.core.outputs import CacheExplanation, RequestOutput
-from octavo.core.plan import GrantResult, StepPlan, StepResult
+from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
+from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult
 from octavo.core.protocols import Clock, Executor
 from octavo.core.sequence import Sequence
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
@@ -24,6 +25,8 @@ from octavo.kv_cache.eviction_log import Evicted
 from octavo.kv_cache.explain import explain
 
 log = logging.getLogger(__name__)
+
+_WAIT_FOR_LOADS = 0.02  # seconds that a step waits when nothing else can be done: commands wait as long
 
 
 class Engine:
@@ -41,17 +44,22 @@ class Engine:
         self.num_steps = 0
 
     def add(self, coordinator: Coordinator) -> None:
-        """Queue a request. Its id must not be in use."""
+        """Queue a request. Raises InvalidRequestError if its id is in use or it could never run to its end, and what
+        its `start` raises; then nothing of it is left."""
         if coordinator.request_id in self._coordinators:
-            raise ValueError(f"request id {coordinator.request_id!r} is in use")
+            raise InvalidRequestError("request_id", f"{coordinator.request_id!r} is in use")
         self.scheduler.add(coordinator)
-        coordinator.start(partial(self._new_sequence, coordinator))
-        self.scheduler.settle(coordinator)
+        try:
+            coordinator.start(partial(self._new_sequence, coordinator))
+            self.scheduler.settle(coordinator)
+        except BaseException:
+            self.scheduler.remove(coordinator)
+            raise
         self._coordinators[coordinator.request_id] = coordinator
         self.events.emit(EventKind.QUEUED, coordinator.request_id)
 
     def _new_sequence(self, coordinator: Coordinator, stream: tuple[int, ...]) -> Sequence:
-        table = self.kv.new_table(coordinator.request_id, coordinator.cache_salt, coordinator.reads_cache)
+        table = self.kv.new_table(coordinator.request_id, coordinator.cache_salt, private=not coordinator.reads_cache)
         return Sequence(next(self._sequence_ids), self.kv, self._sequence_ids.__next__, stream, table)
 
     def _note_eviction(self, evicted: Evicted) -> None:
@@ -84,23 +92,33 @@ class Engine:
         """Whether a request waits for steps. One that nothing is asked of (a session between two calls) does not."""
         return bool(self.scheduler.num_waiting or self.scheduler.num_running)
 
+    def forget_loads(self) -> None:
+        """In a forked child: nobody reads blocks for it."""
+        self.kv.forget_loads()
+
     @property
     def num_requests(self) -> int:
         return len(self._coordinators)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; what is new for users, in the order in which the requests were added."""
+        """Run one step; what is new for users, in the order in which the requests were added. While all that is left
+        waits for blocks that are being read, it waits for them a little and does nothing."""
         plan = self.scheduler.schedule()
+        outputs = [self._end(coordinator, "error", error) for coordinator, error in self.scheduler.broken]
         if not plan:
-            return self._end_stalled()
+            if self.kv.num_loading:
+                self.kv.wait_for_loads(_WAIT_FOR_LOADS)
+            elif not outputs:
+                outputs = self._end_stalled()
+            return outputs
         self.num_steps += 1
         now = self.clock()
         for coordinator in self._requests_of(plan):
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
-        result = self._execute(plan)
+        plan, result = self._execute(plan)
         self._learn_speed(plan, result)
-        return self._update(plan, result)
+        return outputs + self._update(plan, result)
 
     def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:
         """How long a block of a prompt takes to compute: what a cached one has to be faster than."""
@@ -111,40 +129,80 @@ class Engine:
             self.kv.compute_seconds = block if known is None else 0.8 * known + 0.2 * block
 
     def _end_stalled(self) -> list[RequestOutput]:
-        """Nothing can run. If somebody wants to, the first of them ends with an error: better than waiting for ever."""
-        for coordinator in self._coordinators.values():
-            if any(sequence.num_pending for sequence in coordinator.sequences):
-                tokens = sum(sequence.num_tokens for sequence in coordinator.sequences)
-                needs = f"{len(coordinator.sequences)} sequences of {tokens} tokens in all do not fit"
-                has = f"{self.kv.num_blocks} blocks of {self.kv.block_size} tokens, {self.scheduler.config}"
-                return [self._end(coordinator, "error", f"the request cannot go on: {needs} ({has})")]
-        return []
+        """Nothing can run, though somebody wants to: the one that does not fit ends with an error, better than waiting
+        for ever; the others go on."""
+        coordinator = self.scheduler.stalled()
+        if coordinator is None:
+            return []
+        tokens = sum(sequence.num_tokens for sequence in coordinator.sequences)
+        needs = f"{len(coordinator.sequences)} sequences of {tokens} tokens in all do not fit"
+        has = f"{self.kv.num_blocks} blocks of {self.kv.block_size} tokens, {self.scheduler.config}"
+        return [self._end(coordinator, "error", f"the request cannot go on: {needs} ({has})")]
+
+    def end_all(self, error: str) -> list[RequestOutput]:
+        """End all requests with an error: after a failure that is nobody's. The engine goes on."""
+        return [self._end(coordinator, "error", error) for coordinator in tuple(self._coordinators.values())]
 
     def close(self) -> list[RequestOutput]:
-        """End all requests and the executor."""
+        """End all requests and the executor. What is cached stays in the tier, if there is one."""
         outputs = [self.abort(request_id) for request_id in tuple(self._coordinators)]
-        self._executor.close()
+        try:
+            self.kv.close()
+        finally:
+            self._executor.close()
         return [output for output in outputs if output is not None]
 
     # --- executing ---
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
+        """The results, and the plan as far as it was carried out."""
+        blocks = {load.block for load in plan.loads}
         try:
-            return self._executor.execute(plan).result()
+            result = self._executor.execute(plan).result()
         except Exception as error:
-            # Nothing is committed. Whose fault it was shows when each grant runs by itself.
+            # Nothing is committed. Whose fault it was shows when each part runs by itself.
             log.warning("step %d raised (%r); retrying its %d rows one by one", plan.step, error, len(plan.grants))
             self.events.emit(EventKind.STEP_RETRIED, reason=Reason.STEP_RAISED, detail=repr(error))
-            return self._execute_singly(plan)
+            lost = self._move_singly(plan)
+            plan = replace(plan, grants=self._evict_lost(plan.grants, lost))
+            result = self._execute_singly(plan)
+            blocks -= lost
+        self.kv.settle_loads(blocks)
+        return plan, result
+
+    def _move_singly(self, plan: StepPlan) -> set[int]:
+        """Copy and load block by block; those that could not be written."""
+        lost: set[int] = set()
+        for part in (
+            *(replace(plan, grants=(), copies=(copy,), loads=()) for copy in plan.copies),
+            *(replace(plan, grants=(), copies=(), loads=(load,)) for load in plan.loads),
+        ):
+            target = part.copies[0].target if part.copies else part.loads[0].block
+            try:
+                if part.copies and part.copies[0].source in lost:
+                    raise RuntimeError("what was to be copied is lost")
+                self._executor.execute(part).result()
+                lost.discard(target)
+            except Exception:
+                log.exception("block %d could not be written in step %d", target, plan.step)
+                lost.add(target)
+        return lost
+
+    def _evict_lost(self, grants: tuple[Grant, ...], lost: set[int]) -> tuple[Grant, ...]:
+        """Sequences whose tables name lost blocks are computed anew, whether or not they were to run. What is left of
+        the grants."""
+        evicted = set()
+        for coordinator in self._coordinators.values() if lost else ():
+            for sequence in coordinator.sequences:
+                if not lost.isdisjoint(sequence.block_table):
+                    sequence.evict()
+                    evicted.add(sequence.id)
+                    detail = f"sequence {sequence.id}"
+                    self.events.emit(EventKind.EVICTED, coordinator.request_id, Reason.STEP_RAISED, detail)
+        return tuple(grant for grant in grants if grant.sequence.id not in evicted)
 
     def _execute_singly(self, plan: StepPlan) -> StepResult:
         results: list[GrantResult] = []
-        try:
-            if plan.copies or plan.loads:
-                self._executor.execute(replace(plan, grants=())).result()
-        except Exception as error:
-            failure = GrantResult(error=f"copying KV blocks failed: {error!r}")
-            return StepResult((failure,) * len(plan.grants))
         for grant in plan.grants:
             try:
                 results += self._executor.execute(replace(plan, grants=(grant,), copies=(), loads=())).result().results
@@ -161,43 +219,56 @@ class Engine:
 
     def _update(self, plan: StepPlan, step: StepResult) -> list[RequestOutput]:
         by_sequence = {g.sequence.id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
-        outputs: list[RequestOutput] = []
-        for coordinator in self._requests_of(plan):
-            mine = [by_sequence[s.id] for s in coordinator.sequences if s.id in by_sequence]
-            mine = [(g, r) for g, r in mine if r.error is None or not coordinator.contain(g.sequence, r.error)]
-            error = next((result.error for _, result in mine if result.error is not None), None)
-            if error is None:
-                for grant, _ in mine:
-                    grant.sequence.commit(grant.stop)
-                    self.kv.commit(grant.sequence.block_table, grant.token_ids, grant.stop)
-                error = self._tell(coordinator, [SequenceResult(g.sequence, g.start, g.stop, r) for g, r in mine])
-            if error is not None:
-                outputs.append(self._end(coordinator, "error", error))
-            elif coordinator.finished:
-                outputs.append(self._end(coordinator, None))
-            elif (output := coordinator.take_output(self.clock())) is not None:
-                outputs.append(output)
-        return outputs
+        outputs = [self._advance(coordinator, by_sequence) for coordinator in self._requests_of(plan)]
+        return [output for output in outputs if output is not None]
 
-    def _tell(self, coordinator: Coordinator, results: list[SequenceResult]) -> str | None:
-        """Hand a request its results; the error, if its own bookkeeping fails on them."""
+    def _advance(
+        self, coordinator: Coordinator, by_sequence: dict[int, tuple[Grant, GrantResult]]
+    ) -> RequestOutput | None:
+        """Commit what a request got in this step and hand it over; what is new for the user. Whatever its own
+        bookkeeping raises ends this request alone."""
         try:
-            coordinator.update(results)
-        except Exception as error:
+            granted = [by_sequence[s.id] for s in coordinator.sequences if s.id in by_sequence]
+            granted = [(g, r) for g, r in granted if r.error is None or not coordinator.contain(g.sequence, r.error)]
+            error = next((result.error for _, result in granted if result.error is not None), None)
+            if error is not None:
+                return self._end(coordinator, "error", error)
+            for grant, _ in granted:
+                grant.sequence.commit(grant.stop)
+                self.kv.commit(grant.sequence.block_table, grant.token_ids, grant.stop)
+            coordinator.update([SequenceResult(g.sequence, g.start, g.stop, r) for g, r in granted])
+            return self._end(coordinator, None) if coordinator.finished else coordinator.take_output(self.clock())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust code is no Exception
             log.exception("request %s failed on its results", coordinator.request_id)
-            return f"{type(error).__name__}: {error}"
-        return None
+            return self._end(coordinator, "error", f"{type(error).__name__}: {error}")
 
     def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> RequestOutput:
-        if reason is not None:
-            coordinator.finish(reason, error)
+        """Its last output. The request is gone from the engine whatever its own bookkeeping raises."""
+        request_id = coordinator.request_id
         now = self.clock()
         coordinator.metrics.finished_time = now
-        self.scheduler.remove(coordinator)
-        del self._coordinators[coordinator.request_id]
-        kind = EventKind.FINISHED if error is None else EventKind.FAILED
-        self.events.emit(kind, coordinator.request_id, coordinator.end_reason, error or "")
-        output = coordinator.take_output(now)
+        output: RequestOutput | None = None
+        ended = Reason.ERROR
+        try:
+            if reason is not None:
+                coordinator.finish(reason, error)
+            ended = coordinator.end_reason
+            output = coordinator.take_output(now)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as failure:
+            log.exception("request %s failed at its end", request_id)
+            error = error or f"{type(failure).__name__}: {failure}"
+            ended = Reason.ERROR
+        finally:
+            if self._coordinators.pop(request_id, None) is not None:
+                self.scheduler.remove(coordinator)
         if output is None:
-            raise RuntimeError(f"request {coordinator.request_id} ended without an output")
+            error = error or "the request ended without an output"
+            failed = CompletionOutput(0, "", [], finish_reason="error")
+            output = RequestOutput(request_id, None, [], [failed], finished=True, error=error)
+        kind = EventKind.FAILED if ended is Reason.ERROR else EventKind.FINISHED
+        self.events.emit(kind, request_id, ended, output.error or "")
         return output

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from octavo.core.coordinator import Coordinator
-from octavo.core.errors import EngineClosedError, InvalidRequestError
+from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.outputs import RequestOutput
 from octavo.engine.engine import Engine
 
@@ -65,15 +65,28 @@ class EngineLoop:
 
         def command(engine: Engine) -> None:
             for request in requests:
-                if request.request_id in self._deliver:
-                    deliver(InvalidRequestError("request_id", f"{request.request_id!r} is in use"))
-                    continue
                 try:
                     engine.add(request)
                 except InvalidRequestError as error:
-                    deliver(error)
+                    self._tell(deliver, error)
+                except BaseException as error:
+                    log.exception("request %s could not be started", request.request_id)
+                    self._tell(deliver, RequestFailedError(f"{type(error).__name__}: {error}"))
                 else:
                     self._deliver[request.request_id] = deliver
+
+        self.post(command)
+
+    def add_session(self, session: Coordinator) -> None:
+        """The same of one whose answers do not come as outputs. If it cannot be started it ends, and says so to whoever
+        asks something of it."""
+
+        def command(engine: Engine) -> None:
+            try:
+                engine.add(session)
+            except BaseException as error:
+                log.exception("session %s could not be started", session.request_id)
+                session.finish("error", f"{type(error).__name__}: {error}")
 
         self.post(command)
 
@@ -114,7 +127,8 @@ class EngineLoop:
     # --- commands ---
 
     def post(self, command: Command) -> None:
-        """Have a command carried out between two steps; it must not raise. Raises EngineClosedError."""
+        """Have a command carried out between two steps. What it raises is logged and nobody hears of it. Raises
+        EngineClosedError."""
         with self._lock:
             self.check_open()
             self._commands.put(command)
@@ -130,9 +144,11 @@ class EngineLoop:
         def command(engine: Engine) -> None:
             if answer.set_running_or_notify_cancel():
                 try:
-                    answer.set_result(question(engine))
-                except Exception as error:
+                    result = question(engine)
+                except BaseException as error:
                     answer.set_exception(error)
+                else:
+                    answer.set_result(result)
 
         self.post(command)
         return answer
@@ -165,18 +181,26 @@ class EngineLoop:
         error = EngineClosedError("the engine was closed before the request ended")
         try:
             while self._obey():
-                for output in self.engine.step():
+                for output in self._step():
                     self._hand_out(output)
-        except Exception as failure:
+        except BaseException as failure:
             log.exception("the engine's thread died")
             error = EngineClosedError(f"the engine died: {failure!r}")
             with self._lock:
                 self._closed = str(error)
             self._obey_the_rest()
         for deliver in self._deliver.values():
-            deliver(error)
+            self._tell(deliver, error)
         self._deliver.clear()
         self.engine.close()
+
+    def _step(self) -> SequenceOf[RequestOutput]:
+        """A step. One that raises ends the requests there are, since it is nobody's fault alone, but not the engine."""
+        try:
+            return self.engine.step()
+        except Exception as failure:
+            log.exception("a step failed as a whole; all requests end")
+            return self.engine.end_all(f"{type(failure).__name__}: {failure}")
 
     def _obey(self) -> bool:
         """Carry out what was asked since the last step, waiting while there is nothing to do. False: end."""
@@ -187,7 +211,10 @@ class EngineLoop:
                 return True
             if command is None:
                 return False
-            command(self.engine)
+            try:
+                command(self.engine)
+            except BaseException:
+                log.exception("a command to the engine raised")
 
     def _obey_the_rest(self) -> None:
         """After a failure: whoever has asked for something in the meantime must hear of it and not wait for ever."""
@@ -195,7 +222,7 @@ class EngineLoop:
             while True:
                 command = self._commands.get_nowait()
                 if command is not None:
-                    with suppress(Exception):
+                    with suppress(BaseException):
                         command(self.engine)
 
     def _hand_out(self, output: RequestOutput) -> None:
@@ -203,7 +230,19 @@ class EngineLoop:
         if deliver is not None:
             if output.finished:
                 del self._deliver[output.request_id]
+            if not self._tell(deliver, output) and not output.finished:  # nobody hears of it any more
+                del self._deliver[output.request_id]
+                self.engine.abort(output.request_id)
+
+    @staticmethod
+    def _tell(deliver: Deliver, output: RequestOutput | Exception) -> bool:
+        """Whether it was taken. Whoever takes it may be gone, and is not to end others."""
+        try:
             deliver(output)
+        except BaseException:
+            log.exception("an output could not be delivered")
+            return False
+        return True
 
     # --- forks of the process ---
 
@@ -229,9 +268,10 @@ class EngineLoop:
     def _after_fork_in_child(self) -> None:
         """It has none of the parent's threads, and perhaps locks that nobody will open."""
         self._begin()
+        self.engine.forget_loads()
         for request_id, deliver in self._deliver.items():
             self.engine.abort(request_id)
-            deliver(EngineClosedError("the process forked, and this request runs in the parent"))
+            self._tell(deliver, EngineClosedError("the process forked, and this request runs in the parent"))
         self._deliver.clear()
 
 

@@ -12,8 +12,11 @@ oldest always ends and so does everyone after it. What was preempted waits in it
 KV in the prefix cache as far as it was not evicted; what its forks shared is computed once, by the first of them.
 
 What is cached is taken, not computed. Of several sequences about to compute the same block, the first granted in a step
-computes it and the others wait for the next step. That is no lock: if the first ends, the next one computes.
+computes it and the others wait for the next step. That is no lock: if the first ends, the next one computes. A block
+that is on its way from the tier is waited for likewise.
 Waiting requests with more of their prompt cached may pass others, a bounded number of times.
+
+Whatever raises while a request is looked at ends that request alone.
 
 A request of which nothing is asked (a session between two calls) is parked: it has no place in the queues and keeps its
 blocks until somebody needs them. When something is asked of it, it queues as one that arrives then.
@@ -21,6 +24,7 @@ blocks until somebody needs them. When something is asked of it, it queues as on
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections.abc import Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -34,6 +38,8 @@ from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.sequence import Sequence
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.radix_tree import Node
+
+log = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 64  # waiting requests among which the one with the longest cached prefix is looked for
 
@@ -105,6 +111,9 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}
         self._arrivals = count()
         self._num_steps = 0
+        self.broken: list[
+            tuple[Coordinator, str]
+        ] = []  # requests to be ended, and why: the last step could not use them
         # So that a wait is an event once, not every step.
         self._head_waits: tuple[str, Reason] | None = None
         self._following: set[int] = set()
@@ -128,10 +137,16 @@ class Scheduler:
         return [entry.coordinator for entry in entries]
 
     def add(self, coordinator: Coordinator) -> None:
-        """Queue a request. Raises InvalidRequestError for one whose sequences must all run in one step and cannot."""
+        """Queue a request. Raises InvalidRequestError for one that could never run to its end."""
         if coordinator.lockstep and coordinator.width > self.config.max_num_seqs:
             raise InvalidRequestError(
                 "width", f"{coordinator.width} sequences in lockstep do not fit max_num_seqs={self.config.max_num_seqs}"
+            )
+        if (least := coordinator.least_blocks(self.kv.block_size)) > self.kv.num_blocks:
+            raise InvalidRequestError(
+                "width",
+                f"{coordinator.width} sequences in lockstep take at least {least} KV blocks of {self.kv.block_size} "
+                f"tokens at their full length, and there are {self.kv.num_blocks}",
             )
         priority = coordinator.priority if self.config.policy == "priority" else 0
         entry = _Entry((priority, next(self._arrivals)), coordinator)
@@ -143,7 +158,12 @@ class Scheduler:
         entry = self._entries.pop(coordinator.request_id)
         self._leave_queue(entry)
         coordinator.drop_all()
-        self.kv.end_request(coordinator.request_id)
+        self.kv.end_request(coordinator.request_id, coordinator.cache_salt)
+
+    def stalled(self) -> Coordinator | None:
+        """Who is to blame when there is work and an empty step: the first of those that run. Everything that others had
+        was taken for it, and it does not fit."""
+        return next((e.coordinator for e in self._running if any(s.num_pending for s in e.coordinator.sequences)), None)
 
     def settle(self, coordinator: Coordinator) -> None:
         """Verbs were called between steps: park a request that wants nothing now, queue one that wants something."""
@@ -170,14 +190,21 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step; it is empty when nothing can or needs to run."""
         step = _Step(self.config)
+        self.broken = []
         for entry in tuple(self._running):
-            self._take_cached(entry.coordinator)
-            self.settle(entry.coordinator)
+            try:
+                self._take_cached(entry.coordinator)
+                self.settle(entry.coordinator)
+            except Exception as error:
+                self._break(step, entry, error)
         for single in (True, False):
             for entry in tuple(self._running):
-                for unit in self._units(entry.coordinator):
-                    if (unit[0].num_pending == 1) == single:
-                        self._grant(step, entry, unit)
+                try:
+                    for unit in self._units(entry.coordinator):
+                        if (unit[0].num_pending == 1) == single:
+                            self._grant(step, entry, unit)
+                except Exception as error:
+                    self._break(step, entry, error)
         self._admit(step)
         self._following = step.following
         plan = StepPlan(self._num_steps, tuple(step.grants.values()), tuple(step.copies), self.kv.take_loads())
@@ -185,6 +212,16 @@ class Scheduler:
             self._num_steps += 1
             self._events.step = self._num_steps
         return plan
+
+    def _break(self, step: _Step, entry: _Entry, error: Exception) -> None:
+        """Looking at this request raised: nothing of it runs in this step, and the engine is to end it."""
+        log.error("scheduling request %s raised", entry.coordinator.request_id, exc_info=error)
+        for sequence in entry.coordinator.sequences:
+            step.remove(sequence)
+        self._leave_queue(entry)
+        entry.running = False
+        self._parked[entry.coordinator.request_id] = entry
+        self.broken.append((entry.coordinator, f"{type(error).__name__}: {error}"))
 
     def _units(self, coordinator: Coordinator) -> list[list[Sequence]]:
         """What can be granted by itself: each sequence, or in lockstep all together that stand at their last row."""
@@ -214,9 +251,13 @@ class Scheduler:
             self._events.emit(EventKind.CACHE_HIT, coordinator.request_id, detail=detail)
 
     def _follows(self, step: _Step, entry: _Entry, sequence: Sequence) -> bool:
-        """Whether another sequence computes in this step the block that this one needs next."""
+        """Whether the block that this sequence needs next is on its way: computed by another one in this step, or
+        loaded."""
         if sequence.num_pending < 2:
             return False
+        if self.kv.awaits_load(sequence.block_table):
+            self._wait_for(step, entry, sequence, Reason.LOADING, "waits for a block that is being read")
+            return True
         target = sequence.target if sequence.each_row is None else min(sequence.target, sequence.each_row.start)
         block = self.kv.pending_block(sequence.block_table, sequence.token_ids, target)
         if block is None:
@@ -225,11 +266,14 @@ class Scheduler:
         if leader is sequence or leader.id not in step.grants:
             step.computing[block] = sequence
             return False
+        self._wait_for(step, entry, sequence, Reason.SHARED_PREFIX, f"waits for sequence {leader.id}")
+        return True
+
+    def _wait_for(self, step: _Step, entry: _Entry, sequence: Sequence, reason: Reason, detail: str) -> None:
         step.following.add(sequence.id)
         if sequence.id not in self._following:
-            detail = f"sequence {sequence.id} waits for sequence {leader.id}"
-            self._events.emit(EventKind.WAITING, entry.coordinator.request_id, Reason.SHARED_PREFIX, detail)
-        return True
+            detail = f"sequence {sequence.id} {detail}"
+            self._events.emit(EventKind.WAITING, entry.coordinator.request_id, reason, detail)
 
     def _grant(self, step: _Step, entry: _Entry, unit: list[Sequence]) -> None:
         """Grant all of a unit or nothing of it."""
@@ -268,46 +312,65 @@ class Scheduler:
 
     def _admit(self, step: _Step) -> None:
         while self._waiting:
-            index = self._next_waiting() if self._running else 0
-            entry = self._waiting[index]
-            coordinator = entry.coordinator
-            reason = self._why_not(step, entry)
-            while reason is Reason.NO_BLOCKS and self._evict_idle(step, spared=coordinator.sequences):
-                reason = self._why_not(step, entry)
-            if reason is not None:
-                if self._head_waits != (coordinator.request_id, reason):
-                    self._head_waits = (coordinator.request_id, reason)
-                    self._events.emit(EventKind.WAITING, coordinator.request_id, reason)
+            entry = self._next_waiting(step)
+            if entry is None:
+                continue
+            try:
+                admitted = self._admit_one(step, entry)
+            except Exception as error:
+                self._break(step, entry, error)
+                continue
+            if not admitted:
                 return
-            for passed in self._waiting[:index]:
-                passed.overtaken += 1
-            self._waiting.pop(index)
-            insort(self._running, entry)
-            entry.running = True
-            kind = EventKind.RESTORED if entry.preempted else EventKind.ADMITTED
-            self._events.emit(kind, coordinator.request_id)
-            self.kv.stats.query_tokens += sum(sequence.num_pending for sequence in coordinator.sequences)
-            self._take_cached(coordinator)
-            for unit in self._units(coordinator):
-                self._grant(step, entry, unit)
 
-    def _next_waiting(self) -> int:
-        """Index of the request to admit next: the one with the longest cached prefix, the first among equals.
+    def _admit_one(self, step: _Step, entry: _Entry) -> bool:
+        """Let a waiting request run, if it can now."""
+        coordinator = entry.coordinator
+        reason = self._why_not(step, entry)
+        while reason is Reason.NO_BLOCKS and self._evict_idle(step, spared=coordinator.sequences):
+            reason = self._why_not(step, entry)
+        if reason is not None:
+            if self._head_waits != (coordinator.request_id, reason):
+                self._head_waits = (coordinator.request_id, reason)
+                self._events.emit(EventKind.WAITING, coordinator.request_id, reason)
+            return False
+        index = self._waiting.index(entry)
+        for passed in self._waiting[:index]:
+            passed.overtaken += 1
+        self._waiting.pop(index)
+        insort(self._running, entry)
+        entry.running = True
+        kind = EventKind.RESTORED if entry.preempted else EventKind.ADMITTED
+        self._events.emit(kind, coordinator.request_id)
+        self.kv.stats.query_tokens += sum(sequence.num_pending for sequence in coordinator.sequences)
+        self._take_cached(coordinator)
+        for unit in self._units(coordinator):
+            self._grant(step, entry, unit)
+        return True
+
+    def _next_waiting(self, step: _Step) -> _Entry | None:
+        """The request to admit next: the one with the longest cached prefix if it fits, the first among equals; else
+        the head of the queue, whose turn it is. None: none of those looked at can go on.
 
         Only requests of the same importance are passed, none that was preempted, and none more than `max_overtakes`
         times.
         """
         head = self._waiting[0]
-        best, best_length = 0, self._cached_blocks(head)
-        for index, entry in enumerate(self._waiting[1:_LOOK_AHEAD], 1):
-            before = self._waiting[index - 1]
-            if before.overtaken >= self.config.max_overtakes or before.preempted:
+        if not self._running:
+            return head
+        best, longest, before = None, -1, None
+        for entry in self._waiting[:_LOOK_AHEAD]:
+            if before is not None and (before.overtaken >= self.config.max_overtakes or before.preempted):
                 break
             if entry.key[0] != head.key[0]:
                 break
-            length = self._cached_blocks(entry)
-            if length > best_length:
-                best, best_length = index, length
+            before = entry
+            try:
+                length = self._cached_blocks(entry)
+                if length > longest and (entry is head or self._why_not(step, entry) is None):
+                    best, longest = entry, length
+            except Exception as error:
+                self._break(step, entry, error)
         return best
 
     def _cached_blocks(self, entry: _Entry) -> int:

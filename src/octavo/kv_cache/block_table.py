@@ -15,15 +15,15 @@ class BlockTable(list[int]):
     The first `node.depth` blocks are those of the radix tree on the way from its root to `node`.
     """
 
-    __slots__ = ("indexes", "namespace", "node", "reads", "request_id")
+    __slots__ = ("awaits", "indexes", "namespace", "node", "request_id")
 
-    def __init__(self, namespace: Hashable = None, request_id: str = "", reads: bool = True) -> None:
+    def __init__(self, namespace: Hashable = None, request_id: str = "") -> None:
         super().__init__()
         self.namespace = namespace  # of the radix tree
         self.request_id = request_id
-        self.reads = reads  # whether blocks of the tree may be taken instead of computed
         self.node: Node | None = None  # None: at the root, which is made when it is needed
         self.indexes = True  # whether blocks that fill up still go into the tree
+        self.awaits: bytes | None = None  # digest of the next block, if the tier was asked for it when last matched
 
     @property
     def num_indexed(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
 from octavo.core.outputs import CacheStats
 from octavo.core.plan import BlockCopy, BlockLoad
@@ -14,11 +14,26 @@ from octavo.kv_cache.block_pool import BlockPool
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.eviction_log import Ending, EndingLog, Evicted, EvictionLog, prefix_hash
 from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
+from octavo.kv_cache.tier_loads import Load, TierLoads
 
 
 def _digest_of(above: bytes, key: Key) -> bytes:
     """Names a prefix: 32 bytes over the one before it and its last block of tokens."""
     return hashlib.sha256(above + array("q", key).tobytes()).digest()
+
+
+def _shared(salt: str | None) -> Hashable:
+    """The namespace of all requests with this salt."""
+    return "salt", salt
+
+
+def _private(request_id: str) -> Hashable:
+    """The namespace of one request."""
+    return "request", request_id
+
+
+def _is_shared(namespace: Hashable) -> bool:
+    return isinstance(namespace, tuple) and namespace[0] == "salt"
 
 
 # Tells of evictions as they happen: for events.
@@ -31,6 +46,9 @@ class KVCacheManager:
     A block is free, or in use by at least one table, or cached and idle: in the tree and in no table. Idle blocks count
     as available; the one used longest ago gives way first. A block goes into the tree when it is full and committed.
     It is written only while one table refers to it and the tree does not; else it is copied first.
+
+    A table's namespace says what it can find: what all requests of a salt share, or, of one that is to read nothing of
+    others', what it computed itself, which goes over to the shared one when the request ends.
 
     Args:
         caching: whether requests may use what others computed. If not, each has a tree of its own, from which it is
@@ -62,7 +80,7 @@ class KVCacheManager:
         self._clock = clock
         self._tier = tier if caching else None
         self._identity = f"{identity} block_size {block_size}".encode()
-        self._loads: dict[int, BlockLoad] = {}  # of the step being made, by block
+        self._loads = TierLoads()
         self._pool = BlockPool(num_blocks)
         self._tree = RadixTree()
 
@@ -96,12 +114,10 @@ class KVCacheManager:
 
     # --- tables ---
 
-    def new_table(self, request_id: str = "", salt: str | None = None, reads: bool = True) -> BlockTable:
-        """An empty table. Requests with different salts share nothing."""
-        return BlockTable(self._namespace(request_id, salt), request_id, reads)
-
-    def _namespace(self, request_id: str, salt: str | None) -> Hashable:
-        return ("salt", salt) if self.caching else ("request", request_id)
+    def new_table(self, request_id: str = "", salt: str | None = None, private: bool = False) -> BlockTable:
+        """An empty table. Requests with different salts share nothing, and a private one nothing with any other."""
+        namespace = _private(request_id) if private or not self.caching else _shared(salt)
+        return BlockTable(namespace, request_id)
 
     def blocks_missing(self, table: BlockTable, start: int, stop: int) -> int:
         """Available blocks that `allocate` would take to make positions [start, stop) writable."""
@@ -136,7 +152,7 @@ class KVCacheManager:
 
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
         """A table of the blocks that hold positions [0, num_tokens), shared with `table`."""
-        child = BlockTable(table.namespace, table.request_id, table.reads)
+        child = BlockTable(table.namespace, table.request_id)
         blocks = table[: self.blocks_for(num_tokens)]
         if len(blocks) * self.block_size < num_tokens:
             raise ValueError(f"{num_tokens} tokens cannot be shared from a table of {len(table)} blocks")
@@ -159,7 +175,7 @@ class KVCacheManager:
 
     def remember_end(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """A sequence ends with these tokens. Before its table is freed; for explanations alone."""
-        if self.caching and table.indexes:
+        if self.caching and table.indexes and _is_shared(table.namespace):
             first = table.num_indexed * self.block_size
             if tokens := tuple(token_ids[first : first + self.block_size]):
                 before = hash(table.namespace) if table.node is None else table.node.prefix_hash
@@ -180,7 +196,7 @@ class KVCacheManager:
     def _take(self) -> int:
         if not self._pool.num_free:
             node = self._tree.least_recent()
-            if self._tier is not None:
+            if self._tier is not None and _is_shared(node.namespace):
                 self._tier.save(self._digest(node), node.key, node.block)
             self._tree.remove(node)
             self._evicted(node, "capacity")
@@ -199,11 +215,8 @@ class KVCacheManager:
             self._tree.set_used(node)
 
     def _release(self, block: int) -> None:
-        left = self._pool.release(block)
-        if left == 1 and (node := self._tree.node_of(block)) is not None:
+        if self._pool.release(block) == 1 and (node := self._tree.node_of(block)) is not None:
             self._tree.set_idle(node)
-        elif left == 0:
-            self._loads.pop(block, None)  # given up in the very step it was to be loaded
 
     # --- the prefix cache ---
 
@@ -213,7 +226,8 @@ class KVCacheManager:
         Returns how many tokens the table holds KV of now. Of a block a part is taken only where `limit` cuts it.
         """
         node = self._node(table)
-        if not table.reads or not table.indexes or table.num_indexed < num_computed // self.block_size:
+        table.awaits = None
+        if not table.indexes or table.num_indexed < num_computed // self.block_size:
             return num_computed
         for child in self._tree.walk(node, token_ids, self.block_size):
             stop = min(child.depth * self.block_size, limit)
@@ -229,43 +243,92 @@ class KVCacheManager:
             self.stats.hit_tokens += stop - num_computed
             num_computed = stop
         if self._tier is not None and table.num_indexed * self.block_size == num_computed:
-            num_computed = self._load(table, token_ids, limit)
+            self._ask_tier(self._tier, table, token_ids, limit)
         return num_computed
 
-    def _load(self, table: BlockTable, token_ids: Sequence[int], limit: int) -> int:
-        """Take blocks from the tier, past those of the tree. They go into the tree when a step has used them."""
-        assert self._tier is not None
+    # --- from the tier ---
+
+    def _ask_tier(self, tier: BlockTier, table: BlockTable, token_ids: Sequence[int], limit: int) -> None:
+        """Begin to load what follows the table's last block, as far as the tier has it."""
+        if not _is_shared(table.namespace):
+            return
         size = self.block_size
         digest = self._root_digest(table.namespace) if table.node is None else self._digest(table.node)
-        start = table.num_indexed * size
-        while start + size <= limit and self.num_available > 0:
+        parent: Node | Load | None = table.node
+        for start in range(table.num_indexed * size, limit - size + 1, size):
             key = tuple(token_ids[start : start + size])
             digest = _digest_of(digest, key)
-            kv = self._tier.load(digest, key, self.compute_seconds)
-            if kv is None:
-                break
-            for block in table[start // size :]:  # a part of this block that was computed here
-                self._release(block)
-            del table[start // size :]
-            block = self._take()
-            table.append(block)
-            self._loads[block] = BlockLoad(block, kv)
-            self.stats.loaded_blocks += 1
-            self.stats.hit_tokens += size
-            start += size
-        return start
+            load = self._loads.get(digest)
+            if load is None:
+                future = tier.load(digest, key, self.compute_seconds) if self._loads.may_begin(digest) else None
+                if future is None:
+                    return
+                load = Load(digest, parent, table.namespace, key, table.request_id, future, self._clock())
+                self._loads.begin(load)
+            table.awaits = table.awaits or digest
+            parent = load
+
+    def awaits_load(self, table: BlockTable) -> bool:
+        """Whether the block that comes next is on its way from the tier, as `match` found last."""
+        return table.awaits in self._loads
+
+    @property
+    def num_loading(self) -> int:
+        """Blocks on their way from the tier."""
+        return len(self._loads)
+
+    def wait_for_loads(self, seconds: float) -> None:
+        """Until one more block has come from the tier, at most so long."""
+        self._loads.wait(seconds)
 
     def take_loads(self) -> tuple[BlockLoad, ...]:
-        """Loads to be done in the next step, before anything reads or writes their blocks."""
-        loads, self._loads = tuple(self._loads.values()), {}
-        return loads
+        """Loads to be done in the next step, of blocks that nobody uses yet. `settle_loads` says how they went."""
+        self.settle_loads(())
+        loads = []
+        for load, kv in self._loads.ready(self._clock()):
+            if self.num_available:
+                self._loads.place(load, self._take())
+                loads.append(BlockLoad(load.block or 0, kv))
+            else:  # whoever waits for it gets no block to compute in, either, before somebody gives one back
+                self._loads.end(load, failed=True)
+        return tuple(loads)
+
+    def settle_loads(self, written: Collection[int]) -> None:
+        """The step has returned: of the blocks it was to load those that were written go into the tree; the others are
+        given back."""
+        placed, self._loads.placed = self._loads.placed, []
+        for load in placed:
+            assert load.block is not None
+            done = load.block in written
+            parent, lost = load.parent_node, load.is_lost
+            above = parent if parent is not None else self._tree.root(load.namespace)
+            load.node = None if lost or above is None else above.children.get(load.key)
+            if done and not lost and load.node is None:
+                request_id, now = load.request_id, self._clock()
+                load.node = self._tree.insert(parent, load.namespace, load.key, load.block, request_id, now)
+                self._tree.set_idle(load.node)
+                self.stats.loaded_blocks += 1
+            else:
+                self._pool.release(load.block)
+            self._loads.end(load, failed=load.node is None, unusable=not done)
+
+    def forget_loads(self) -> None:
+        """In a forked child: nobody reads for it."""
+        self._loads.forget()
 
     def _digest(self, node: Node) -> bytes:
-        if node.digest is None:
-            assert node.parent is not None
-            above = self._root_digest(node.parent.namespace) if isinstance(node.parent, Root) else None
-            node.digest = _digest_of(above or self._digest(node.parent), node.key)
-        return node.digest
+        unnamed = []
+        above: Node | None = node
+        while above is not None and above.parent is not None and above.digest is None:
+            unnamed.append(above)
+            above = above.parent
+        assert above is not None
+        digest = self._root_digest(above.namespace) if isinstance(above, Root) else above.digest
+        for one in reversed(unnamed):
+            assert digest is not None
+            digest = one.digest = _digest_of(digest, one.key)
+        assert digest is not None
+        return digest
 
     def _root_digest(self, namespace: Hashable) -> bytes:
         return hashlib.sha256(self._identity + repr(namespace).encode()).digest()
@@ -298,9 +361,6 @@ class KVCacheManager:
                 child = self._tree.insert(node, table.namespace, key, table[index], table.request_id, self._clock())
                 self.stats.inserted_blocks += 1
             elif child.block != table[index]:
-                if not table.reads:
-                    table.indexes = False
-                    return
                 self._share(child.block)
                 self._release(table[index])
                 table[index] = child.block
@@ -312,15 +372,13 @@ class KVCacheManager:
         Two tables with the same answer are about to compute the same block.
         """
         start = table.num_indexed * self.block_size
-        if start + self.block_size > target or not table.indexes or not table.reads:
+        if start + self.block_size > target or not table.indexes:
             return None
         before = table.namespace if table.node is None else id(table.node)
         return before, tuple(token_ids[start : start + self.block_size])
 
     def probe(self, table: BlockTable, token_ids: Sequence[int], known: Node | None) -> Node | None:
         """The deepest node whose prefix begins `token_ids`, or None. `known` is an earlier answer, to go on from."""
-        if not table.reads:
-            return None
         deepest = known if known is not None and known.parent is not None else None
         for node in self._tree.walk(deepest or self._tree.root(table.namespace), token_ids, self.block_size):
             deepest = node
@@ -328,18 +386,18 @@ class KVCacheManager:
 
     def find(self, token_ids: Sequence[int], salt: str | None) -> list[Node]:
         """The nodes of the longest cached prefix of whole blocks, first block first. Takes nothing."""
-        return list(self._tree.walk(self._tree.root(self._namespace("", salt)), token_ids, self.block_size))
+        return list(self._tree.walk(self._tree.root(_shared(salt)), token_ids, self.block_size))
 
     def children(self, path: list[Node], salt: str | None) -> list[Node]:
         """What is cached right behind a path that `find` gave."""
-        parent = path[-1] if path else self._tree.root(self._namespace("", salt))
+        parent = path[-1] if path else self._tree.root(_shared(salt))
         return [] if parent is None else list(parent.children.values())
 
     def find_kept(self, path: list[Node], token_ids: Sequence[int], salt: str | None) -> int:
         """How many blocks behind a path that `find` gave the tier has. Loads nothing."""
         if self._tier is None:
             return 0
-        digest = self._digest(path[-1]) if path else self._root_digest(self._namespace("", salt))
+        digest = self._digest(path[-1]) if path else self._root_digest(_shared(salt))
         size = self.block_size
         number = len(path)
         while (number + 1) * size <= len(token_ids):
@@ -351,34 +409,48 @@ class KVCacheManager:
 
     def find_endings(self, token_ids: Sequence[int], salt: str | None, num_blocks: int) -> Iterator[Ending]:
         """How requests ended that had these tokens' first blocks and then no whole one that is cached."""
-        prefix = prefix_hash(self._namespace("", salt), token_ids, self.block_size, num_blocks)
+        prefix = prefix_hash(_shared(salt), token_ids, self.block_size, num_blocks)
         return self.endings.after(prefix)
 
     def find_evicted(self, token_ids: Sequence[int], salt: str | None, depth: int) -> Evicted | None:
         """The eviction of the block number depth - 1 of these tokens, if it is remembered."""
-        return self.evictions.find(self._namespace("", salt), token_ids, self.block_size, depth)
+        return self.evictions.find(_shared(salt), token_ids, self.block_size, depth)
 
-    def end_request(self, request_id: str) -> None:
-        """The request has ended and has no tables left. Without caching across requests, so does its tree."""
-        if not self.caching:
-            namespace = self._namespace(request_id, None)
-            for node in reversed(self._tree.below(namespace)):
+    def end_request(self, request_id: str, salt: str | None = None) -> None:
+        """The request has ended and has no tables left. What it had cached for itself alone goes over to the others, or
+        home if nothing is shared."""
+        if self.caching:
+            for block in self._tree.merge(_private(request_id), _shared(salt)):
+                self._pool.release(block)
+        else:
+            for node in reversed(self._tree.below(_private(request_id))):
                 self._tree.remove(node)
                 self._pool.release(node.block)
 
     def reset(self) -> int:
-        """Forget everything cached; blocks in use stay with their tables. Returns how many blocks were forgotten."""
+        """Forget everything cached, in the tier as well; blocks in use stay with their tables. Returns how many blocks
+        of memory were forgotten."""
+        self._loads.forget()
+        if self._tier is not None:
+            self._tier.clear()
         nodes = sorted(self._tree.nodes(), key=lambda node: -node.depth)
         for node in nodes:
             self._tree.remove(node)
             self._evicted(node, "reset")
         return len(nodes)
 
+    def close(self) -> None:
+        """No request is left: the tier keeps what is cached, as far as it has room, the last used above all."""
+        if self._tier is not None:
+            self._loads.forget()
+            nodes = sorted(self._tree.nodes(), key=lambda node: node.last_used)
+            self._tier.keep([(self._digest(n), n.key, n.block) for n in nodes if _is_shared(n.namespace)])
+
     # --- the conservation law ---
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """The conservation law, over all live tables: raises AssertionError when a block is lost or counted wrongly."""
-        in_tables: Counter[int] = Counter()
+        in_tables: Counter[int] = Counter(load.block for load in self._loads.placed if load.block is not None)
         for table in tables:
             in_tables.update(table)
             if len(set(table)) != len(table):

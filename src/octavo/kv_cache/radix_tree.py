@@ -49,6 +49,14 @@ class Node:
         self.idle = False
         self.last_used = 0  # tick of the tree's own clock
 
+    @property
+    def namespace(self) -> Hashable:
+        """Its root's. In time of its depth."""
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node._namespace if isinstance(node, Root) else None
+
     def path(self) -> Iterator[Node]:
         """This node and those above it, without the root."""
         node = self
@@ -60,11 +68,15 @@ class Node:
 class Root(Node):
     """The empty prefix of a namespace."""
 
-    __slots__ = ("namespace",)
+    __slots__ = ("_namespace",)
 
     def __init__(self, namespace: Hashable) -> None:
         super().__init__(None, (), -1, "", 0.0, hash(namespace))
-        self.namespace = namespace
+        self._namespace = namespace
+
+    @property
+    def namespace(self) -> Hashable:
+        return self._namespace
 
 
 class RadixTree:
@@ -157,6 +169,29 @@ class RadixTree:
             del self._roots[parent.namespace]
         elif parent.idle:
             self._push(parent)
+
+    def merge(self, source: Hashable, target: Hashable) -> list[int]:
+        """Let all that is cached in one namespace, none of it in use, be the other's. Returns the blocks for which the
+        other had one already: they are in the tree no longer."""
+        root = self._roots.pop(source, None)
+        if root is None:
+            return []
+        left: list[Node] = []
+        pairs: list[tuple[Node, Node]] = [(root, self._roots.setdefault(target, Root(target)))]
+        for old, new in pairs:  # grows while it is read
+            for key, child in tuple(old.children.items()):
+                there = new.children.setdefault(key, child)
+                if there is child:
+                    child.parent, child.digest = new, None
+                    child.prefix_hash = hash((new.prefix_hash, key))
+                else:
+                    left.append(child)
+                pairs.append((child, there))
+        for node in left:
+            self.set_used(node)
+            del self._of_block[node.block]
+            node.parent, node.children = None, {}
+        return [node.block for node in left]
 
     def below(self, namespace: Hashable) -> list[Node]:
         """All nodes of a namespace, each before those below it."""

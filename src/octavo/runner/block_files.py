@@ -2,8 +2,11 @@
 
 A block is named by a hash of everything it depends on: model and settings (the numeric fingerprint), block size, cache
 salt and all tokens up to its end. The file repeats that, holds the block's own tokens and a checksum; what does not fit
-in every part is no hit, and is removed. Files appear under their name when they are whole. Writing happens on a thread
-of its own; when it falls behind, blocks are not kept rather than waited for.
+in every part is no hit, and is removed. Files appear under their name when they are whole. Reading and writing happen
+on threads of their own; when writing falls behind, blocks are not kept rather than waited for.
+
+Several engines, of one process or of many, may share a folder and its limit. What is in it must be trusted like the
+model itself: the checksum finds damage, and is no signature.
 """
 
 from __future__ import annotations
@@ -16,143 +19,231 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from octavo.core.errors import ConfigError
+from octavo.runner.block_folder import BlockFolder
 
 log = logging.getLogger(__name__)
 
 _MAGIC = b"OCTAVOKV"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ32s16s")  # magic, version, number of tokens, bytes of KV, key, checksum of tokens and KV
-_SUFFIX = ".kv"
 _QUEUE = 64  # blocks waiting to be written
+_READERS = 2
 _TRY_AGAIN = 32  # lookups after which a tier that was slower than computing is tried again
+
+ReadBlock = Callable[[int], bytes]
 
 
 class BlockFiles:
     """See octavo.core.protocols.BlockTier.
 
     Args:
-        folder: made if it is not there, for its owner alone. Several engines may share it. In a forked child, which has
-            no thread that writes, it holds nothing.
-        max_bytes: of the files found at the start and those written since; of these, those used longest ago go first.
-            Each of several engines counts what it found and wrote itself.
+        folder: made if it is not there, for its owner alone. In a forked child, which has none of the threads, it holds
+            nothing.
+        max_bytes: of the blocks of all engines in this folder; those used longest ago go first.
+        block_size: tokens in a block.
         block_bytes: of a block's K and V in all layers; a file that holds another number is no hit.
         read_block: gives these bytes.
+        identity: what tells apart engines that cannot use each other's blocks.
+        timer: seconds; how long reading takes decides whether it is worth it.
 
-    Raises ConfigError if the folder cannot be used.
+    Raises ConfigError if the folder cannot be used, or has no room for a block.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, block_bytes: int, read_block: Callable[[int], bytes]) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        block_size: int,
+        block_bytes: int,
+        read_block: ReadBlock,
+        *,
+        identity: str = "",
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._file_bytes = _HEADER.size + 4 * block_size + block_bytes
+        if max_bytes < self._file_bytes:
+            raise ConfigError(
+                f"kv_offload_bytes: must be at least {self._file_bytes}, the size of one block, not {max_bytes}"
+            )
         self._block_bytes = block_bytes
-        self._read_block = read_block
-        self._lock = threading.Lock()
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # by name, used longest ago first
-        self._bytes = 0
+        self._max_bytes = max_bytes
+        self._read_block: ReadBlock | None = read_block
+        self._prefix = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self._timer = timer
+        self._pid = os.getpid()
+        self._folder = BlockFolder(folder, max_bytes)
+        self._lock = threading.Lock()  # of what follows; held for moments only
+        self._known: OrderedDict[str, None] = OrderedDict.fromkeys(self._folder.names(self._prefix))
+        self._generation = 0  # times that all was forgotten
         self._load_seconds: float | None = None  # of a block, a moving average
         self._refused = 0
-        self._pending: queue.Queue[tuple[bytes, tuple[int, ...], bytes] | None] = queue.Queue(_QUEUE)
-        self._pid = os.getpid()
-        self._scan()
-        self._writer = threading.Thread(target=self._write_all, name="octavo-kv-files", daemon=True)
+        self._refuses = False  # whether the disk refused the last block
+        self._readers: ThreadPoolExecutor | None = None
+        self._pending: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._writer = threading.Thread(target=self._work, name="octavo-kv-files", daemon=True)
         self._writer.start()
-
-    def _scan(self) -> None:
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = []
-            for entry in os.scandir(self._folder):
-                with suppress(FileNotFoundError):  # another engine may have removed it
-                    if entry.name.endswith(_SUFFIX):
-                        stat = entry.stat()
-                        found.append((stat.st_mtime, entry.name, stat.st_size))
-                    elif entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > 60:
-                        Path(entry.path).unlink()  # of a program that ended while it wrote
-            probe = self._folder / f"{os.getpid()}.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"kv_offload_dir: {self._folder} cannot be used: {error.strerror}") from None
-        for _, name, size in sorted(found):
-            self._sizes[name] = size
-            self._bytes += size
-        self._make_room(0)
 
     @property
     def num_bytes(self) -> int:
-        return self._bytes
+        """Bytes of the blocks in the folder, of all engines."""
+        return self._folder.num_bytes()
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        """Blocks known to be there for this engine."""
+        return len(self._known)
+
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._pid
 
     # --- what the KV cache manager asks ---
 
     def save(self, key: bytes, token_ids: tuple[int, ...], block: int) -> None:
-        if os.getpid() != self._pid:
+        if self._is_forked or self._read_block is None:
             return
-        name = key.hex() + _SUFFIX
+        name = self._name(key)
         with self._lock:
-            if name in self._sizes:
-                self._sizes.move_to_end(name)
+            if name in self._known or self._pending.qsize() >= _QUEUE:
                 return
-        if not self._pending.full():
-            self._pending.put((key, token_ids, self._read_block(block)))
+            generation = self._generation
+        try:
+            kv = self._read_block(block)
+        except Exception:
+            log.exception("kv_offload_dir: a block was not kept")
+            return
+        self._pending.put(lambda: self._write(name, key, token_ids, kv, generation))
 
     def has(self, key: bytes) -> bool:
+        if self._is_forked:
+            return False
         with self._lock:
-            return os.getpid() == self._pid and key.hex() + _SUFFIX in self._sizes
+            return self._name(key) in self._known
 
-    def load(self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None) -> bytes | None:
-        if os.getpid() != self._pid:
+    def load(
+        self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None
+    ) -> Future[bytes | None] | None:
+        if self._is_forked or self._read_block is None:
             return None
-        name = key.hex() + _SUFFIX
+        name = self._name(key)
         with self._lock:
-            if name not in self._sizes:
+            if name not in self._known:
                 return None
             slower = compute_seconds is not None and (self._load_seconds or 0.0) > compute_seconds
             if slower and self._refused < _TRY_AGAIN:
                 self._refused += 1
                 return None
             self._refused = 0
-        started = time.perf_counter()
-        kv = self._read(self._folder / name, key, token_ids)
-        if kv is None:
-            self._forget(name)
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_READERS, "octavo-kv-files")
+        try:
+            return self._readers.submit(self._load, name, key, token_ids)
+        except RuntimeError:  # no new thread: the interpreter is ending, or the system refuses
             return None
-        seconds = time.perf_counter() - started
+
+    def keep(self, blocks: Sequence[tuple[bytes, tuple[int, ...], int]]) -> None:
+        if self._is_forked or self._read_block is None:
+            return
+        self.flush()
+        for key, token_ids, block in blocks[-(self._max_bytes // self._file_bytes) :]:
+            name = self._name(key)
+            if name in self._known:
+                self._folder.touch(name)
+                continue
+            try:
+                kept = self._write(name, key, token_ids, self._read_block(block), self._generation)
+            except Exception:
+                log.exception("kv_offload_dir: a block was not kept")
+                kept = False
+            if not kept:
+                return
+
+    def clear(self) -> None:
+        if self._is_forked:
+            return
         with self._lock:
-            self._load_seconds = seconds if self._load_seconds is None else 0.8 * self._load_seconds + 0.2 * seconds
-            if name in self._sizes:
-                self._sizes.move_to_end(name)
-        with suppress(OSError):
-            os.utime(self._folder / name)  # so that a restart knows what was used last
-        return kv
+            self._generation += 1
+            self._known.clear()
+        self._pending.put(lambda: self._folder.remove_all(self._prefix))
 
     def flush(self) -> None:
         """Wait until everything given so far is written."""
-        self._pending.join()
+        if not self._is_forked:
+            self._pending.join()
 
     def close(self) -> None:
-        """Write what waits and end the thread. Idempotent."""
+        """Write what waits and end the threads. Idempotent."""
+        if self._is_forked:
+            return
         if self._writer.is_alive():
             self._pending.put(None)
             self._writer.join()
+        if self._readers is not None:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+        self._read_block = None  # it holds on to the engine's memory
 
-    # --- files ---
+    # --- on threads of their own ---
 
-    def _read(self, path: Path, key: bytes, token_ids: tuple[int, ...]) -> bytes | None:
-        """The KV of a file that is sound and is what was asked for, else None."""
+    def _name(self, key: bytes) -> str:
+        return f"{self._prefix}-{key.hex()}.kv"
+
+    def _work(self) -> None:
+        while (work := self._pending.get()) is not None:
+            try:
+                work()
+            except Exception:
+                log.exception("kv_offload_dir")
+            finally:
+                del work
+                self._pending.task_done()
+        self._pending.task_done()
+
+    def _write(self, name: str, key: bytes, token_ids: tuple[int, ...], kv: bytes, generation: int) -> bool:
+        """Whether the block is there."""
+        if generation != self._generation:
+            return False
+        body = struct.pack(f"<{len(token_ids)}i", *token_ids) + kv
+        header = _HEADER.pack(_MAGIC, _VERSION, len(token_ids), len(kv), key, _checksum(body))
         try:
-            data = path.read_bytes()
-        except OSError:
+            removed = self._folder.write(name, header, body)
+        except OSError as error:
+            if not self._refuses:  # once, not for every block
+                log.warning("kv_offload_dir: blocks are not kept: %s", error)
+            self._refuses = True
+            return False
+        if self._refuses:
+            log.warning("kv_offload_dir: blocks are kept again")
+        self._refuses = False
+        with self._lock:
+            if generation == self._generation:  # else its removal waits in the queue
+                self._known[name] = None
+            for other in removed:
+                self._known.pop(other, None)
+        return True
+
+    def _load(self, name: str, key: bytes, token_ids: tuple[int, ...]) -> bytes | None:
+        started = self._timer()
+        data = self._folder.read(name, self._file_bytes)
+        kv = None if data is None else self._checked(data, key, token_ids)
+        if kv is None:
+            with self._lock:
+                self._known.pop(name, None)
+            with suppress(OSError):
+                self._folder.remove(name)
             return None
-        if len(data) < _HEADER.size:
-            return None
+        seconds = self._timer() - started
+        with self._lock:
+            self._load_seconds = seconds if self._load_seconds is None else 0.8 * self._load_seconds + 0.2 * seconds
+        self._folder.touch(name)  # so that others, and a restart, know what was used last
+        return kv
+
+    def _checked(self, data: bytes, key: bytes, token_ids: tuple[int, ...]) -> bytes | None:
+        """The KV of a file that is sound and is what was asked for, else None."""
         magic, version, num_tokens, num_bytes, stored_key, checksum = _HEADER.unpack_from(data)
         body = memoryview(data)[_HEADER.size :]
         if (magic, version, num_tokens, stored_key) != (_MAGIC, _VERSION, len(token_ids), key):
@@ -163,59 +254,6 @@ class BlockFiles:
             return None
         return bytes(body[4 * num_tokens :])
 
-    def _write_all(self) -> None:
-        while (item := self._pending.get()) is not None:
-            try:
-                self._write(*item)
-            except OSError as error:
-                log.warning("kv_offload_dir: a block was not kept: %s", error)
-            finally:
-                self._pending.task_done()
-        self._pending.task_done()
-
-    def _write(self, key: bytes, token_ids: tuple[int, ...], kv: bytes) -> None:
-        body = struct.pack(f"<{len(token_ids)}i", *token_ids) + kv
-        header = _HEADER.pack(_MAGIC, _VERSION, len(token_ids), len(kv), key, _checksum(body))
-        size = len(header) + len(body)
-        name = key.hex() + _SUFFIX
-        if not self._make_room(size):
-            return
-        path = self._folder / f"{key.hex()}.{os.getpid()}.tmp"
-        try:
-            with open(path, "wb", opener=_for_owner) as file:
-                file.write(header)
-                file.write(body)
-            path.replace(self._folder / name)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        with self._lock:
-            self._bytes += size - self._sizes.pop(name, 0)
-            self._sizes[name] = size
-
-    def _make_room(self, size: int) -> bool:
-        """Remove what was used longest ago until `size` more bytes fit; False if they never will."""
-        while True:
-            with self._lock:
-                if self._bytes + size <= self._max_bytes:
-                    return True
-                if not self._sizes:
-                    return False
-                name = next(iter(self._sizes))
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        with self._lock:
-            self._bytes -= self._sizes.pop(name, 0)
-        try:
-            (self._folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("kv_offload_dir: %s", error)
-
 
 def _checksum(body: bytes | memoryview) -> bytes:
     return hashlib.blake2b(body, digest_size=16).digest()
-
-
-def _for_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -157,6 +157,19 @@ class IncrementalText:
         """All text released so far: never ends in half a character, nor in a possible beginning of a stop string."""
         return self._decoded()[: self._state.released]
 
+    def text_after(self, start: int) -> str:
+        """`text` from this character on. Whoever asks after each token for what is new pays for that alone."""
+        state = self._state
+        at, pieces = state.length, []
+        for piece in reversed(self._pieces):
+            if at <= start:
+                break
+            at -= len(piece)
+            pieces.append(piece)
+        if at > start:  # the pieces begin behind it
+            return self._decoded()[start : state.released]
+        return "".join(reversed(pieces))[start - at : max(state.released - at, 0)]
+
     @property
     def stop_reason(self) -> str | None:
         """The stop string that was found, or None. Once set, `text` is final and further tokens are ignored."""
