@@ -77,9 +77,9 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
         max_model_len = _max_model_len(config, model_config)
         ops = make_ops(config, model_config)
-        plan = _plan(config, model_config, file, ops, max_model_len)
-        log.info("%s", plan)
         loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+        plan = _plan(config, model_config, loader.nbytes(), ops, max_model_len)
+        log.info("%s", plan)
         model = model_class(model_config.architecture)(model_config, loader)
         with ThreadPoolExecutor(1) as beside:
             packed = beside.submit(_pack, loader, file)
@@ -153,12 +153,12 @@ def make_reference(config: EngineConfig) -> Ops:
     return ReferenceOps(dtype, kv_dtype)
 
 
-def _plan(config: EngineConfig, model: ModelConfig, file: ModelFile, ops: Ops, max_model_len: int) -> MemoryPlan:
+def _plan(config: EngineConfig, model: ModelConfig, weights_bytes: int, ops: Ops, max_model_len: int) -> MemoryPlan:
     specs = [KVSpec(model.num_kv_heads, model.head_dim, layer.window, layer.rope) for layer in model.layers]
     rows = min(rows_per_slice(model.vocab_size), config.step_tokens)
     return plan_memory(
         available_bytes=available_memory(),
-        weights_bytes=sum(ops.weight_nbytes(tensor) for tensor in file.tensors.values()),
+        weights_bytes=weights_bytes,
         scratch_bytes=ops.scratch_nbytes(model, config.step_tokens, rows, max_model_len),
         block_bytes=sum(ops.kv_nbytes(spec, config.block_size) for spec in specs),
         block_size=config.block_size,

@@ -49,6 +49,8 @@ class Limits:
     max_model_len: int  # tokens of prompt and output together
     max_logprobs: int
     max_num_seqs: int  # sequences of one request in a step
+    num_blocks: int  # of KV
+    block_size: int  # tokens
     default_seed: int | None
     priority_allowed: bool
 
@@ -94,7 +96,20 @@ class Frontend:
                 f"all beams run in one step, and max_num_seqs={self._limits.max_num_seqs} is less than {params.width}",
             )
         request = self._request(prompt, params.sampling, request_id, priority)
-        return BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
+        search = BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
+        least, blocks, size = (
+            search.least_blocks(self._limits.block_size),
+            self._limits.num_blocks,
+            self._limits.block_size,
+        )
+        if least > blocks:
+            raise InvalidRequestError(
+                "beam_width",
+                f"{params.width} beams of {len(request.prompt_token_ids)} + {request.max_tokens} tokens take at least "
+                f"{least} KV blocks of {size} tokens, and there are {blocks}: give fewer beams, a smaller max_tokens "
+                "or more kv_cache_memory_bytes",
+            )
+        return search
 
     def _request(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int

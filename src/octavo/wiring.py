@@ -51,6 +51,8 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         max_model_len=loaded.max_model_len,
         max_logprobs=config.max_logprobs,
         max_num_seqs=config.max_num_seqs,
+        num_blocks=loaded.memory_plan.num_blocks,
+        block_size=config.block_size,
         default_seed=config.seed,
         priority_allowed=config.scheduling_policy == "priority",
     )

@@ -6,9 +6,11 @@ end, as attention does; a wrong block, a missed copy on write or a lost copy sho
 
 from __future__ import annotations
 
+import ast
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from octavo.coordinators.completion import CompletionRequest
@@ -17,7 +19,7 @@ from octavo.coordinators.single import SingleCoordinator
 from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
-from octavo.core.want import Hidden, Sample, Score, TopK
+from octavo.core.want import Draw, Hidden, Sample, Score, TopK
 from octavo.engine import Engine, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
 
@@ -35,14 +37,76 @@ def logprob(seen: list[int], token_id: int) -> float:
     return -0.125 * next_token(seen, ("logprob", token_id))
 
 
+def salt_of(draw: Draw, seen: list[int]) -> object:
+    """What a draw depends on besides the tokens. Penalties look at what is output: that has to be told rightly."""
+    if draw.counts is None:
+        return draw.seed, draw.stream
+    output = seen[draw.num_prompt_tokens :]
+    assert draw.counts.output == dict(Counter(output)), f"{draw.counts.output} is counted, {output} was drawn"
+    assert draw.counts.prompt == frozenset(seen[: draw.num_prompt_tokens])
+    return draw.seed, draw.stream, draw.num_prompt_tokens
+
+
+class FakeTier:
+    """Keeps blocks in memory. What is loaded comes after some ticks; some of it never comes, or is damaged."""
+
+    def __init__(self, executor: FakeExecutor, ticks: Callable[[], int] = lambda: 0) -> None:
+        self.blocks: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
+        self.loads = 0
+        self.damaged: Callable[[], bool] = lambda: False
+        self._executor = executor
+        self._ticks = ticks
+        self._coming: list[tuple[int, Future[bytes | None], bytes | None]] = []
+
+    def save(self, key: bytes, token_ids: tuple[int, ...], block: int) -> None:
+        self.blocks.setdefault(key, (token_ids, self._executor.read_block(block)))
+
+    def has(self, key: bytes) -> bool:
+        return key in self.blocks
+
+    def load(
+        self, key: bytes, token_ids: tuple[int, ...], compute_seconds: float | None
+    ) -> Future[bytes | None] | None:
+        if key not in self.blocks:
+            return None
+        kept, kv = self.blocks[key]
+        assert kept == token_ids, "two prefixes have one name"
+        future: Future[bytes | None] = Future()
+        self.loads += 1
+        if self.damaged():
+            del self.blocks[key]
+        self._coming.append((self._ticks(), future, kv if key in self.blocks else None))
+        self.tick(0)
+        return future
+
+    def tick(self, by: int = 1) -> None:
+        coming, self._coming = self._coming, []
+        for left, future, kv in coming:
+            if left <= by:
+                future.set_result(kv)
+            else:
+                self._coming.append((left - by, future, kv))
+
+    def keep(self, blocks: Sequence[tuple[bytes, tuple[int, ...], int]]) -> None:
+        for block in blocks:
+            self.save(*block)
+
+    def clear(self) -> None:
+        self.blocks.clear()
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class FakeExecutor:
     block_size: int
     fail: Callable[[Grant], bool] = lambda grant: False
     fail_copies: bool = False
+    fail_loads: bool = False
     plans: list[StepPlan] = field(default_factory=list)
     computed: int = 0  # tokens
     copied: int = 0  # blocks
+    loaded: int = 0  # blocks
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +127,12 @@ class FakeExecutor:
                 self._slots.pop((target, offset), None)
                 if (source, offset) in self._slots:
                     self._slots[target, offset] = self._slots[source, offset]
+        if plan.loads and self.fail_loads:
+            raise RuntimeError("loading failed")
+        for block, kv in plan.loads:
+            self.loaded += 1
+            for offset, held in enumerate(ast.literal_eval(kv.decode())):
+                self._slots[block, offset] = held
         if any(self.fail(grant) for grant in plan.grants):
             raise RuntimeError("a row failed")
         for grant in plan.grants:
@@ -70,6 +140,9 @@ class FakeExecutor:
             for position in range(grant.start, grant.stop):
                 self._slots[self._slot(grant, position)] = tuple(grant.token_ids[: position + 1])
         return StepResult(tuple(self._answer(grant) for grant in plan.grants))
+
+    def read_block(self, block: int) -> bytes:
+        return repr([self._slots[block, offset] for offset in range(self.block_size)]).encode()
 
     def _slot(self, grant: Grant, position: int) -> tuple[int, int]:
         return grant.block_table[position // self.block_size], position % self.block_size
@@ -88,7 +161,7 @@ class FakeExecutor:
                 next_logprobs.append(TokenLogprobs(TokenLogprob(token_id, value, 1)))
         match grant.want:
             case Sample(draws):
-                drawn = tuple(DrawResult(next_token(seen, (draw.seed, draw.stream))) for draw in draws)
+                drawn = tuple(DrawResult(next_token(seen, salt_of(draw, seen))) for draw in draws)
                 return GrantResult(draws=drawn, next_logprobs=next_logprobs)
             case TopK(k, _):
                 return GrantResult(candidates=tuple((next_token(seen, rank), -float(rank)) for rank in range(k)))
@@ -106,11 +179,20 @@ class FakeExecutor:
 class Harness:
     """An engine over the fake executor, its pool checked after every step."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: object) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        caching: bool = True,
+        ticks: Callable[[], int] | None = None,
+        **config: object,
+    ) -> None:
+        """`ticks`: there is a tier, and its blocks come after so many steps."""
         defaults: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
         self.executor = FakeExecutor(block_size)
         self.now = 0.0
-        self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now)
+        self.tier = None if ticks is None else FakeTier(self.executor, ticks)
+        self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now, tier=self.tier)
         self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
         self.outputs: dict[str, RequestOutput] = {}  # all of each request so far
         self._so_far: defaultdict[str, OutputSoFar] = defaultdict(OutputSoFar)
@@ -144,6 +226,8 @@ class Harness:
         self.kv.check([sequence.block_table for sequence in self.sequences()])
 
     def step(self) -> list[RequestOutput]:
+        if self.tier is not None:
+            self.tier.tick()
         outputs = self.engine.step()
         self.now += 1.0
         self.check()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from octavo.core.events import EventKind
+from octavo.coordinators.beams import BeamCoordinator
+from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.single import SingleCoordinator
+from octavo.core.beam_params import BeamSearchParams
+from octavo.core.coordinator import NewSequence
+from octavo.core.errors import InvalidRequestError
+from octavo.core.events import Event, EventKind
+from octavo.core.outputs import RequestMetrics
 from octavo.core.plan import GrantResult, StepResult
+from octavo.kv_cache import BlockTable
 from tests.engine.fake import Harness, expected
 
 
@@ -128,8 +138,124 @@ def test_close_ends_everything() -> None:
 def test_a_request_id_in_use_is_refused() -> None:
     harness = Harness()
     harness.add("a", [1], max_tokens=5)
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(InvalidRequestError, match="request_id: 'a' is in use"):
         harness.add("a", [1], max_tokens=5)
+    harness.run()
+    harness.add("a", [1], max_tokens=5)
+    harness.run()
+
+
+def test_a_request_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a ghost in the queue, which would be scheduled and could not be ended."""
+    harness = Harness()
+
+    class Panic(BaseException):
+        pass
+
+    def start(self: SingleCoordinator, new_sequence: NewSequence) -> None:
+        self.sequences.append(new_sequence((0,)))
+        self.sequences[0].extend([1, 2, 3])
+        raise Panic
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleCoordinator, "start", start)
+        with pytest.raises(Panic):
+            harness.add("ghost", [1, 2, 3], max_tokens=5)
+    assert not harness.engine.has_unfinished_requests and harness.engine.num_requests == 0
+    harness.add("ghost", [1, 2, 3], max_tokens=5)
+    harness.run()
+    assert harness.tokens("ghost") == expected([1, 2, 3], 5)
+
+
+@pytest.mark.parametrize("place", ["match", "allocate", "probe", "pending_block", "commit"])
+def test_what_raises_over_one_request_ends_it_alone(place: str) -> None:
+    """In scheduling, admission and committing, for requests that run and that wait, at the first moment and later."""
+    prompts = {name: [number] * 13 for number, name in enumerate("abc")}
+    ended = set()
+    for victim in prompts:
+        for first in range(1, 8, 2):
+            harness = Harness(num_blocks=14, max_num_batched_tokens=9)
+            real = getattr(harness.kv, place)
+            calls: list[str] = []
+
+            def failing(
+                table: BlockTable, *rest: Any, victim: str = victim, calls: list[str] = calls, first: int = first,
+                real: Any = real,
+            ) -> Any:  # fmt: skip
+                calls += [victim] * (table.request_id == victim)
+                if table.request_id == victim and len(calls) >= first:
+                    raise RecursionError("too deep")
+                return real(table, *rest)
+
+            setattr(harness.kv, place, failing)
+            for name, prompt in prompts.items():
+                harness.add(name, prompt, max_tokens=8)
+            harness.run()
+            failed = {event.request_id for event in harness.engine.events.of(EventKind.FAILED)}
+            assert failed == ({victim} if len(calls) >= first else set())
+            ended |= failed
+            for name, prompt in prompts.items():
+                if name in failed:
+                    assert "RecursionError: too deep" in (harness.outputs[name].error or "")
+                else:
+                    assert harness.tokens(name) == expected(prompt, 8)
+    assert len(ended) >= (1 if place == "probe" else 3)
+
+
+@pytest.mark.parametrize("method", ["take_output", "finish", "contain"])
+def test_bookkeeping_of_a_request_that_raises_ends_it_alone(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    harness = Harness()
+    for name in ("good", "bad"):
+        harness.add(name, [4, 5, 6], max_tokens=4)
+    bad = next(c for c in harness.engine.scheduler.coordinators() if c.request_id == "bad")
+
+    class Panic(BaseException):
+        """As Rust code raises it: no Exception."""
+
+    def explode(*arguments: object) -> None:
+        raise Panic("oops")
+
+    setattr(bad, method, explode)
+    harness.step()
+    if method == "contain":
+        harness.executor.fail = lambda grant: grant.request_id == "bad"
+    if method == "finish":
+        output = harness.engine.abort("bad")
+        assert output is not None and output.finished
+        harness.take([output])
+    harness.run()
+    assert "Panic: oops" in (harness.outputs["bad"].error or "")
+    assert [output.finish_reason for output in harness.outputs["bad"].outputs] == ["error"]
+    assert harness.tokens("good") == expected([4, 5, 6], 4)
+    assert harness.engine.num_requests == 0
+
+
+def test_a_listener_that_raises_is_called_no_more() -> None:
+    harness = Harness()
+    heard: list[Event] = []
+
+    def deaf(event: Event) -> None:
+        heard.append(event)
+        raise OSError("the pipe is closed")
+
+    harness.engine.events.subscribe(deaf)
+    harness.add("a", [1, 2, 3], max_tokens=4)
+    harness.run()
+    assert harness.tokens("a") == expected([1, 2, 3], 4) and len(heard) == 1
+
+
+def test_the_failure_of_a_search_is_an_event() -> None:
+    """A search that finds no continuation ends itself, with an error."""
+    harness = Harness()
+    params = BeamSearchParams(beam_width=2, max_tokens=5)
+    request = CompletionRequest("search", [1, 2], params.sampling, seed=0, max_tokens=5)
+    search = BeamCoordinator(request, params, RequestMetrics(0.0))
+    harness.engine.add(search)
+    search.update = lambda results: search.finish("error", "no beam can go on")  # type: ignore[method-assign]
+    harness.run()
+    (event,) = harness.engine.events.of(EventKind.FAILED)
+    assert event.request_id == "search" and event.detail == "no beam can go on"
+    assert not harness.engine.events.of(EventKind.FINISHED)
 
 
 def test_events_say_how_a_request_ended() -> None:

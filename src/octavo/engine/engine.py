@@ -106,7 +106,7 @@ class Engine:
         plan = self.scheduler.schedule()
         outputs = [self._end(coordinator, "error", error) for coordinator, error in self.scheduler.broken]
         if not plan:
-            if self.kv.num_loading:
+            if self.scheduler.waits_for_loads:
                 self.kv.wait_for_loads(_WAIT_FOR_LOADS)
             elif not outputs:
                 outputs = self._end_stalled()

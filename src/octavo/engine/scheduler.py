@@ -111,6 +111,7 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}
         self._arrivals = count()
         self._num_steps = 0
+        self.waits_for_loads = False  # whether somebody did in the last step
         self.broken: list[
             tuple[Coordinator, str]
         ] = []  # requests to be ended, and why: the last step could not use them
@@ -191,6 +192,7 @@ class Scheduler:
         """The next step; it is empty when nothing can or needs to run."""
         step = _Step(self.config)
         self.broken = []
+        self.waits_for_loads = False
         for entry in tuple(self._running):
             try:
                 self._take_cached(entry.coordinator)
@@ -255,7 +257,10 @@ class Scheduler:
         loaded."""
         if sequence.num_pending < 2:
             return False
-        if self.kv.awaits_load(sequence.block_table):
+        if self.kv.awaits_load(sequence.block_table) and (
+            self.kv.num_available or self._reclaim(step, entry, sequence)  # it takes a block like one that is computed
+        ):
+            self.waits_for_loads = True
             self._wait_for(step, entry, sequence, Reason.LOADING, "waits for a block that is being read")
             return True
         target = sequence.target if sequence.each_row is None else min(sequence.target, sequence.each_row.start)

@@ -14,7 +14,7 @@ from octavo.kv_cache.block_pool import BlockPool
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.eviction_log import Ending, EndingLog, Evicted, EvictionLog, prefix_hash
 from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
-from octavo.kv_cache.tier_loads import Load, TierLoads
+from octavo.kv_cache.tier_loads import GIVE_UP_SECONDS, Load, TierLoads
 
 
 def _digest_of(above: bytes, key: Key) -> bytes:
@@ -197,7 +197,9 @@ class KVCacheManager:
         if not self._pool.num_free:
             node = self._tree.least_recent()
             if self._tier is not None and _is_shared(node.namespace):
-                self._tier.save(self._digest(node), node.key, node.block)
+                digest = self._digest(node)
+                self._loads.renew(digest)
+                self._tier.save(digest, node.key, node.block)
             self._tree.remove(node)
             self._evicted(node, "capacity")
         return self._pool.allocate()
@@ -285,11 +287,13 @@ class KVCacheManager:
         """Loads to be done in the next step, of blocks that nobody uses yet. `settle_loads` says how they went."""
         self.settle_loads(())
         loads = []
-        for load, kv in self._loads.ready(self._clock()):
+        now = self._clock()
+        for load, kv in self._loads.ready(now):
             if self.num_available:
-                self._loads.place(load, self._take())
-                loads.append(BlockLoad(load.block or 0, kv))
-            else:  # whoever waits for it gets no block to compute in, either, before somebody gives one back
+                block = self._take()
+                self._loads.place(load, block)
+                loads.append(BlockLoad(block, kv))
+            elif now - load.since > GIVE_UP_SECONDS:  # nobody makes room for it: it is waited for no more
                 self._loads.end(load, failed=True)
         return tuple(loads)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from octavo.kv_cache.radix_tree import Key, Node
 
 MOST_LOADS = 64  # at once: their KV is held outside of the pool
-GIVE_UP_SECONDS = 10.0  # a disk that does not answer: whoever waits computes
+GIVE_UP_SECONDS = 10.0  # after which a disk does not answer: whoever waits computes
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class TierLoads:
 
     def __init__(self) -> None:
         self._loads: dict[bytes, Load] = {}
-        self._unusable: set[bytes] = set()  # could not be put into the pool's memory: not tried again
+        self._unusable: set[bytes] = set()  # did not come, or could not be written: not tried again
         self.placed: list[Load] = []  # in the step being made or under way
 
     def __len__(self) -> int:
@@ -80,8 +80,10 @@ class TierLoads:
             kv = None if load.is_lost else _outcome(load.future)
             if kv is not None:
                 yield load, kv
-            elif load.is_lost or load.future.done() or now - load.since > GIVE_UP_SECONDS:
+            elif load.is_lost:
                 self.end(load, failed=True)
+            elif load.future.done() or now - load.since > GIVE_UP_SECONDS:
+                self.end(load, failed=True, unusable=True)
 
     def place(self, load: Load, block: int) -> None:
         load.block = block
@@ -94,6 +96,10 @@ class TierLoads:
             if len(self._unusable) >= 4096:
                 self._unusable.clear()
             self._unusable.add(load.digest)
+
+    def renew(self, digest: bytes) -> None:
+        """The block is given to the tier anew."""
+        self._unusable.discard(digest)
 
     def wait(self, seconds: float) -> None:
         """Until one more has come, at most so long."""

@@ -74,13 +74,21 @@ class FileWeights:
 
     # --- files ---
 
+    def nbytes(self) -> int:
+        """Bytes of the model's weights when they are packed: of all tensors but those that it can do without."""
+        return sum(self._ops.weight_nbytes(t) for name, t in self._tensors.items() if not self._is_ignored(name))
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether a tensor may be left over: it belongs to no weight of a text model, or stands in for a tied one."""
+        tied = self._config.tie_embeddings and name == self._file_name("lm_head")
+        return tied or _IGNORED.fullmatch(name) is not None
+
     def finish(self) -> None:
         """The model has taken all it wants: pack that. May run beside other work, while the file is open.
 
         Raises ModelFormatError when the file holds weights that the model did not ask for: they would change it.
         """
-        tied = {self._file_name("lm_head")} if self._config.tie_embeddings else set()
-        left = sorted(name for name in self._unused - tied if not _IGNORED.fullmatch(name))
+        left = sorted(name for name in self._unused if not self._is_ignored(name))
         if left:
             shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
             raise ModelFormatError(
