@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from octavo.coordinators.session import SessionCoordinator
+from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError
 from octavo.core.outputs import CompletionOutput, SelectResult
 from octavo.core.params import SamplingParams
@@ -23,56 +23,64 @@ class AsyncBranch(BaseBranch):
     computed at once, while the caller does other things. Cancelling a task leaves its branch as it was before.
     """
 
+    def __init__(self, link: Link, state: BranchState) -> None:
+        super().__init__(link, state)
+        self._undoing: Future[None] | None = None  # a call that was cancelled, until the branch is what it was before
+
     async def extend(self, prompt: Prompt) -> None:
-        with self._alone():
-            await self._do(await asyncio.to_thread(self._extending, prompt))
+        async with self._turn() as calls:
+            await self._do(await asyncio.to_thread(self._extending, prompt), calls)
 
     async def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         params = sampling(sampling_params, fields)
-        with self._alone():
-            output = await self._answer(await asyncio.to_thread(self._generating, params))
+        async with self._turn() as calls:
+            verb = await asyncio.to_thread(self._generating, params)
+            output = await asyncio.wrap_future(await self._do(verb, calls))
             return self._link.frontend.name_completion(output)
 
     async def select(self, choices: Sequence[Prompt], *, by: str = "mean", extend: bool = False) -> SelectResult:
-        with self._alone():
+        async with self._turn() as calls:
             verb, result = await asyncio.to_thread(self._selecting, choices, by)
-            selected = result(await self._answer(verb))
+            selected = result(await asyncio.wrap_future(await self._do(verb, calls)))
             if extend:
-                await self._do(self._appending(selected.best))
+                await self._do(self._appending(selected.best), calls)
             return selected
 
     async def fork(self, n: int = 1) -> list[AsyncBranch]:
-        with self._alone():
-            return [AsyncBranch(self._link, state) for state in await self._do(self._forking(n))]
+        async with self._turn() as calls:
+            return [AsyncBranch(self._link, state) for state in await self._do(self._forking(n), calls)]
 
     async def truncate(self, num_tokens: int) -> None:
-        with self._alone():
-            await self._do(self._truncating(num_tokens))
+        async with self._turn() as calls:
+            await self._do(self._truncating(num_tokens), calls)
 
     async def drop(self) -> None:
-        await self._do(self._dropping)
+        await self._do(self._dropping, [])
 
-    async def _do(self, verb: Verb[Answer]) -> Answer:
+    async def _do(self, verb: Verb[Answer], calls: list[Call[Any]]) -> Answer:
         call = self._call(verb)
-        async with self._undone(call):
-            return await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, call))
-
-    async def _answer(self, verb: Verb[Future[Answer]]) -> Answer:
-        """Begin a task and wait for it."""
-        call = self._call(verb)
-        async with self._undone(call):
-            begun = await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, call))
-            return await asyncio.wrap_future(begun)
+        calls.append(call)
+        return await asyncio.wrap_future(self._link.door.ask(self._link.coordinator, call))
 
     @asynccontextmanager
-    async def _undone(self, call: Call[Any]) -> AsyncIterator[None]:
-        """A caller that goes away meanwhile takes back what it asked for, and waits until that is done."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            with suppress(EngineClosedError):
-                await asyncio.shield(asyncio.wrap_future(self._taking_back([call])))
-            raise
+    async def _turn(self) -> AsyncIterator[list[Call[Any]]]:
+        """The branch to itself, for the calls that are put into the list. A caller that goes away meanwhile takes them
+        back and waits until that is done, and so does whoever comes next."""
+        while (undoing := self._undoing) is not None:
+            await asyncio.shield(asyncio.wrap_future(undoing))
+        with self._alone():
+            calls: list[Call[Any]] = []
+            try:
+                yield calls
+            except asyncio.CancelledError:
+                undoing = self._undoing = Future()
+                try:
+                    with suppress(EngineClosedError):
+                        await asyncio.shield(asyncio.wrap_future(self._taking_back(calls)))
+                finally:
+                    self._undoing = None
+                    undoing.set_result(None)
+                raise
 
 
 class AsyncSession(AsyncBranch):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from octavo.coordinators.beams import BeamCoordinator
+from octavo.coordinators.completion import CompletionRequest
+from octavo.core.beam_params import BeamSearchParams
+from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, Reason
+from octavo.core.outputs import RequestMetrics
 from tests.engine.fake import Harness, expected, logprob
 
 
@@ -86,3 +91,83 @@ def test_prompt_logprobs_survive_preemption() -> None:
     for position in range(1, 30):
         entry = scores[position]
         assert entry is not None and entry[position].logprob == logprob(list(range(position)), position)
+
+
+def computed_by(harness: Harness, name: str) -> int:
+    return sum(g.num_tokens for plan in harness.executor.plans for g in plan.grants if g.request_id == name)
+
+
+@pytest.mark.parametrize("kind", ["samples", "search"])
+def test_what_reads_nothing_of_others_reads_its_own(kind: str) -> None:
+    """A request that skips the prefix cache is preempted and restored as one that does not: what it computed itself it
+    need not compute again, and what its sequences share is computed once."""
+    prompt, computed, found = [5] * 31, {}, {}
+    for skip in (False, True):
+        harness = Harness(num_blocks=22, max_num_seqs=6, max_num_batched_tokens=64)
+        harness.add("older", [30] * 37, max_tokens=35)
+        harness.step()
+        if kind == "samples":
+            harness.add("asked", prompt, max_tokens=14, n=4, skip_reading_prefix_cache=skip)
+        else:
+            params = BeamSearchParams(beam_width=4, max_tokens=14, skip_reading_prefix_cache=skip)
+            request = CompletionRequest("asked", prompt, params.sampling, seed=0, max_tokens=14)
+            harness.engine.add(BeamCoordinator(request, params, RequestMetrics(0.0)))
+        harness.run()
+        assert harness.outputs["asked"].error is None
+        assert harness.outputs["asked"].metrics.num_preemptions + len(harness.engine.events.of(EventKind.EVICTED)) > 0
+        computed[skip] = computed_by(harness, "asked")
+        found[skip] = [output.token_ids for output in harness.outputs["asked"].outputs]
+    assert computed[True] == computed[False] and found[True] == found[False]
+
+
+def test_what_reads_nothing_of_others_leaves_its_own() -> None:
+    """It computes its whole prompt, and when it has ended others find that; beside what was there already."""
+    harness = Harness(num_blocks=40)
+    harness.add("first", list(range(9)), max_tokens=1)
+    harness.run()
+    harness.add("skips", list(range(21)), max_tokens=1, skip_reading_prefix_cache=True)
+    harness.run()
+    assert computed_by(harness, "skips") == 21 and harness.outputs["skips"].num_cached_tokens == 0
+    harness.add("after", list(range(21)), max_tokens=1)
+    harness.run()
+    assert computed_by(harness, "after") == 1 and harness.outputs["after"].num_cached_tokens == 20
+    assert harness.kv.num_cached == 5, "no prefix stands there twice"
+    harness.add("salted", list(range(21)), max_tokens=1, salt="x", skip_reading_prefix_cache=True)
+    harness.run()
+    harness.add("other", list(range(21)), max_tokens=1, salt="x")
+    harness.run()
+    assert harness.outputs["other"].num_cached_tokens == 20 and harness.kv.num_cached == 10
+
+
+def test_a_stall_ends_the_request_that_does_not_fit() -> None:
+    """A search that outgrows the pool has taken the blocks of everybody else: a session that is older and asks for
+    little must not be the one that ends."""
+    from tests.coordinators.test_session import User, drawn
+
+    harness = Harness(num_blocks=13, max_num_seqs=12, max_num_batched_tokens=64)
+    user = User(harness)
+    user.extend(user.root, [1, 2, 3, 4, 5])
+    user.run(user.generate(user.root, 1))
+    held = user.root.token_ids
+    params = BeamSearchParams(beam_width=6, max_tokens=26)
+    request = CompletionRequest("search", [7] * 5, params.sampling, seed=0, max_tokens=26)
+    search = BeamCoordinator(request, params, RequestMetrics(0.0))
+    assert search.least_blocks(4) == 8 + 5, "so much could do if the beams had nearly all in common"
+    harness.engine.add(search)
+    for _ in range(8):
+        harness.step()
+    (output,) = user.run(user.generate(user.root, 5))
+    assert output.token_ids == drawn(held, 5, (1,))
+    while harness.engine.has_unfinished_requests:
+        harness.step()
+    assert "the request cannot go on: 6 sequences of" in (harness.outputs["search"].error or "")
+    user.close()
+
+
+def test_a_search_that_can_never_fit_is_refused() -> None:
+    harness = Harness(num_blocks=12, max_num_seqs=12, max_num_batched_tokens=64)
+    params = BeamSearchParams(beam_width=6, max_tokens=26)
+    request = CompletionRequest("search", [7] * 5, params.sampling, seed=0, max_tokens=26)
+    with pytest.raises(InvalidRequestError, match="take at least 13 KV blocks of 4 tokens at their full length"):
+        harness.engine.add(BeamCoordinator(request, params, RequestMetrics(0.0)))
+    assert harness.engine.num_requests == 0 and not harness.engine.has_unfinished_requests

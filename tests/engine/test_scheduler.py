@@ -140,3 +140,26 @@ def test_fcfs_ignores_no_priority() -> None:
 def test_a_budget_below_the_places_is_refused() -> None:
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=7)
+
+
+@pytest.mark.parametrize("why", ["places", "blocks"])
+def test_a_longer_cached_prefix_that_does_not_fit_holds_nobody_up(why: str) -> None:
+    """Guards against a head of the queue that waits behind a later request which was chosen for its cached prefix and
+    cannot be admitted itself."""
+    cached = list(range(16))
+    harness = Harness(num_blocks=64 if why == "places" else 16, max_num_seqs=4, max_num_batched_tokens=64)
+    harness.add("before", cached, max_tokens=1)
+    harness.run()
+    harness.add("running", [1] * 9, max_tokens=30)
+    harness.step()
+    harness.add("head", [9] * 3, max_tokens=4)
+    if why == "places":
+        harness.add("wide", [*cached, 1], max_tokens=4, n=4)
+    else:
+        harness.add("wide", [*cached, *[1] * 40], max_tokens=4)
+    for _ in range(5):
+        harness.step()
+    assert harness.outputs["head"].finished, "it fits, and it is its turn"
+    assert "wide" not in harness.outputs
+    harness.run()
+    assert harness.tokens("head") == expected([9] * 3, 4)
