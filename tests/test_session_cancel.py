@@ -62,6 +62,18 @@ def llm(tiny_gemma3_dir: Path) -> Iterator[AsyncLLM]:
     assert kv.num_available == kv.num_blocks
 
 
+class Asked:
+    """Counts what is asked of the engine's thread."""
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+        self.times = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.times += 1
+        return self._ask(*arguments)
+
+
 async def cancelled(gate: Gate, steps: int, call: Coroutine[Any, Any, Any]) -> None:
     """The caller goes away after so many steps."""
     task = asyncio.create_task(call)
@@ -123,14 +135,13 @@ async def test_verbs_whose_callers_are_gone(llm: AsyncLLM, verb: str, when: str)
     async def cancel(s: AsyncSession, _: int) -> None:
         for _ in range(10):
             with pytest.MonkeyPatch.context() as patch:
-                asked: list[None] = []
-                ask = s._link.door.ask
-                patch.setattr(s._link.door, "ask", lambda *rest: (asked.append(None), ask(*rest))[1])
+                asked = Asked(s._link.door.ask)
+                patch.setattr(s._link.door, "ask", asked)
                 call = {"fork": s.fork(4), "extend": s.extend(" dog"), "truncate": s.truncate(2)}
                 task = asyncio.create_task(call.pop(verb))  # type: ignore[arg-type]
                 for other in call.values():
                     other.close()
-                while not asked:
+                while not asked.times:
                     await asyncio.sleep(0)
                 if when == "after":  # nobody hears of it before the event loop has its turn
                     llm._loop.ask(lambda engine: None).result(20)

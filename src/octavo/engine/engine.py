@@ -191,15 +191,16 @@ class Engine:
     def _evict_lost(self, grants: tuple[Grant, ...], lost: set[int]) -> tuple[Grant, ...]:
         """Sequences whose tables name lost blocks are computed anew, whether or not they were to run. What is left of
         the grants."""
-        evicted = set()
+        withheld: set[int] = set()
         for coordinator in self._coordinators.values() if lost else ():
-            for sequence in coordinator.sequences:
-                if not lost.isdisjoint(sequence.block_table):
-                    sequence.evict()
-                    evicted.add(sequence.id)
-                    detail = f"sequence {sequence.id}"
-                    self.events.emit(EventKind.EVICTED, coordinator.request_id, Reason.STEP_RAISED, detail)
-        return tuple(grant for grant in grants if grant.sequence.id not in evicted)
+            broken = [one for one in coordinator.sequences if not lost.isdisjoint(one.block_table)]
+            for sequence in broken:
+                sequence.evict()
+                detail = f"sequence {sequence.id}"
+                self.events.emit(EventKind.EVICTED, coordinator.request_id, Reason.STEP_RAISED, detail)
+            # In lockstep the rows of the others wait for those that are computed anew.
+            withheld.update(one.id for one in (coordinator.sequences if broken and coordinator.lockstep else broken))
+        return tuple(grant for grant in grants if grant.sequence.id not in withheld)
 
     def _execute_singly(self, plan: StepPlan) -> StepResult:
         results: list[GrantResult] = []
