@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestError, OutOfMemoryError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
@@ -213,6 +214,47 @@ def test_output_kinds_tell_the_same(tiny: LLM, n: int) -> None:
         assert lengths == list(range(1, 13))
     assert deltas[0].prompt_logprobs == final.prompt_logprobs == cumulative[-1].prompt_logprobs
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+
+
+def test_outputs_that_are_kept_do_not_change(tiny: LLM) -> None:
+    """Guards against live objects in what the user gets, and against the user's changes to it reaching the engine."""
+    asked = params(max_tokens=6, logprobs=1, prompt_logprobs=1, repetition_penalty=1.4, n=2)
+    (expected,) = tiny.generate(PROMPT, asked)
+    kept = []
+    for output in tiny.stream(PROMPT, asked):
+        kept.append(output)
+        assert output.metrics.num_generated_tokens == 2 * len(kept)
+        output.prompt_token_ids.append(5)
+        output.metrics.num_generated_tokens += 0
+    assert [output.metrics.num_generated_tokens for output in kept] == [2, 4, 6, 8, 10, 12]
+    assert [[len(one.token_ids) for one in output.outputs] for output in kept] == [[i, i] for i in range(1, 7)]
+    assert [[len(one.logprobs or ()) for one in output.outputs] for output in kept] == [[i, i] for i in range(1, 7)]
+    assert len({id(output.metrics) for output in kept}) == 6
+    assert token_ids(kept[-1]) == token_ids(expected)
+    assert all(output.prompt_logprobs == expected.prompt_logprobs for output in kept)
+
+
+def test_what_leaves_the_engine_is_what_is_new(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against text and tokens that are copied whole in every step, on the thread that everybody waits for."""
+    made: list[RequestOutput] = []
+    step = tiny._engine.step
+
+    def watched() -> list[RequestOutput]:
+        outputs = step()
+        made.extend(copy.deepcopy(outputs))
+        return outputs
+
+    monkeypatch.setattr(tiny._engine, "step", watched)
+    *_, last = tiny.stream(PROMPT, params(max_tokens=50, logprobs=1))
+    assert [len(output.outputs[0].token_ids) for output in made] == [1] * 50
+    assert "".join(output.outputs[0].text for output in made) == last.outputs[0].text
+    assert sum(len(output.outputs[0].logprobs or ()) for output in made) == 50
+    made.clear()
+    asked = BeamSearchParams(beam_width=3, max_tokens=30, logprobs=1)
+    *_, last = tiny.stream(PROMPT, asked)
+    (found,) = tiny.beam_search(PROMPT, asked)
+    assert token_ids(last) == token_ids(found) and last.outputs[0].text == found.outputs[0].text
+    assert sum(len(output.outputs[0].token_ids) for output in made[:-1]) <= 30
 
 
 def test_closing_a_stream_early_frees_its_blocks(tiny: LLM) -> None:

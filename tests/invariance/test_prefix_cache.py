@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,6 +156,7 @@ def test_explanations_of_what_fills_no_block(tiny_gemma3_dir: Path, tmp_path: Pa
 def test_explanations_know_what_is_in_files(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
     with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv") as llm:
         vocab_size = llm.model_config.vocab_size
+        llm._engine.kv._tier._timer = lambda: 0.0  # loading is never slower than computing
         asked = {"prompt_token_ids": prompt(100, vocab_size, 1)}
         llm.generate(asked, GREEDY, use_tqdm=False)
         assert llm.explain_cache(asked).num_kept_tokens == 0
@@ -164,6 +167,40 @@ def test_explanations_know_what_is_in_files(tiny_gemma3_dir: Path, tmp_path: Pat
         assert told.evicted_reason is None, "what is kept is not gone"
         (output,) = llm.generate(asked, GREEDY, use_tqdm=False)
         assert output.num_cached_tokens == 96
+
+
+def test_a_reset_forgets_the_files_and_a_clean_close_keeps_them(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    """Whatever was in memory alone when the engine was closed is there after a restart, with the same bits; what was
+    reset is nowhere."""
+    settings: dict[str, object] = {"kv_offload_dir": str(tmp_path / "kv")}
+    with open_llm(tiny_gemma3_dir, 320) as cold:
+        token_ids = prompt(200, cold.model_config.vocab_size, 1)
+        expected = bits(run(cold, [(token_ids, GREEDY)]))
+    with open_llm(tiny_gemma3_dir, 320, **settings) as llm:
+        run(llm, [(token_ids, GREEDY)])
+        run(llm, [(prompt(280, llm.model_config.vocab_size, 2), GREEDY)])
+        llm._engine.kv._tier.flush()
+        assert list((tmp_path / "kv").glob("*.kv"))
+        llm.reset_prefix_cache()
+        assert run(llm, [(token_ids, GREEDY)])[0].num_cached_tokens == 0
+    kept = len(list((tmp_path / "kv").glob("*.kv")))
+    assert kept == (200 + 12 - 1) // 16, "the last token drawn was not computed"
+    with open_llm(tiny_gemma3_dir, 320, **settings) as llm:
+        llm._engine.kv._tier._timer = lambda: 0.0
+        (output,) = outputs = run(llm, [(token_ids, GREEDY)])
+        assert output.num_cached_tokens == 192 and bits(outputs) == expected
+        llm.reset_prefix_cache()
+    assert not list((tmp_path / "kv").glob("*.kv"))
+
+
+def test_closing_frees_the_memory_with_a_tier_too(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    llm = open_llm(tiny_gemma3_dir, 320, kv_offload_dir=str(tmp_path / "kv"))
+    run(llm, [(prompt(200, llm.model_config.vocab_size, 1), GREEDY)])
+    runner = weakref.ref(llm._engine._executor._runner)
+    assert runner() is not None
+    llm.close()
+    gc.collect()
+    assert runner() is None
 
 
 def test_explanations(tiny_gemma3_dir: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.build import loading
+from octavo.config import EngineConfig
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.core.want import NextLogprobs, Sample
 from tests.models.probe import GREEDY, Probe
@@ -94,6 +96,26 @@ def test_stored_frequencies_are_no_weights(folder: Path) -> None:
     before = Probe(folder).logits(tokens(9))
     _edited(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
     np.testing.assert_array_equal(Probe(folder).logits(tokens(9)), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_that_are_ignored_take_no_memory(folder: Path, tied: bool) -> None:
+    """Guards against refusing a multimodal model for the size of a vision tower that is not loaded, or of a head that
+    is the embedding."""
+
+    def planned() -> int:
+        with loading(EngineConfig.resolve({"model": str(folder)})) as loaded:
+            return loaded.memory_plan.weights_bytes
+
+    if tied:
+        edit_config(folder, lambda values: values.update(tie_word_embeddings=True))
+        _edited(folder, lambda t: t.pop("lm_head.weight"))
+    before = planned()
+    _edited(folder, lambda t: t.update({"vision_tower.encoder.weight": np.ones((2048, 2048), np.float32)}))
+    _edited(folder, lambda t: t.update({"multi_modal_projector.bias": np.ones(4096, np.float32)}))
+    if tied:
+        _edited(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert planned() == before
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

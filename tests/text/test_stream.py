@@ -185,6 +185,32 @@ def test_fork_and_rollback_are_exact(output: tuple[Tokenizer, list[int]], stop: 
             assert _snapshot(other) == _snapshot(fresh)
 
 
+@settings(max_examples=300, deadline=None)
+@given(outputs(), st.lists(st.sampled_from(["a", "ab", "STOP", "é", " ", "\n\n"]), max_size=2), st.data())
+def test_what_is_new_adds_up(output: tuple[Tokenizer, list[int]], stop: list[str], data: st.DataObject) -> None:
+    """Asked for in pieces, with whole texts, forks and rollbacks between, the text is what it is as a whole."""
+    tokenizer, token_ids = output
+    stream = tokenizer.text_stream(token_ids[:1], stop=stop)
+    told = ""
+    for token_id in token_ids:
+        stream.advance([token_id])
+        if data.draw(st.booleans()):
+            stream.advance([token_id])
+            stream.rollback(1)
+        match data.draw(st.integers(0, 3)):
+            case 0:
+                stream = stream.fork()
+            case 1:
+                told += stream.text_after(len(told))
+                assert told == stream.text
+            case 2:
+                told += stream.text_after(len(told))
+        start = data.draw(st.integers(0, 12))
+        assert stream.text_after(start) == stream.text[start:]
+    stream.finish()
+    assert told + stream.text_after(len(told)) == stream.text
+
+
 def test_rollback_past_the_beginning() -> None:
     stream = BYTE_LEVEL.text_stream([5, 6])
     stream.advance([7])

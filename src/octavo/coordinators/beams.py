@@ -62,6 +62,7 @@ class BeamCoordinator(Coordinator):
         self.cache_salt = request.cache_salt
         self.reads_cache = not params.skip_reading_prefix_cache
         self.error: str | None = None
+        self._shown_prompt = list(request.prompt_token_ids)  # the user's to change; the request's own is not
         self._reason: str | None = None
         self._text_type: type[TextStream] | None = None  # of the streams attached to beams, which look for stop strings
         # While streaming: what all outputs that are still possible begin with.
@@ -264,7 +265,7 @@ class BeamCoordinator(Coordinator):
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_token_ids=self._shown_prompt,
             outputs=outputs,
             finished=self.finished,
             num_cached_tokens=self.metrics.num_cached_tokens,

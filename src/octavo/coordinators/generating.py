@@ -24,6 +24,7 @@ class GeneratingCoordinator(Coordinator):
         self.completions = [Completion(request, index) for index in range(request.params.n)]
         self.prompt_logprobs = PromptLogprobs(request)
         self.error: str | None = None
+        self._shown_prompt = list(request.prompt_token_ids)  # the user's to change; the request's own is not
         self._last_finish_reason: str | None = None
         self._prompt_logprobs_sent = False
 
@@ -63,7 +64,7 @@ class GeneratingCoordinator(Coordinator):
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_token_ids=self._shown_prompt,
             outputs=[completion.output() for completion in changed],
             finished=self.finished,
             prompt_logprobs=prompt_logprobs,
