@@ -83,47 +83,62 @@ std::size_t file_row_bytes(Format format, std::size_t inputs) {
 }
 
 // A part of a weight, the file's rows, their order (null: as they are), and the output of the part that they begin at.
-using Packing = std::tuple<Weight*, std::size_t, PackedRows, std::optional<RowOrder>, std::size_t>;
+using Packing = std::tuple<std::shared_ptr<Weight>, std::size_t, PackedRows, std::optional<RowOrder>, std::size_t>;
 
-void check(const Packing& packing) {
+// What is looked at without the interpreter must not be another thread's to change after it was checked: a copy.
+template <class Array>
+auto copy_of(const Array& array) {
+  using Value = std::remove_const_t<typename Array::Scalar>;
+  return std::vector<Value>(array.data(), array.data() + array.size());
+}
+
+// The order of the rows, checked.
+std::vector<int64_t> check(const Packing& packing) {
   const auto& [whole, index, rows, order, at] = packing;
+  if (whole == nullptr) throw nb::value_error("pack: no weight");
   if (index >= whole->segments.size()) throw nb::index_error("pack: no such part");
   const Weight::Segment& weight = whole->segments[index];
   if (rows.shape(1) != file_row_bytes(weight.format, whole->inputs))
     throw nb::value_error("pack: rows have the wrong size");
-  const std::size_t count = order ? order->shape(0) : rows.shape(0);
+  std::vector<int64_t> chosen;
+  if (order) chosen = copy_of(*order);
+  const std::size_t count = order ? chosen.size() : rows.shape(0);
   if (at > weight.outputs || count > weight.outputs - at)
     throw nb::value_error("pack: rows past the end of the weight");
-  for (std::size_t i = 0; order && i < count; ++i) {
-    const int64_t row = order->data()[i];
+  for (const int64_t row : chosen) {
     if (row < 0 || static_cast<std::size_t>(row) >= rows.shape(0)) throw nb::index_error("pack: no such row");
   }
+  return chosen;
 }
 
 void pack(Machine& machine, const std::vector<Packing>& all) {
-  for (const Packing& packing : all) check(packing);
+  std::vector<std::vector<int64_t>> orders;
+  orders.reserve(all.size());
+  for (const Packing& packing : all) orders.push_back(check(packing));
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
-  for (const Packing& packing : all) {
+  for (std::size_t number = 0; number < all.size(); ++number) {
+    const Packing& packing = all[number];
     Weight& whole = *std::get<0>(packing);
     Weight::Segment& weight = whole.segments[std::get<1>(packing)];
     const uint8_t* rows = std::get<2>(packing).data();
     const std::size_t row_bytes = std::get<2>(packing).shape(1);
-    const std::optional<RowOrder>& order = std::get<3>(packing);
+    const bool ordered = std::get<3>(packing).has_value();
+    const std::vector<int64_t>& order = orders[number];
     const std::size_t at = std::get<4>(packing);
-    const std::size_t until = at + (order ? order->shape(0) : std::get<2>(packing).shape(0));
+    const std::size_t until = at + (ordered ? order.size() : std::get<2>(packing).shape(0));
     // Pieces begin at panel edges, so that no two threads write one panel.
     const std::size_t first_panel = at / kPanel;
     machine.pool.parallel(panels_of(until) - first_panel, 4, [&](std::size_t begin, std::size_t end) {
       const std::size_t from = std::max((first_panel + begin) * kPanel, at);
       const std::size_t to = std::min((first_panel + end) * kPanel, until);
-      if (!order) {
+      if (!ordered) {
         pack_rows(weight.format, rows + (from - at) * row_bytes, to - from, row_bytes, whole.inputs, from,
                   weight.packed.data());
         return;
       }
       for (std::size_t output = from; output < to; ++output) {
-        const auto row = static_cast<std::size_t>(order->data()[output - at]);
+        const auto row = static_cast<std::size_t>(order[output - at]);
         pack_rows(weight.format, rows + row * row_bytes, 1, row_bytes, whole.inputs, output, weight.packed.data());
       }
     });
@@ -158,9 +173,15 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
   }
   BatchView batch;
   batch.tokens = rows;
+  std::vector<std::vector<int32_t>> copies;  // of the metadata, which is checked and read without the interpreter
+  copies.reserve(8);
+  const auto copied = [&](const auto& array) {
+    copies.push_back(copy_of(array));
+    return copies.back().data();
+  };
   const auto check = [&](const Ints& array, std::size_t size) {
     if (array.shape(0) != size) throw nb::value_error("run: batch metadata of the wrong length");
-    return array.data();
+    return copied(array);
   };
   if (input_ids) {
     if (!positions || !query_start_loc || !seq_lens || !block_tables || !slot_mapping) {
@@ -170,11 +191,11 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     batch.positions = check(*positions, rows);
     batch.slot_mapping = check(*slot_mapping, rows);
     batch.seqs = seq_lens->shape(0);
-    batch.seq_lens = seq_lens->data();
+    batch.seq_lens = copied(*seq_lens);
     batch.query_start_loc = check(*query_start_loc, batch.seqs + 1);
-    batch.block_tables = block_tables->data();
-    batch.table_width = block_tables->shape(1);
     if (block_tables->shape(0) != batch.seqs) throw nb::value_error("run: a block table for each sequence");
+    batch.block_tables = copied(*block_tables);
+    batch.table_width = block_tables->shape(1);
   }
   if (tree_starts.has_value() != tree_parents.has_value() || (tree_starts && !input_ids)) {
     throw nb::value_error("run: starts and parents of draft trees are given together, with a batch");
@@ -184,7 +205,7 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     batch.tree_parents = check(*tree_parents, rows);
   }
   nb::gil_scoped_release release;
-  graph.run(batch, rows, pointers);
+  graph.run(batch, rows, bound_ids, pointers);
 }
 
 // A row of logits, of which there is at least one.
@@ -205,6 +226,7 @@ void row_best(Machine& machine, const Floats& row, const MutableInts& ids) {
   if (ids.shape(0) > size_of(row)) throw nb::value_error("row_best: more than there are");
   const std::vector<int32_t> found =
       on_row(machine, [&](const RowWorkers& workers) { return best(workers, row.data(), row.shape(0), ids.shape(0)); });
+  if (found.size() != ids.shape(0)) throw nb::value_error("row_best: the row was changed meanwhile");
   std::copy(found.begin(), found.end(), ids.data());
 }
 

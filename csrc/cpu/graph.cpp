@@ -72,7 +72,14 @@ std::size_t KVLayer::block_bytes() const { return view.kv_heads * view.head_byte
 
 // --- recording ---
 
+std::unique_lock<std::mutex> Graph::recording() {
+  std::unique_lock<std::mutex> lock(in_use_, std::try_to_lock);
+  if (!lock) throw std::runtime_error("a graph that runs cannot be recorded on");
+  return lock;
+}
+
 int Graph::bind(std::size_t columns) {
+  const auto lock = recording();
   buffers_.push_back({columns, num_bound_++, -1, 0});
   return static_cast<int>(buffers_.size()) - 1;
 }
@@ -104,6 +111,8 @@ int Graph::add(Node node, std::size_t columns) {
 }
 
 int Graph::embed(std::shared_ptr<Weight> weight, float scale) {
+  const auto lock = recording();
+  if (weight == nullptr) throw std::invalid_argument("no weight");
   if (weight->segments.size() != 1) throw std::invalid_argument("embed: the weight must be of one part");
   embed_rows_ = std::min(embed_rows_, weight->outputs);
   const std::size_t columns = weight->inputs;
@@ -111,6 +120,7 @@ int Graph::embed(std::shared_ptr<Weight> weight, float scale) {
 }
 
 int Graph::rms_norm(View x, std::vector<float> weight, float eps, View residual) {
+  const auto lock = recording();
   if (weight.empty() || x.columns % weight.size() != 0)
     throw std::invalid_argument("rms_norm: the weight does not fit x");
   if (residual.buffer >= 0 && residual.columns != x.columns)
@@ -119,6 +129,8 @@ int Graph::rms_norm(View x, std::vector<float> weight, float eps, View residual)
 }
 
 int Graph::linear(View x, std::shared_ptr<Weight> weight, View residual) {
+  const auto lock = recording();
+  if (weight == nullptr) throw std::invalid_argument("no weight");
   if (x.columns != weight->inputs) throw std::invalid_argument("linear: x does not have the weight's number of inputs");
   if (residual.buffer >= 0 && residual.columns != weight->outputs) {
     throw std::invalid_argument("linear: the residual does not have the weight's number of outputs");
@@ -137,6 +149,7 @@ int Graph::linear(View x, std::shared_ptr<Weight> weight, View residual) {
 }
 
 int Graph::rope(View x, std::size_t head_dim, std::size_t dim, std::vector<float> inverse_frequencies) {
+  const auto lock = recording();
   if (head_dim == 0 || x.columns % head_dim != 0 || dim > head_dim || inverse_frequencies.size() * 2 != dim) {
     throw std::invalid_argument("rope: shapes do not fit");
   }
@@ -147,6 +160,8 @@ int Graph::rope(View x, std::size_t head_dim, std::size_t dim, std::vector<float
 }
 
 void Graph::store_kv(View k, View v, std::shared_ptr<KVLayer> layer) {
+  const auto lock = recording();
+  if (layer == nullptr) throw std::invalid_argument("no layer of KV");
   const std::size_t columns = layer->view.kv_heads * layer->view.head_dim;
   if (k.columns != columns || v.columns != columns)
     throw std::invalid_argument("store_kv: K and V do not fit the layer");
@@ -154,6 +169,8 @@ void Graph::store_kv(View k, View v, std::shared_ptr<KVLayer> layer) {
 }
 
 int Graph::attention(View q, std::shared_ptr<KVLayer> layer, float scale) {
+  const auto lock = recording();
+  if (layer == nullptr) throw std::invalid_argument("no layer of KV");
   const std::size_t per_group = layer->view.kv_heads * layer->view.head_dim;
   if (q.columns % per_group != 0 || q.columns / per_group > 64)
     throw std::invalid_argument("attention: q does not fit the layer");
@@ -161,6 +178,7 @@ int Graph::attention(View q, std::shared_ptr<KVLayer> layer, float scale) {
 }
 
 int Graph::gated(View x, Gate gate) {
+  const auto lock = recording();
   if (x.columns % 2 != 0) throw std::invalid_argument("gated: an odd number of columns");
   return add({.op = Op::Gated, .x = x, .gate = gate}, x.columns / 2);
 }
@@ -291,8 +309,11 @@ std::size_t grain_of(std::size_t count, int threads) {
 
 }  // namespace
 
-void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound) {
+void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>& bound_ids,
+                const std::vector<float*>& bound) {
+  const std::unique_lock<std::mutex> lock(in_use_);
   if (nodes_.empty() || rows == 0) return;
+  if (bound_ids != bound_buffers()) throw std::invalid_argument("run: more was recorded meanwhile");
   check(batch);
   Pool::Session session(machine_->pool);
   if (!planned_) plan();

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -83,8 +84,10 @@ class Graph {
   // Those whose memory `run` is given: what was bound, in order, and the last op's output, if it has one.
   std::vector<int> bound_buffers() const;
 
-  // Throws std::invalid_argument if the batch does not fit what was recorded, std::bad_alloc.
-  void run(const BatchView& batch, std::size_t rows, const std::vector<float*>& bound);
+  // One run at a time: another thread's waits. Throws std::invalid_argument if the batch does not fit what was
+  // recorded, std::bad_alloc.
+  void run(const BatchView& batch, std::size_t rows, const std::vector<int>& bound_ids,
+           const std::vector<float*>& bound);
 
  private:
   enum class Op { Embed, RmsNorm, Linear, Rope, StoreKV, Attention, Gated };
@@ -108,6 +111,8 @@ class Graph {
   };
   struct Work;  // of one run
 
+  // To be held while ops are recorded; throws std::runtime_error while a run is under way.
+  std::unique_lock<std::mutex> recording();
   void check(const View& view) const;
   void check(const BatchView& batch) const;
   static void check_trees(const BatchView& batch);
@@ -118,6 +123,7 @@ class Graph {
   void run_attention(const Node& node, Work& work);
 
   std::shared_ptr<Machine> machine_;
+  std::mutex in_use_;
   std::vector<Node> nodes_;
   std::vector<Buffer> buffers_;
   std::vector<std::vector<float>> tables_;  // distinct inverse frequencies

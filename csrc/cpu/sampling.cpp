@@ -51,9 +51,27 @@ double sum_exp(const RowWorkers& workers, const float* x, std::size_t n, float t
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// x[a] stands before x[b].
-auto before(const float* x) {
-  return [x](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; };
+// A token and its value as it was when it was found: what is sorted must not change meanwhile.
+struct Ranked {
+  float value;
+  int32_t id;
+};
+
+bool before(const Ranked& a, const Ranked& b) { return a.value != b.value ? a.value > b.value : a.id < b.id; }
+
+Ranked ranked(const float* x, int32_t id) { return {std::isnan(x[id]) ? -INFINITY : x[id], id}; }
+
+std::vector<int32_t> ids_of(const std::vector<Ranked>& all) {
+  std::vector<int32_t> ids(all.size());
+  std::transform(all.begin(), all.end(), ids.begin(), [](const Ranked& one) { return one.id; });
+  return ids;
+}
+
+std::vector<int32_t> sorted(const float* x, const std::vector<int32_t>& ids) {
+  std::vector<Ranked> all(ids.size());
+  std::transform(ids.begin(), ids.end(), all.begin(), [x](int32_t id) { return ranked(x, id); });
+  std::sort(all.begin(), all.end(), before);
+  return ids_of(all);
 }
 
 double scaled(const float* x, std::size_t i, float top, double temperature) {
@@ -102,7 +120,7 @@ std::vector<int32_t> survivors(const RowWorkers& workers, const float* x, std::s
     const double threshold = static_cast<double>(top) + filters.temperature * lowest;
     const auto slack = static_cast<float>(threshold - 1e-5 * (1.0 + std::fabs(threshold)));
     ids.resize(workers.kernels.row_above(x, 0, n, slack, ids.data()));
-    std::sort(ids.begin(), ids.end(), before(x));
+    ids = sorted(x, ids);
   }
   std::erase_if(ids, too_low);
   if (filters.top_p < 1.0) {
@@ -139,51 +157,49 @@ std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t
   if (k == 0) return {};
   const std::vector<float> tops = maxima(workers, x, n);
   if (std::isnan(greatest_of(tops))) throw std::invalid_argument("a row with NaN has no order");
-  std::vector<int32_t> ids;
   if (k >= n) {
-    ids.resize(n);
+    std::vector<int32_t> ids(n);
     std::iota(ids.begin(), ids.end(), 0);
-    std::sort(ids.begin(), ids.end(), before(x));
-    return ids;
+    return sorted(x, ids);
   }
   float threshold = -INFINITY;  // at least k of those seen are as high: later ones must be above it
   float floor = -INFINITY;      // at least k of all are as high
   if (k <= tops.size()) {
-    std::vector<float> sorted = tops;
-    const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
-    std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
+    std::vector<float> highest = tops;
+    const auto kth = highest.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(highest.begin(), kth, highest.end(), std::greater<>());
     floor = *kth;
     threshold = std::nextafter(floor, -INFINITY);
   }
-  ids.reserve(2 * k + 2 * kScan);
+  std::vector<Ranked> kept;
+  kept.reserve(2 * k + 2 * kScan);
   const auto cut = [&] {
-    std::nth_element(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(k - 1), ids.end(), before(x));
-    ids.resize(k);
-    threshold = x[ids[k - 1]];
+    std::nth_element(kept.begin(), kept.begin() + static_cast<std::ptrdiff_t>(k - 1), kept.end(), before);
+    kept.resize(k);
+    threshold = kept[k - 1].value;
   };
+  int32_t found[kTopPiece];
   for (std::size_t first = 0; first < n; first += kTopPiece) {
     if (tops[first / kTopPiece] < floor) continue;
     const std::size_t last = std::min(first + kTopPiece, n);
-    const std::size_t had = ids.size();
-    ids.resize(had + kTopPiece);
-    std::size_t found = 0;
+    std::size_t count = last - first;
     if (threshold == -INFINITY) {  // also tokens that cannot be drawn: k are asked for
-      std::iota(ids.begin() + static_cast<std::ptrdiff_t>(had), ids.end(), static_cast<int32_t>(first));
-      found = last - first;
+      std::iota(found, found + count, static_cast<int32_t>(first));
     } else {
-      found = workers.kernels.row_above(x, first, last, threshold, ids.data() + had);
+      count = workers.kernels.row_above(x, first, last, threshold, found);
     }
-    ids.resize(had + found);
-    if (ids.size() > 2 * k + kScan || (threshold == -INFINITY && ids.size() > k)) cut();
+    for (std::size_t i = 0; i < count; ++i) kept.push_back(ranked(x, found[i]));
+    if (kept.size() > 2 * k + kScan || (threshold == -INFINITY && kept.size() > k)) cut();
   }
-  if (ids.size() > k) cut();
-  std::sort(ids.begin(), ids.end(), before(x));
-  return ids;
+  if (kept.size() > k) cut();
+  std::sort(kept.begin(), kept.end(), before);
+  return ids_of(kept);
 }
 
 std::size_t draw(const RowWorkers& workers, const float* x, std::size_t n, const Filters& filters,
                  const NoiseKey& key) {
   const auto [start, top] = greatest(workers, x, n);
+  if (std::isnan(top)) throw std::invalid_argument("nothing can be drawn from a row with NaN");
   if (filters.top_k == 0 && filters.top_p >= 1.0 && filters.min_p <= 0.0) {
     return workers.kernels.row_draw(x, n, start, top, filters.temperature, key);
   }
