@@ -147,18 +147,18 @@ class Frontend:
             cache_salt=checked_salt(salt),
         )
 
-    def tokens_after(self, prompt: Prompt, num_tokens: int, field: str = "prompt") -> list[int]:
-        """Token ids to append to `num_tokens` that are there. BOS and the like come only at the very start."""
+    def tokens_after(self, prompt: Prompt, before: Sequence[int], field: str = "prompt") -> list[int]:
+        """Token ids to append to those that are there. BOS and the like come only at the very start."""
         if isinstance(prompt, Mapping) and "cache_salt" in prompt:
             raise InvalidRequestError("cache_salt", "belongs to the whole session: LLM.session(cache_salt=...)")
         text, given = self._form_of(prompt)
         if given is not None:
             token_ids = self._checked_ids(given) if len(given) else []
         elif text:
-            token_ids = self._codec.encode_following(text) if num_tokens else self._codec.encode(text)
+            token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
         else:
             token_ids = []
-        self._check_room(field, num_tokens, len(token_ids))
+        self._check_room(field, len(before), len(token_ids))
         return token_ids
 
     def make_turn(self, session: SessionCoordinator, token_ids: list[int], params: SamplingParams) -> CompletionRequest:
@@ -178,19 +178,19 @@ class Frontend:
         seed = session.seed if params.seed is None else params.seed
         return self._completion(session.request_id, token_ids, params, seed=seed, priority=session.priority)
 
-    def choices(self, choices: Sequence[Prompt], num_tokens: int) -> list[tuple[str, list[int]]]:
-        """Text and token ids of what `select` compares. Raises InvalidRequestError."""
+    def choices(self, choices: Sequence[Prompt], before: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Text and token ids of what `select` compares, after these tokens. Raises InvalidRequestError."""
         if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
             raise InvalidRequestError("choices", f"must be a list of prompts, not {type(choices).__name__}")
         if not 1 <= len(choices) <= MAX_N:
             raise InvalidRequestError("choices", f"must be from 1 to {MAX_N}, not {len(choices)}")
-        self._check_not_empty(range(num_tokens))
+        self._check_not_empty(before)
         found = []
         for number, choice in enumerate(choices):
-            token_ids = self.tokens_after(choice, num_tokens, "choices")
+            token_ids = self.tokens_after(choice, before, "choices")
             if not token_ids:
                 raise InvalidRequestError("choices", f"number {number} is empty: there is nothing to score")
-            text = choice if isinstance(choice, str) else self._codec.decode(token_ids, skip_special_tokens=False)
+            text = choice if isinstance(choice, str) else self._codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
 

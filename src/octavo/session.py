@@ -117,7 +117,7 @@ class BaseBranch:
             self._in_use.release()
 
     def _extending(self, prompt: Prompt) -> Verb[None]:
-        token_ids = self._link.frontend.tokens_after(prompt, self.num_tokens)
+        token_ids = self._link.frontend.tokens_after(prompt, self.token_ids)
         return lambda: self._link.coordinator.extend(self._state, token_ids)
 
     def _forking(self, count: int) -> Verb[list[BranchState]]:
@@ -138,7 +138,7 @@ class BaseBranch:
         """What to ask, and what to make of the answer."""
         if by not in ("mean", "total"):
             raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
-        found = self._link.frontend.choices(choices, self.num_tokens)
+        found = self._link.frontend.choices(choices, self.token_ids)
         verb = lambda: self._link.coordinator.select(self._state, [token_ids for _, token_ids in found])  # noqa: E731
 
         def result(logprobs: list[list[float]]) -> SelectResult:

@@ -10,6 +10,11 @@ from octavo.core.errors import InvalidRequestError
 from octavo.text.stream import IncrementalText, StopMatcher
 from octavo.text.token_bytes import ToBytes
 
+# Tokens at the end of a text that are looked at when it goes on: several words, and so more than any token spans.
+_CONTEXT_TOKENS = 64
+# Texts to stand before another one, each of a kind of character that tokenizers keep from joining with other kinds.
+_BORDERS = ("\n", ".", "a", "0", "\u4e00")
+
 
 class Tokenizer:
     """Implements `octavo.core.protocols.TextCodec`. Make one with `from_gguf` or `from_directory`. Safe to share by
@@ -123,15 +128,39 @@ class Tokenizer:
             ) from None
         return self._encode(text, add_special_tokens)
 
-    def encode_following(self, text: str) -> list[int]:
-        """Token ids of `text` where other text stands before it: without BOS, and without the space that some
-        tokenizers put before a text (as far as they leave it out behind a BOS token that is written out)."""
-        bos = self._special_tokens.get("bos_token")
-        if self._strip_leading_space and bos is not None:
-            ids = self.encode(bos + text, add_special_tokens=False)
-            if ids[:1] == [self._bos_token_id]:
-                return ids[1:]
-        return self.encode(text, add_special_tokens=False)
+    def encode_open(self, text: str) -> list[int]:
+        """Token ids of a text that goes on later: with what the model asks for before it, such as BOS, and without
+        what would come after its end, such as EOS."""
+        plain = self.encode(text, add_special_tokens=False)
+        ids = self.encode(text)
+        before = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)
+        return ids[: before + len(plain)]
+
+    def encode_following(self, before: Sequence[int], text: str) -> list[int]:
+        """Token ids of `text` where the tokens `before` stand before it: those of the whole text that come after
+        those of its beginning, with nothing that a tokenizer puts before a text as such.
+
+        Where the whole text would have a token that crosses the border (``before`` ends in "wh", `text` is "ale"),
+        `text` is encoded as it is inside a text that has a border of tokens there. The last tokens of `before` decide:
+        what lies further back is not looked at, so the time does not depend on its length.
+        """
+        if not text:
+            return []
+        ids = self.encode(text, add_special_tokens=False)
+        if not before or list(before) == self.encode(""):
+            return ids  # it is the beginning
+        found = self._after(self.spelling(before[-_CONTEXT_TOKENS:]), text)
+        if found is not None:
+            return found
+        if self.spelling(ids) in (text, text.replace("\u2581", " ")):
+            return ids  # nothing was put before it
+        return next((found for border in _BORDERS if (found := self._after(border, text)) is not None), ids)
+
+    def _after(self, beginning: str, text: str) -> list[int] | None:
+        """The tokens of `beginning + text` less those of `beginning`; None where these are not what it begins with."""
+        first = self.encode(beginning, add_special_tokens=False)
+        whole = self.encode(beginning + text, add_special_tokens=False)
+        return whole[len(first) :] if whole[: len(first)] == first else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes token `token_id` adds to a text, special tokens spelled out. Empty for an id without a token."""
@@ -152,6 +181,10 @@ class Tokenizer:
         if self._strip_leading_space and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", "replace")
+
+    def spelling(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens from the middle of a text: special ones spelt out, and no leading space taken away."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def text_stream(
         self,
