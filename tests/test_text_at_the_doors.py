@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octavo import LLM
+from octavo import LLM, SamplingParams
+from octavo.async_llm import AsyncLLM
+from octavo.core.beam_params import BeamSearchParams
+from octavo.core.errors import InvalidRequestError
 from tests.test_llm import check_idle
 
 BEGINNING = "a whale is a"
@@ -48,3 +52,99 @@ def test_a_token_cut_by_a_stop_string_leaves_no_space(llm: LLM) -> None:
         output = s.generate(**params, stop="sh")
         assert (output.text, output.stop_reason, output.token_ids) == (" fi", "sh", fish)
         assert s.text == f"<s> {BEGINNING} fi"
+
+
+# --- tokens that the model has no row for ---
+
+
+def prompts_with_pad(llm: LLM) -> dict[str, Callable[[], object]]:
+    """Every door that takes text, given the text of such a token."""
+    text = "hello<pad>"
+    return {
+        "generate": lambda: llm.generate(["hello", text]),
+        "stream": lambda: llm.stream(text),
+        "beam_search": lambda: llm.beam_search(text),
+        "explain_cache": lambda: llm.explain_cache(text),
+        "chat": lambda: llm.chat([{"role": "user", "content": text}], chat_template="{{ messages[0].content }}"),
+    }
+
+
+@pytest.mark.parametrize("door", ["generate", "stream", "beam_search", "explain_cache", "chat"])
+def test_a_prompt_with_a_token_without_a_row_is_refused_by_name(llm: LLM, door: str) -> None:
+    pad = llm.model_config.vocab_size
+    with pytest.raises(InvalidRequestError, match=rf"'<pad>', token {pad}, .* end at {pad - 1}") as caught:
+        prompts_with_pad(llm)[door]()
+    assert caught.value.field == ("messages" if door == "chat" else "prompt")
+
+
+def test_sessions_refuse_them_too(llm: LLM) -> None:
+    with llm.session() as s:
+        for _ in range(2):  # at the start, and later
+            with pytest.raises(InvalidRequestError, match=r"^prompt: holds '<pad>'"):
+                s.extend("hello<pad>")
+            s.extend("hello")
+        with pytest.raises(InvalidRequestError, match=r"^choices: holds '<pad>'"):
+            s.select([" fish", "<pad>"])
+        assert s.generate(max_tokens=2).token_ids
+
+
+async def test_async_refuses_them_too(tiny_sentencepiece_dir: Path) -> None:
+    llm = AsyncLLM(str(tiny_sentencepiece_dir), max_num_seqs=8)
+    try:
+        with pytest.raises(InvalidRequestError, match=r"^prompt: holds '<pad>'"):
+            async for _ in llm.generate("hello<pad>"):
+                pass
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids", "logit_bias"])
+def test_ids_that_the_user_gives_are_refused(llm: LLM, field: str) -> None:
+    pad = llm.model_config.vocab_size
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: .*not {pad}"):
+        llm.generate("hello", SamplingParams(**{field: {pad: 1.0} if field == "logit_bias" else [pad]}))
+
+
+def test_bad_words_without_a_row_can_never_be_drawn(llm: LLM) -> None:
+    params: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
+    (free,) = llm.generate("hello", SamplingParams(**params))
+    (output,) = llm.generate("hello", SamplingParams(**params, bad_words=["<pad>", "whale<pad>"]))
+    assert output.outputs[0].token_ids == free.outputs[0].token_ids
+    (beams,) = llm.beam_search("hello", BeamSearchParams(max_tokens=4, bad_words=["<pad>"]))
+    assert beams.outputs[0].finish_reason == "length"
+
+
+def test_end_tokens_without_a_row(tiny_sentencepiece_dir: Path, tmp_path: Path) -> None:
+    """Only the others end an answer; `min_tokens` keeps them from being drawn."""
+    folder = shutil.copytree(tiny_sentencepiece_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5000, 9]}')
+    with LLM(str(folder), max_num_seqs=8) as llm:
+        assert llm.tokenizer.eos_token_ids == (2, 9, 5000)
+        params = SamplingParams(temperature=0, min_tokens=3, max_tokens=8, logit_bias={9: 1e4})
+        (output,) = llm.generate("hello", params)
+        assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (4, "stop")
+        (beams,) = llm.beam_search("hello", BeamSearchParams(beam_width=2, min_tokens=3, max_tokens=8))
+        assert beams.outputs[0].finish_reason in ("stop", "length")
+
+
+# --- words in every spelling ---
+
+
+def test_bad_words_are_forbidden_without_a_space_too(llm: LLM) -> None:
+    inside = llm.tokenizer.encode_inside("London")
+    assert llm.tokenizer.spelling(inside) == "London" and len(inside) > 1
+    params: dict[str, Any] = {"allowed_token_ids": inside, "n": 8, "max_tokens": 40, "seed": 1, "ignore_eos": True}
+    (free,) = llm.generate(BEGINNING, SamplingParams(**params))
+    assert any("London" in output.text for output in free.outputs)
+    (held,) = llm.generate(BEGINNING, SamplingParams(**params, bad_words=["London"]))
+    assert not any("London" in output.text for output in held.outputs)
+
+
+def test_bad_words_after_a_space_and_at_the_start(llm: LLM) -> None:
+    spaced = whole_less_beginning(llm, " London")
+    assert len(spaced) == 1
+    for word in ("London", " London"):
+        (output,) = llm.generate(
+            BEGINNING, SamplingParams(logit_bias={spaced[0]: 1e4}, temperature=0, bad_words=[word])
+        )
+        assert spaced[0] not in output.outputs[0].token_ids

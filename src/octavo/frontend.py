@@ -62,6 +62,8 @@ class Frontend:
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
+        # Files name end tokens for which the model has no row: it can never draw them.
+        self._eos_token_ids = tuple(n for n in codec.eos_token_ids if n < limits.vocab_size)
         # Not to meet an id that a user chose: those look like "request-0" often enough.
         self._id_prefix = os.urandom(4).hex()
         self._ids = count()
@@ -124,7 +126,7 @@ class Frontend:
             prompt_token_ids=token_ids,
             params=params,
             max_tokens=self._max_tokens(len(token_ids), params),
-            eos_token_ids=() if params.ignore_eos else self._codec.eos_token_ids,
+            eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
             bad_words=self._bad_words(params),
             codec=self._codec,
             system_fingerprint=self._system_fingerprint,
@@ -143,7 +145,7 @@ class Frontend:
             priority,
             RequestMetrics(arrival_time=self._clock()),
             seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
-            encode=self._codec.encode_following,
+            encode=self._encode_rest,
             cache_salt=checked_salt(salt),
         )
 
@@ -156,10 +158,15 @@ class Frontend:
             token_ids = self._checked_ids(given) if len(given) else []
         elif text:
             token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
+            self._check_rows(field, token_ids)
         else:
             token_ids = []
         self._check_room(field, len(before), len(token_ids))
         return token_ids
+
+    def _encode_rest(self, before: Sequence[int], text: str) -> list[int]:
+        """Token ids of what is left of a token that was cut, without any that the model has no row for."""
+        return [n for n in self._codec.encode_following(before, text) if n < self._limits.vocab_size]
 
     def make_turn(self, session: SessionCoordinator, token_ids: list[int], params: SamplingParams) -> CompletionRequest:
         """What one `generate` of a session asks, after the tokens of its branch. Raises InvalidRequestError."""
@@ -233,8 +240,9 @@ class Frontend:
             if chat_template is None:
                 self._templates[source] = template
         text = template.render(messages, **_merged(options, variables))
-        # The template writes the special tokens itself.
-        return {"prompt": text, "prompt_token_ids": self._codec.encode(text, add_special_tokens=False)}
+        token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        self._check_rows("messages", token_ids)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
         """Fill in `decoded_token` of an output's log-probabilities."""
@@ -273,6 +281,7 @@ class Frontend:
         token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError("prompt", "is empty")
+        self._check_rows("prompt", token_ids)
         self._check_length(len(token_ids))
         return text, token_ids
 
@@ -325,6 +334,17 @@ class Frontend:
                 allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
                 raise InvalidRequestError(field, f"{allowed}, not {shown(token_id)}")
 
+    def _check_rows(self, field: str, token_ids: Sequence[int]) -> None:
+        """Tokens that a text spells. A tokenizer may know more than the model has rows for."""
+        rows = self._limits.vocab_size
+        for token_id in token_ids:
+            if token_id >= rows:
+                token = self._codec.spelling([token_id])
+                raise InvalidRequestError(
+                    field,
+                    f"holds {token!r}, token {token_id}, which the model does not know: ids end at {rows - 1}",
+                )
+
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
             for text in getattr(params, name):
@@ -355,13 +375,15 @@ class Frontend:
         return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each bad word, as it is spelt at the start of a text and after a space."""
+        """Token ids of each bad word, as it is spelt at the start of a text, inside one, and there after a space. A
+        spelling with a token that the model has no row for cannot be drawn."""
         spellings: dict[tuple[int, ...], None] = {}
         for word in params.bad_words or ():
-            for text in (word, " " + word.lstrip()):
-                token_ids = tuple(self._codec.encode(text, add_special_tokens=False))
-                if token_ids:
-                    spellings[token_ids] = None
+            spaced = " " + word.lstrip()
+            at_start = self._codec.encode(word, add_special_tokens=False)
+            for token_ids in (at_start, self._codec.encode_inside(word), self._codec.encode_inside(spaced)):
+                if token_ids and max(token_ids) < self._limits.vocab_size:
+                    spellings[tuple(token_ids)] = None
         return tuple(spellings)
 
 

@@ -141,7 +141,7 @@ class Tokenizer:
         those of its beginning, with nothing that a tokenizer puts before a text as such.
 
         Where the whole text would have a token that crosses the border (``before`` ends in "wh", `text` is "ale"),
-        `text` is encoded as it is inside a text that has a border of tokens there. The last tokens of `before` decide:
+        that is `encode_inside`. The last tokens of `before` decide:
         what lies further back is not looked at, so the time does not depend on its length.
         """
         if not text:
@@ -150,8 +150,11 @@ class Tokenizer:
         if not before or list(before) == self.encode(""):
             return ids  # it is the beginning
         found = self._after(self.spelling(before[-_CONTEXT_TOKENS:]), text)
-        if found is not None:
-            return found
+        return self.encode_inside(text) if found is None else found
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of `text` inside a text that has a border of tokens before it, with nothing put before it."""
+        ids = self.encode(text, add_special_tokens=False)
         if self.spelling(ids) in (text, text.replace("\u2581", " ")):
             return ids  # nothing was put before it
         return next((found for border in _BORDERS if (found := self._after(border, text)) is not None), ids)
