@@ -148,3 +148,29 @@ def test_bad_words_after_a_space_and_at_the_start(llm: LLM) -> None:
             BEGINNING, SamplingParams(logit_bias={spaced[0]: 1e4}, temperature=0, bad_words=[word])
         )
         assert spaced[0] not in output.outputs[0].token_ids
+
+
+# --- a token alone as text ---
+
+
+def test_log_probabilities_tell_a_leading_space(llm: LLM) -> None:
+    (spaced,) = whole_less_beginning(llm, " true")
+    params = SamplingParams(logprobs=5, prompt_logprobs=0, max_tokens=1, logit_bias={spaced: 1e4}, temperature=0)
+    (output,) = llm.generate("true", params)
+    entry = output.outputs[0].logprobs[0][spaced]  # type: ignore[index]
+    assert (entry.decoded_token, entry.bytes) == (" true", list(b" true"))
+    assert output.prompt_logprobs[-1][output.prompt_token_ids[-1]].decoded_token == " true"  # type: ignore[index]
+    with llm.session() as s:
+        s.extend(BEGINNING)
+        ((_, entry),) = s.generate(params.but(prompt_logprobs=None, logprobs=0)).logprobs[0].items()  # type: ignore[index]
+        assert entry.decoded_token == " true"
+        assert s.select([{"prompt_token_ids": [spaced]}]).best.text == " true"
+
+
+def test_log_probabilities_of_parts_of_a_character_have_its_bytes(llm: LLM) -> None:
+    parts = llm.tokenizer.encode("\u6771", add_special_tokens=False)[1:]
+    assert len(parts) == 3
+    (output,) = llm.generate({"prompt_token_ids": [1, *parts]}, SamplingParams(prompt_logprobs=0, max_tokens=1))
+    entries = [row[token_id] for row, token_id in zip(output.prompt_logprobs[1:], parts, strict=True)]  # type: ignore[index]
+    assert [entry.decoded_token for entry in entries] == ["\ufffd"] * 3
+    assert bytes(byte for entry in entries for byte in entry.bytes or ()) == "\u6771".encode()

@@ -245,7 +245,7 @@ class Frontend:
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
-        """Fill in `decoded_token` of an output's log-probabilities."""
+        """Fill in `decoded_token` and `bytes` of an output's log-probabilities."""
         rows = [row for completion in output.outputs for row in completion.logprobs or ()]
         rows += [row for row in output.prompt_logprobs or () if row is not None]
         self._name(rows)
@@ -260,7 +260,8 @@ class Frontend:
         for row in rows:
             for token_id, logprob in row.items():
                 if logprob.decoded_token is None:
-                    logprob.decoded_token = self._codec.decode([token_id], skip_special_tokens=False)
+                    logprob.decoded_token = self._codec.spelling([token_id])
+                    logprob.bytes = list(self._codec.token_bytes(token_id))
 
     # --- checks ---
 
