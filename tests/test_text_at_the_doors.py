@@ -174,3 +174,41 @@ def test_log_probabilities_of_parts_of_a_character_have_its_bytes(llm: LLM) -> N
     entries = [row[token_id] for row, token_id in zip(output.prompt_logprobs[1:], parts, strict=True)]  # type: ignore[index]
     assert [entry.decoded_token for entry in entries] == ["\ufffd"] * 3
     assert bytes(byte for entry in entries for byte in entry.bytes or ()) == "\u6771".encode()
+
+
+# --- special tokens as stop strings ---
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_special_token_stops_where_it_is_not_shown(llm: LLM, include: bool) -> None:
+    """Also the model's end token, where that is ignored."""
+    for token, token_id in (("<unk>", 0), ("</s>", 2)):
+        params = SamplingParams(
+            stop=token,
+            logit_bias={token_id: 1e4},
+            temperature=0,
+            ignore_eos=True,
+            max_tokens=8,
+            include_stop_str_in_output=include,
+        )
+        (output,) = llm.generate("hello", params)
+        (one,) = output.outputs
+        assert (one.token_ids, one.finish_reason, one.stop_reason) == ([token_id], "stop", token)
+        assert one.text == (token if include else "")
+        with llm.session() as s:
+            s.extend("hello")
+            before = s.token_ids
+            s.generate(params)
+            assert s.token_ids == before + ([token_id] if include else [])
+        (beams,) = llm.beam_search("hello", BeamSearchParams(beam_width=2, stop=token, logit_bias={token_id: 1e4}))
+        assert len(beams.outputs[0].token_ids) == 1
+
+
+def test_a_stop_string_that_could_never_be_found_is_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^stop: 'x</s>' holds the special token </s>"):
+        llm.generate("hello", SamplingParams(stop=["ok", "x</s>"]))
+    params = SamplingParams(
+        stop=["x</s>"], skip_special_tokens=False, logit_bias={2: 1e4}, ignore_eos=True, max_tokens=2, temperature=0
+    )
+    (output,) = llm.generate("hello", params)
+    assert output.outputs[0].text == "</s></s>"

@@ -350,6 +350,9 @@ class Frontend:
         for name in ("stop", "bad_words"):
             for text in getattr(params, name):
                 _check_unicode(name, text)
+        if params.skip_special_tokens:
+            for text in params.stop or ():
+                self._check_stop(text)
         self._check_vocabulary("stop_token_ids", tuple(params.stop_token_ids or ()))
         self._check_vocabulary("allowed_token_ids", tuple(params.allowed_token_ids or ()))
         self._check_vocabulary("logit_bias", tuple(params.logit_bias or ()))
@@ -359,6 +362,15 @@ class Frontend:
                 raise InvalidRequestError(
                     name, f"must be at most max_logprobs={self._limits.max_logprobs}, not {asked}"
                 )
+
+    def _check_stop(self, text: str) -> None:
+        """Special tokens that are skipped are no part of a text: alone they can stop it, inside a string they cannot
+        be found."""
+        for token_id in self._codec.special_tokens_in(text):
+            token = self._codec.spelling([token_id])
+            if token != text:
+                problem = f"{shown(text)} holds the special token {token}, which skip_special_tokens leaves out"
+                raise InvalidRequestError("stop", f"{problem}: give the token alone, or skip_special_tokens=False")
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
         room = self._limits.max_model_len - prompt_tokens

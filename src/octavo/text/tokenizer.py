@@ -201,6 +201,8 @@ class Tokenizer:
     ) -> IncrementalText:
         """Incremental text of one output that follows `prompt_token_ids`; see `IncrementalText`.
 
+        A stop string that is a special token is found also where special tokens are skipped.
+
         `spaces_between_special_tokens` is accepted for compatibility: none of the tokenizers supported puts spaces
         there, nor do the fast tokenizers of transformers, so both values give the same text.
         """
@@ -213,4 +215,9 @@ class Tokenizer:
             stop=StopMatcher(stop) if stop else None,
             include_stop=include_stop_str_in_output,
             stop_after=stop_after,
+            stop_tokens=frozenset(n for string in stop for n in self.special_tokens_in(string)),
         )
+
+    def special_tokens_in(self, text: str) -> list[int]:
+        """The special tokens that `text` spells out."""
+        return [n for n in self.encode(text, add_special_tokens=False) if n in self._special_token_ids]
