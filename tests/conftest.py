@@ -103,7 +103,7 @@ def tiny_gemma3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of one layer whose tokenizer puts a space before every text. It has a token ``<pad>`` for which
-    the model has no row."""
+    the model has no row, and two chat templates."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.text.tiny import save_folder, sentencepiece_json
@@ -122,7 +122,9 @@ def tiny_sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     _save_model(LlamaForCausalLM, config, folder)
     fast.add_special_tokens(["<pad>"])
-    save_folder(fast, folder, pad_token="<pad>")
+    sources = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools[0].name }}: {{ messages[0].content }}"}
+    templates = [{"name": name, "template": source} for name, source in sources.items()]
+    save_folder(fast, folder, pad_token="<pad>", chat_template=templates)
     return folder
 
 

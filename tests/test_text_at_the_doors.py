@@ -65,7 +65,7 @@ def prompts_with_pad(llm: LLM) -> dict[str, Callable[[], object]]:
         "stream": lambda: llm.stream(text),
         "beam_search": lambda: llm.beam_search(text),
         "explain_cache": lambda: llm.explain_cache(text),
-        "chat": lambda: llm.chat([{"role": "user", "content": text}], chat_template="{{ messages[0].content }}"),
+        "chat": lambda: llm.chat([{"role": "user", "content": text}]),
     }
 
 
@@ -212,3 +212,23 @@ def test_a_stop_string_that_could_never_be_found_is_refused(llm: LLM) -> None:
     )
     (output,) = llm.generate("hello", params)
     assert output.outputs[0].text == "</s></s>"
+
+
+# --- named chat templates ---
+
+
+async def test_tools_reach_the_template_for_them(llm: LLM, tiny_sentencepiece_dir: Path) -> None:
+    messages, tools = [{"role": "user", "content": "hello"}], [{"name": "clock"}]
+    params = SamplingParams(max_tokens=1, temperature=0)
+    assert llm.chat(messages, params)[0].prompt == "hello"
+    assert llm.chat(messages, params, tools=tools)[0].prompt == "clock: hello"
+    assert llm.chat(messages, params, tools=tools, chat_template="default")[0].prompt == "hello"
+    assert llm.chat_prompt(messages, tools=tools)["prompt"] == "clock: hello"
+    with pytest.raises(InvalidRequestError, match=r"^chat_template: 'rag' is neither .* \('default', 'tool_use'\)"):
+        llm.chat(messages, params, chat_template="rag")
+    other = AsyncLLM(str(tiny_sentencepiece_dir), max_num_seqs=8)
+    try:
+        async for output in other.chat(messages, params, tools=tools):
+            assert output.prompt == "clock: hello"
+    finally:
+        other.close()

@@ -16,7 +16,7 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, SamplingParams, integer
 from octavo.core.protocols import Clock
-from octavo.text.chat_template import ChatTemplate
+from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Frontend:
 
     def __init__(self, codec: Tokenizer, limits: Limits, system_fingerprint: str | None, clock: Clock) -> None:
         self._codec = codec
-        self._templates: dict[str, ChatTemplate] = {}
+        self._templates = NamedTemplates(codec.chat_templates, codec.special_tokens)
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
@@ -225,21 +225,12 @@ class Frontend:
         options: Mapping[str, Any],
         variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """A conversation as a prompt, by the given template or the model's own.
+        """A conversation as a prompt, by the given template, the model's one of that name, or the model's own.
 
         `options` are those of ChatTemplate.render, or variables of the template; `variables` only the latter.
         """
-        if chat_template is not None and not isinstance(chat_template, str):
-            raise InvalidRequestError("chat_template", f"must be a string, not {type(chat_template).__name__}")
-        source = chat_template if chat_template is not None else self._codec.chat_template
-        if source is None:
-            raise InvalidRequestError("messages", "this model has no chat template; give one, or use a plain prompt")
-        template = self._templates.get(source)
-        if template is None:
-            template = ChatTemplate(source, **self._codec.special_tokens)  # type: ignore[arg-type] # mypy: names are unknown
-            if chat_template is None:
-                self._templates[source] = template
-        text = template.render(messages, **_merged(options, variables))
+        arguments = _merged(options, variables)
+        text = self._templates.choose(chat_template, arguments.get("tools")).render(messages, **arguments)
         token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         self._check_rows("messages", token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}

@@ -350,4 +350,6 @@ def test_arguments_that_are_not_utf_8() -> None:
 
 
 def test_a_token_that_the_model_does_not_know(invoke: Invoke, tiny_sentencepiece_dir: Path) -> None:
-    assert_refused(invoke("run", "--model", tiny_sentencepiece_dir, "hello<pad>"), "prompt: holds '<pad>', token ")
+    for flags, field in ((["--raw"], "prompt"), ([], "messages")):
+        result = invoke("run", *flags, "--model", tiny_sentencepiece_dir, "hello<pad>")
+        assert_refused(result, f"{field}: holds '<pad>', token ")

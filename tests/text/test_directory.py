@@ -88,17 +88,45 @@ def test_end_tokens(byte_level: Path) -> None:
     assert Tokenizer.from_directory(byte_level).eos_token_ids == (2, 7)
 
 
-def test_chat_template_sources(byte_level: Path) -> None:
-    assert Tokenizer.from_directory(byte_level).chat_template is None
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, {}),
+        ({"config": "C"}, {"default": "C"}),
+        ({"config": NAMED}, {"default": "D", "tool_use": "T"}),
+        ({"config": NAMED[:1]}, {"tool_use": "T"}),
+        ({"config": {"default": "D", "rag": "R"}}, {"default": "D", "rag": "R"}),
+        ({"config": NAMED, "chat_template.jinja": "Ä\n"}, {"default": "Ä\n"}),
+        (
+            {"config": "C", "chat_template.jinja": "J", "additional_chat_templates/tool_use.jinja": "T"},
+            {"default": "J", "tool_use": "T"},
+        ),
+        ({"config": "C", "additional_chat_templates/rag.jinja": "R"}, {"rag": "R"}),
+    ],
+)
+def test_chat_templates_are_those_of_transformers(byte_level: Path, files: dict[str, Any], expected: Any) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    for value, expected in (("C", "C"), (named, "D"), (named[:1], None)):
-        write(byte_level, "tokenizer_config.json", {**config, "chat_template": value})
-        assert Tokenizer.from_directory(byte_level).chat_template == expected
-    write(byte_level, "chat_template.json", {"chat_template": "J"})
-    assert Tokenizer.from_directory(byte_level).chat_template == "J"
-    write(byte_level, "chat_template.jinja", "Ä\n")
-    assert Tokenizer.from_directory(byte_level).chat_template == "Ä\n"
+    write(byte_level, "tokenizer_config.json", {**config, "chat_template": files.get("config")})
+    (byte_level / "additional_chat_templates").mkdir()
+    for name in files.keys() - {"config"}:
+        write(byte_level, name, files[name])
+    theirs = AutoTokenizer.from_pretrained(byte_level).chat_template
+    assert (theirs if isinstance(theirs, dict) else {"default": theirs} if theirs else {}) == expected
+    ours = Tokenizer.from_directory(byte_level)
+    assert ours.chat_templates == expected
+    assert ours.chat_template == expected.get("default")
+
+
+@pytest.mark.parametrize("value", ["J", {"default": "J"}])
+def test_chat_templates_of_processors(byte_level: Path, value: Any) -> None:
+    """Models that take images too have theirs in a file of its own, which transformers' tokenizers do not read."""
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    write(byte_level, "tokenizer_config.json", {**config, "chat_template": "C"})
+    write(byte_level, "chat_template.json", {"chat_template": value})
+    assert Tokenizer.from_directory(byte_level).chat_templates == {"default": "J"}
 
 
 def test_special_tokens_map_is_the_fallback(byte_level: Path) -> None:
@@ -127,6 +155,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
         ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer_config.json: eos_token"),
         ("tokenizer_config.json", '{"chat_template": 5}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": {"default": 5}}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "tokenizer_config.json: chat_template"),
+        ("chat_template.json", '{"chat_template": 5}', "chat_template.json: chat_template"),
         ("special_tokens_map.json", '{"bos_token": ["a"]}', "special_tokens_map.json: bos_token"),
         ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "generation_config.json: eos_token_id"),

@@ -65,7 +65,7 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         bos_token_id=bos,
         eos_token_ids=_end_tokens(path, eos),
         strip_leading_space=strip,
-        chat_template=_chat_template(path, config),
+        chat_templates=_chat_templates(path, config),
     )
 
 
@@ -138,22 +138,33 @@ def _end_tokens(path: Path, eos: int | None) -> set[int]:
     return ends
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    """``chat_template.jinja`` if there, else the template in ``chat_template.json`` or ``tokenizer_config.json``."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None
-    value = _read_json(path, "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(value, list):  # several named ones: [{"name": ..., "template": ...}]
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if value is not None and not isinstance(value, str):
-        raise ModelFormatError(
-            path, "tokenizer_config.json: chat_template", "expected a string or a list of named templates"
-        )
-    return value
+def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name. Files go before what the JSON files say: ``chat_template.jinja`` is the default, those in
+    ``additional_chat_templates`` have their names; then ``chat_template.json``, then ``tokenizer_config.json``."""
+    files = {"default": path / "chat_template.jinja"} if (path / "chat_template.jinja").is_file() else {}
+    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        return {name: _read_text(path, file) for name, file in files.items()}
+    of_processor = _read_json(path, "chat_template.json").get("chat_template")
+    name = "tokenizer_config.json" if of_processor is None else "chat_template.json"
+    value = config.get("chat_template") if of_processor is None else of_processor
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    named = value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
+        message = "expected a string, an object of named templates, or a list of objects with name and template"
+        raise ModelFormatError(path, f"{name}: chat_template", message)
+    return named
+
+
+def _read_text(path: Path, file: Path) -> str:
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None

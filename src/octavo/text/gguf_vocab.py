@@ -43,6 +43,9 @@ _NAMED_IDS = {
 }
 
 
+_TEMPLATE = "tokenizer.chat_template"
+
+
 class _Metadata:
     """Checked access to the ``tokenizer.ggml.*`` keys."""
 
@@ -153,9 +156,6 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
 
     build = _build_byte_level if kind == "gpt2" else _build_scored
     encode, to_bytes, strip, add_bos = build(metadata, values, tokens, types, special, user_defined, ids["unk_token"])
-    template = values.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ModelFormatError(path, "tokenizer.chat_template", f"expected a string, found {type(template).__name__}")
     return Tokenizer(
         encode=_with_ends(metadata, encode, ids["bos_token"], ids["eos_token"], add_bos),
         token_text=lambda token_id: tokens[token_id] if token_id < len(tokens) else None,
@@ -166,7 +166,7 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
         bos_token_id=ids["bos_token"],
         eos_token_ids=_end_tokens(metadata, tokens, special),
         strip_leading_space=strip,
-        chat_template=template,
+        chat_templates=_chat_templates(values, path),
     )
 
 
@@ -174,6 +174,17 @@ def _end_tokens(metadata: _Metadata, tokens: list[str], special: set[int]) -> se
     ids = [metadata.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     ends = {token_id for token_id in ids if token_id is not None}
     return ends | {token_id for token_id in special if tokens[token_id] in _END_TOKENS}
+
+
+def _chat_templates(values: Mapping[str, Any], path: object) -> dict[str, str]:
+    """``tokenizer.chat_template`` is the default, ``tokenizer.chat_template.NAME`` are others."""
+    templates = {}
+    for key, value in values.items():
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+            if not isinstance(value, str):
+                raise ModelFormatError(path, key, f"expected a string, found {type(value).__name__}")
+            templates[key.removeprefix(_TEMPLATE).removeprefix(".") or "default"] = value
+    return templates
 
 
 def _with_ends(

@@ -37,11 +37,12 @@ class Tokenizer:
         bos_token_id: int | None,
         eos_token_ids: Collection[int],
         strip_leading_space: bool,
-        chat_template: str | None,
+        chat_templates: Mapping[str, str],
     ) -> None:
         """`encode`: (text, add special tokens) -> ids. `token_text`: id -> its spelling in the vocabulary, None where
         there is none. `special_tokens`: names such as ``"bos_token"`` -> text, for chat templates.
-        `strip_leading_space`: the tokenizer puts a space before text, so decoding takes one away.
+        `strip_leading_space`: the tokenizer puts a space before text, so decoding takes one away. `chat_templates`: by
+        name, a model's only one as "default".
         """
         self._encode = encode
         self._token_text = token_text
@@ -52,7 +53,7 @@ class Tokenizer:
         self._bos_token_id = bos_token_id
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._strip_leading_space = strip_leading_space
-        self._chat_template = chat_template
+        self._chat_templates = dict(chat_templates)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
 
     @classmethod
@@ -110,8 +111,13 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Source of the model's chat template (see `octavo.text.chat_template`), if it has one."""
-        return self._chat_template
+        """Source of the model's chat template (see `octavo.text.chat_template`) for all conversations, if any."""
+        return self._chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All of them by name: "default" and, where a model has several, such as "tool_use"."""
+        return dict(self._chat_templates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised either way.
