@@ -78,6 +78,46 @@ def test_the_post_processor_decides_on_bos_and_eos(scored: Path, bos: bool, eos:
     assert assert_equal(scored).encode("") == [1]
 
 
+THINK = {"content": "<think>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+NEW = THINK | {"content": "<new>"}
+LISTED = 1502  # the first id that tokenizer.json leaves free
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": False, "rstrip": True, "normalized": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED - 2: THINK | {"special": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED - 2: THINK | {"special": False}}, "pad_token": "<think>"}},
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": True}}}, "map": {"unk_token": "<think>"}},
+        {"config": {"extra_special_tokens": {"image_token": "<think>", "other_token": "<new>"}}},
+        {"config": {"extra_special_tokens": ["<think>", "<new>"]}},
+        {"config": {"additional_special_tokens": ["<new>", {"__type": "AddedToken"} | THINK | {"special": True}]}},
+        {"config": {"image_token": "<new>", "add_bos_token": True, "video_token": None}},
+        {"config": {"pad_token": "<new>"}},
+        {"config": {"split_special_tokens": True}},
+        {"config": {"pad_token": "<think>"}, "map": {"pad_token": "<|endoftext|>", "unk_token": {"content": "<new>"}}},
+        {"config": {}, "added": {"<new>": LISTED, "<other>": LISTED + 1}, "map": {"unk_token": "<new>"}},
+    ],
+    ids=repr,
+)
+def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path, files: dict[str, Any]) -> None:
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    write(byte_level, "tokenizer_config.json", kept | files["config"])
+    for key, name in (("map", "special_tokens_map.json"), ("added", "added_tokens.json")):
+        if key in files:
+            write(byte_level, name, files[key])
+    ours, theirs = Tokenizer.from_directory(byte_level), AutoTokenizer.from_pretrained(byte_level)
+    assert ours.vocab_size == len(theirs)
+    assert ours.special_token_ids == {n for n, token in theirs.added_tokens_decoder.items() if token.special}
+    assert ours.special_tokens == theirs.special_tokens_map
+    for text in ("a<new> <think>b<|im_end|>", "<new> \n<other><think> ", *corpus(specials=("<new>", "<think>"))[-60:]):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_end_tokens(byte_level: Path) -> None:
     assert Tokenizer.from_directory(byte_level).eos_token_ids == (2,)
     write(byte_level, "config.json", {"model_type": "llama", "eos_token_id": 1})
@@ -154,6 +194,26 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("tokenizer_config.json", "[1]", "tokenizer_config.json"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
         ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer_config.json: eos_token"),
+        ("tokenizer_config.json", '{"split_special_tokens": 1}', "tokenizer_config.json: split_special_tokens"),
+        ("tokenizer_config.json", '{"extra_special_tokens": "x"}', "tokenizer_config.json: extra_special_tokens"),
+        (
+            "tokenizer_config.json",
+            '{"extra_special_tokens": {"a": "x"}}',
+            "tokenizer_config.json: extra_special_tokens",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": [1]}', "tokenizer_config.json: extra_special_tokens"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "tokenizer_config.json: added_tokens_decoder"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "y"}}',
+            "tokenizer_config.json: added_tokens_decoder",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": "<think>"}}}',  # it is another id's
+            "tokenizer_config.json: added_tokens_decoder",
+        ),
+        ("added_tokens.json", '{"<new>": "1502"}', "added_tokens.json"),
         ("tokenizer_config.json", '{"chat_template": 5}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"chat_template": {"default": 5}}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"chat_template": ["x"]}', "tokenizer_config.json: chat_template"),

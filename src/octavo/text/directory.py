@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.text.config_tokens import add_config_tokens
 from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_CONFIG_BYTES = 64 << 20  # the small JSON files; tokenizer.json itself goes to the tokenizers library
 
 
@@ -26,7 +26,6 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{path}: no tokenizer.json there; only Hugging Face fast tokenizers and GGUF files are read"
         )
-    from tokenizers import AddedToken
     from tokenizers import Tokenizer as FastTokenizer
 
     try:
@@ -38,12 +37,8 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
     fast.no_truncation()
     fast.no_padding()
     config = _read_json(path, "tokenizer_config.json")
-    named = _named_tokens(path, config)
-    # What transformers does: a named special token is one even where tokenizer.json does not say so.
-    known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
-    missing = [AddedToken(text, special=True, normalized=False) for text in named.values() if text not in known]
-    present = [token for token in missing if fast.token_to_id(token.content) is not None]
-    fast.add_special_tokens(present)
+    named = add_config_tokens(path, fast, config, lambda name: _read_json(path, name))
+    fast.encode_special_tokens = _flag(path, config, "split_special_tokens")
     added = fast.get_added_tokens_decoder()
     to_bytes, strip = _decoder(path, fast, frozenset(added))
     bos = fast.token_to_id(named["bos_token"]) if "bos_token" in named else None
@@ -85,21 +80,11 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens, such as ``bos_token`` -> text. Each is a string, or an object with a ``content``."""
-    fallback = _read_json(path, "special_tokens_map.json")
-    named = {}
-    for name in _NAMED:
-        file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
-        value = config.get(name) if config.get(name) is not None else fallback.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str) or not value:
-            raise ModelFormatError(path, f"{file}: {name}", f"expected the text of a token, found {value!r}")
-        named[name] = value
-    return named
+def _flag(path: Path, config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ModelFormatError(path, f"tokenizer_config.json: {name}", f"expected true or false, found {value!r}")
+    return bool(value)
 
 
 def _decoder(path: Path, fast: tokenizers.Tokenizer, added: frozenset[int]) -> tuple[ToBytes, bool]:

@@ -247,7 +247,7 @@ def _build_byte_level(
     if metadata.get("pre") is None:
         metadata.warn(
             "no tokenizer.ggml.pre: it does not say how text is split before it is tokenised. GPT-2's way is taken; "
-            "Llama 3, Qwen 2 and most later models split otherwise, and then answers are worse. A file converted with a "
+            "Llama 3, Qwen 2 and most later models split otherwise, and then answers are worse. A file converted by "
             "llama.cpp of May 2024 or later says it"
         )
     family = pre_tokenizer_family(metadata.string("pre", "default"))
