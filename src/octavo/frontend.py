@@ -16,6 +16,7 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, SamplingParams, integer
 from octavo.core.protocols import Clock
+from octavo.text.model_tokens import ModelTokens
 from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
 
@@ -62,8 +63,7 @@ class Frontend:
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
-        # Files name end tokens for which the model has no row: it can never draw them.
-        self._eos_token_ids = tuple(n for n in codec.eos_token_ids if n < limits.vocab_size)
+        self._tokens = ModelTokens(codec, limits.vocab_size)
         # Not to meet an id that a user chose: those look like "request-0" often enough.
         self._id_prefix = os.urandom(4).hex()
         self._ids = count()
@@ -126,8 +126,8 @@ class Frontend:
             prompt_token_ids=token_ids,
             params=params,
             max_tokens=self._max_tokens(len(token_ids), params),
-            eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
-            bad_words=self._bad_words(params),
+            eos_token_ids=() if params.ignore_eos else self._tokens.eos_token_ids,
+            bad_words=self._tokens.bad_words(params.bad_words or ()),
             codec=self._codec,
             system_fingerprint=self._system_fingerprint,
             **rest,
@@ -145,7 +145,7 @@ class Frontend:
             priority,
             RequestMetrics(arrival_time=self._clock()),
             seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
-            encode=self._encode_rest,
+            encode=self._tokens.encode_rest,
             cache_salt=checked_salt(salt),
         )
 
@@ -158,15 +158,11 @@ class Frontend:
             token_ids = self._checked_ids(given) if len(given) else []
         elif text:
             token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
-            self._check_rows(field, token_ids)
+            self._tokens.check_spelt(field, token_ids)
         else:
             token_ids = []
         self._check_room(field, len(before), len(token_ids))
         return token_ids
-
-    def _encode_rest(self, before: Sequence[int], text: str) -> list[int]:
-        """Token ids of what is left of a token that was cut, without any that the model has no row for."""
-        return [n for n in self._codec.encode_following(before, text) if n < self._limits.vocab_size]
 
     def make_turn(self, session: SessionCoordinator, token_ids: list[int], params: SamplingParams) -> CompletionRequest:
         """What one `generate` of a session asks, after the tokens of its branch. Raises InvalidRequestError."""
@@ -232,7 +228,7 @@ class Frontend:
         arguments = _merged(options, variables)
         text = self._templates.choose(chat_template, arguments.get("tools")).render(messages, **arguments)
         token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
-        self._check_rows("messages", token_ids)
+        self._tokens.check_spelt("messages", token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
@@ -273,7 +269,7 @@ class Frontend:
         token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError("prompt", "is empty")
-        self._check_rows("prompt", token_ids)
+        self._tokens.check_spelt("prompt", token_ids)
         self._check_length(len(token_ids))
         return text, token_ids
 
@@ -326,24 +322,13 @@ class Frontend:
                 allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
                 raise InvalidRequestError(field, f"{allowed}, not {shown(token_id)}")
 
-    def _check_rows(self, field: str, token_ids: Sequence[int]) -> None:
-        """Tokens that a text spells. A tokenizer may know more than the model has rows for."""
-        rows = self._limits.vocab_size
-        for token_id in token_ids:
-            if token_id >= rows:
-                token = self._codec.spelling([token_id])
-                raise InvalidRequestError(
-                    field,
-                    f"holds {token!r}, token {token_id}, which the model does not know: ids end at {rows - 1}",
-                )
-
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
             for text in getattr(params, name):
                 _check_unicode(name, text)
         if params.skip_special_tokens:
             for text in params.stop or ():
-                self._check_stop(text)
+                self._tokens.check_stop(text)
         self._check_vocabulary("stop_token_ids", tuple(params.stop_token_ids or ()))
         self._check_vocabulary("allowed_token_ids", tuple(params.allowed_token_ids or ()))
         self._check_vocabulary("logit_bias", tuple(params.logit_bias or ()))
@@ -353,15 +338,6 @@ class Frontend:
                 raise InvalidRequestError(
                     name, f"must be at most max_logprobs={self._limits.max_logprobs}, not {asked}"
                 )
-
-    def _check_stop(self, text: str) -> None:
-        """Special tokens that are skipped are no part of a text: alone they can stop it, inside a string they cannot
-        be found."""
-        for token_id in self._codec.special_tokens_in(text):
-            token = self._codec.spelling([token_id])
-            if token != text:
-                problem = f"{shown(text)} holds the special token {token}, which skip_special_tokens leaves out"
-                raise InvalidRequestError("stop", f"{problem}: give the token alone, or skip_special_tokens=False")
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
         room = self._limits.max_model_len - prompt_tokens
@@ -377,18 +353,6 @@ class Frontend:
         if seed is not None:
             return seed
         return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each bad word, as it is spelt at the start of a text, inside one, and there after a space. A
-        spelling with a token that the model has no row for cannot be drawn."""
-        spellings: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            spaced = " " + word.lstrip()
-            at_start = self._codec.encode(word, add_special_tokens=False)
-            for token_ids in (at_start, self._codec.encode_inside(word), self._codec.encode_inside(spaced)):
-                if token_ids and max(token_ids) < self._limits.vocab_size:
-                    spellings[tuple(token_ids)] = None
-        return tuple(spellings)
 
 
 def _list_of_ids(value: Any) -> Sequence[Any]:
