@@ -201,12 +201,13 @@ IN_PARTS = """{{ bos_token }}{% for message in messages %}<{{ message.role }}>
 ONLY_PARTS = """{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] -%}
 {% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}
 {%- endfor %}</>{% endfor %}"""
+ONLY_TEXTS = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}|{% endfor %}"
 USERS_PARTS = """{% for message in messages %}<{{ message.role }}>{% if message.role == 'user' %}
 {%- for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}
 {%- else %}{{ message.content + '' }}{% endif %}</>{% endfor %}"""
 
 
-@pytest.mark.parametrize("note", ["", "{# text, type #}"])  # one that names the keys of a part is tried
+@pytest.mark.parametrize("note", ["", "{# text #}"])  # one that names the key of a part is tried
 def test_text_parts_are_joined_where_the_template_wants_a_string(note: str) -> None:
     for source, expected in (("content", " one \ntwo"), ("content | tojson", json.dumps(" one \ntwo"))):
         template = ChatTemplate(f"{note}{{{{ messages[0].{source} }}}}")
@@ -214,7 +215,7 @@ def test_text_parts_are_joined_where_the_template_wants_a_string(note: str) -> N
         assert template.render([{"role": "user", "content": []}]) == expected[:1].strip() * 2
 
 
-@pytest.mark.parametrize("source", [IN_PARTS, ONLY_PARTS])
+@pytest.mark.parametrize("source", [IN_PARTS, ONLY_PARTS, ONLY_TEXTS])
 @pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
 def test_text_parts_reach_a_template_that_goes_through_them(
     oracle: PreTrainedTokenizerFast, source: str, role: str

@@ -67,7 +67,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._environment = TemplateEnvironment(now)
         self._environment.budget = self._budget(0)
-        self._knows_parts = "text" in source and "type" in source
+        self._knows_parts = "text" in source  # the key of a part that holds it
         self._forms: dict[str, tuple[bool, bool]] = {}  # by role: see _form
         try:
             self._template = self._environment.from_string(source)

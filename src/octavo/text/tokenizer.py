@@ -152,9 +152,8 @@ class Tokenizer:
         """
         if not text:
             return []
-        ids = self.encode(text, add_special_tokens=False)
-        if not before or list(before) == self.encode(""):
-            return ids  # it is the beginning
+        if not before or list(before) == self.encode(""):  # it is the beginning
+            return self.encode(text, add_special_tokens=False)
         found = self._after(self.spelling(before[-_CONTEXT_TOKENS:]), text)
         return self.encode_inside(text) if found is None else found
 
