@@ -100,7 +100,6 @@ LISTED = 1502  # the first id that tokenizer.json leaves free
         {"config": {"pad_token": "<think>"}, "map": {"pad_token": "<|endoftext|>", "unk_token": {"content": "<new>"}}},
         {"config": {}, "added": {"<new>": LISTED, "<other>": LISTED + 1}, "map": {"unk_token": "<new>"}},
     ],
-    ids=repr,
 )
 def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path, files: dict[str, Any]) -> None:
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
@@ -116,6 +115,16 @@ def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path,
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, repr(text)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_that_text_cannot_spell_still_stop(byte_level: Path) -> None:
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    write(byte_level, "tokenizer_config.json", config | {"split_special_tokens": True})
+    ours = Tokenizer.from_directory(byte_level)
+    assert len(ours.encode("<|im_end|>", add_special_tokens=False)) > 1
+    stream = ours.text_stream([], stop=["<|im_end|>"])
+    stream.advance([*ours.encode("a", add_special_tokens=False), 2, 2])
+    assert (stream.text, stream.stop_reason) == ("a", "<|im_end|>")
 
 
 def test_end_tokens(byte_level: Path) -> None:

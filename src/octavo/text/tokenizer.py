@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError
+from octavo.text.added_tokens import AddedTokens
 from octavo.text.stream import IncrementalText, StopMatcher
 from octavo.text.token_bytes import ToBytes
 
@@ -55,6 +56,7 @@ class Tokenizer:
         self._strip_leading_space = strip_leading_space
         self._chat_templates = dict(chat_templates)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
+        self._special_texts: AddedTokens | None = None  # made when first asked for
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
@@ -224,5 +226,9 @@ class Tokenizer:
         )
 
     def special_tokens_in(self, text: str) -> list[int]:
-        """The special tokens that `text` spells out."""
-        return [n for n in self.encode(text, add_special_tokens=False) if n in self._special_token_ids]
+        """The special tokens that `text` spells out, also where the tokenizer would take them for ordinary text."""
+        if self._special_texts is None:
+            ids = {self.spelling([n]): n for n in sorted(self._special_token_ids)}
+            ids.pop("", None)
+            self._special_texts = AddedTokens(ids)
+        return [n for _, n in self._special_texts.split(text) if n >= 0]
