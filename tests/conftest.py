@@ -100,6 +100,34 @@ def tiny_gemma3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer whose tokenizer puts a space before every text. It has a token ``<pad>`` for which
+    the model has no row, and two chat templates."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.text.tiny import save_folder, sentencepiece_json
+
+    folder = tmp_path_factory.mktemp("tiny-sentencepiece")
+    fast = sentencepiece_json()
+    config = LlamaConfig(
+        vocab_size=fast.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    _save_model(LlamaForCausalLM, config, folder)
+    fast.add_special_tokens(["<pad>"])
+    sources = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools[0].name }}: {{ messages[0].content }}"}
+    templates = [{"name": name, "template": source} for name, source in sources.items()]
+    save_folder(fast, folder, pad_token="<pad>", chat_template=templates)
+    return folder
+
+
 def _special_ids() -> dict[str, int]:
     return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

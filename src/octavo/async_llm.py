@@ -129,7 +129,7 @@ class AsyncLLM:
         chat_template: str | None = None,
         **options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through the model's chat template; see `generate` and `LLM.chat_prompt`."""
+        """Answer a conversation through a chat template; see `generate` and, for the options, `LLM.chat_prompt`."""
         import asyncio
 
         prompt = await asyncio.to_thread(self._frontend.chat_prompt, messages, chat_template, options)

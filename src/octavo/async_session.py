@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ class AsyncBranch(BaseBranch):
 
     def __init__(self, link: Link, state: BranchState) -> None:
         super().__init__(link, state)
-        self._undoing: Future[None] | None = None  # a call that was cancelled, until the branch is what it was before
+        self._leaving = False  # whether a caller who was cancelled still holds the branch
 
     async def extend(self, prompt: Prompt) -> None:
         async with self._turn() as calls:
@@ -66,20 +65,21 @@ class AsyncBranch(BaseBranch):
     async def _turn(self) -> AsyncIterator[list[Call[Any]]]:
         """The branch to itself, for the calls that are put into the list. A caller that goes away meanwhile takes them
         back and waits until that is done, and so does whoever comes next."""
-        while (undoing := self._undoing) is not None:
-            await asyncio.shield(asyncio.wrap_future(undoing))
+        if self._undoing is not None:
+            await asyncio.shield(asyncio.wait([asyncio.wrap_future(self._undoing)]))
+        while self._leaving:
+            await asyncio.sleep(0.001)
         with self._alone():
             calls: list[Call[Any]] = []
             try:
                 yield calls
             except asyncio.CancelledError:
-                undoing = self._undoing = Future()
+                self._leaving = True
                 try:
                     with suppress(EngineClosedError):
                         await asyncio.shield(asyncio.wrap_future(self._taking_back(calls)))
                 finally:
-                    self._undoing = None
-                    undoing.set_result(None)
+                    self._leaving = False
                 raise
 
 

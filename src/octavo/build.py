@@ -18,9 +18,8 @@ from octavo.formats.mapping import ModelFile
 from octavo.hub import resolve_model
 from octavo.models import Model, model_class
 from octavo.ops import KVSpec, ModelConfig, Ops
-from octavo.runner.gguf_config import config_from_gguf
-from octavo.runner.hf_config import config_from_folder
 from octavo.runner.memory import MemoryPlan, available_memory, plan_memory, rows_per_slice
+from octavo.runner.model_config import model_config
 from octavo.runner.weights import FileWeights
 
 if TYPE_CHECKING:
@@ -74,16 +73,16 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
     """Weights are packed on another thread while the block runs. Only after its end may the model compute."""
     path = resolve_model(config.model)
     with open_weights(path) as file:
-        model_config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
-        max_model_len = _max_model_len(config, model_config)
-        ops = make_ops(config, model_config)
-        loader = FileWeights(ops, model_config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-        plan = _plan(config, model_config, loader.nbytes(), ops, max_model_len)
+        of_model = model_config(file, path)
+        max_model_len = _max_model_len(config, of_model)
+        ops = make_ops(config, of_model)
+        loader = FileWeights(ops, of_model, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+        plan = _plan(config, of_model, loader.nbytes(), ops, max_model_len)
         log.info("%s", plan)
-        model = model_class(model_config.architecture)(model_config, loader)
+        model = model_class(of_model.architecture)(of_model, loader)
         with ThreadPoolExecutor(1) as beside:
             packed = beside.submit(_pack, loader, file)
-            yield LoadedModel(path, file, model_config, max_model_len, ops, plan, model)
+            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model)
             packed.result()
 
 

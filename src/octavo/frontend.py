@@ -16,7 +16,8 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
-from octavo.text.chat_template import ChatTemplate
+from octavo.text.model_tokens import ModelTokens
+from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class Frontend:
 
     def __init__(self, codec: Tokenizer, limits: Limits, system_fingerprint: str | None, clock: Clock) -> None:
         self._codec = codec
-        self._templates: dict[str, ChatTemplate] = {}
+        self._templates = NamedTemplates(codec.chat_templates, codec.special_tokens)
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
+        self._tokens = ModelTokens(codec, limits.vocab_size)
         # Not to meet an id that a user chose: those look like "request-0" often enough.
         self._id_prefix = os.urandom(4).hex()
         self._ids = count()
@@ -135,8 +137,8 @@ class Frontend:
         """Of a CompletionRequest: what follows from parameters that fit this model, whatever the prompt."""
         self._check_params(params)
         return {
-            "eos_token_ids": () if params.ignore_eos else self._codec.eos_token_ids,
-            "bad_words": self._bad_words(params),
+            "eos_token_ids": () if params.ignore_eos else self._tokens.eos_token_ids,
+            "bad_words": self._tokens.bad_words(params.bad_words or ()),
             "codec": self._codec,
             "system_fingerprint": self._system_fingerprint,
         }
@@ -153,22 +155,23 @@ class Frontend:
             priority,
             RequestMetrics(arrival_time=self._clock()),
             seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
-            encode=self._codec.encode_following,
+            encode=self._tokens.encode_rest,
             cache_salt=checked_salt(salt),
         )
 
-    def tokens_after(self, prompt: Prompt, num_tokens: int, field: str = "prompt") -> list[int]:
-        """Token ids to append to `num_tokens` that are there. BOS and the like come only at the very start."""
+    def tokens_after(self, prompt: Prompt, before: Sequence[int], field: str = "prompt") -> list[int]:
+        """Token ids to append to those that are there. BOS and the like come only at the very start."""
         if isinstance(prompt, Mapping) and "cache_salt" in prompt:
             raise InvalidRequestError("cache_salt", "belongs to the whole session: LLM.session(cache_salt=...)")
         text, given = self._form_of(prompt)
         if given is not None:
             token_ids = self._checked_ids(given) if len(given) else []
         elif text:
-            token_ids = self._codec.encode_following(text) if num_tokens else self._codec.encode(text)
+            token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
+            self._tokens.check_spelt(field, token_ids)
         else:
             token_ids = []
-        self._check_room(field, num_tokens, len(token_ids))
+        self._check_room(field, len(before), len(token_ids))
         return token_ids
 
     def make_turn(
@@ -204,19 +207,19 @@ class Frontend:
 
         return turn
 
-    def choices(self, choices: Sequence[Prompt], num_tokens: int) -> list[tuple[str, list[int]]]:
-        """Text and token ids of what `select` compares. Raises InvalidRequestError."""
+    def choices(self, choices: Sequence[Prompt], before: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Text and token ids of what `select` compares, after these tokens. Raises InvalidRequestError."""
         if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
             raise InvalidRequestError("choices", f"must be a list of prompts, not {type(choices).__name__}")
         if not 1 <= len(choices) <= MAX_N:
             raise InvalidRequestError("choices", f"must be from 1 to {MAX_N}, not {len(choices)}")
-        self._check_not_empty(range(num_tokens))
+        self._check_not_empty(before)
         found = []
         for number, choice in enumerate(choices):
-            token_ids = self.tokens_after(choice, num_tokens, "choices")
+            token_ids = self.tokens_after(choice, before, "choices")
             if not token_ids:
                 raise InvalidRequestError("choices", f"number {number} is empty: there is nothing to score")
-            text = choice if isinstance(choice, str) else self._codec.decode(token_ids, skip_special_tokens=False)
+            text = choice if isinstance(choice, str) else self._codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
 
@@ -244,26 +247,18 @@ class Frontend:
         options: Mapping[str, Any],
         variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """A conversation as a prompt, by the given template or the model's own.
+        """A conversation as a prompt, by the given template, the model's one of that name, or the model's own.
 
         `options` are those of ChatTemplate.render, or variables of the template; `variables` only the latter.
         """
-        if chat_template is not None and not isinstance(chat_template, str):
-            raise InvalidRequestError("chat_template", f"must be a string, not {type(chat_template).__name__}")
-        source = chat_template if chat_template is not None else self._codec.chat_template
-        if source is None:
-            raise InvalidRequestError("messages", "this model has no chat template; give one, or use a plain prompt")
-        template = self._templates.get(source)
-        if template is None:
-            template = ChatTemplate(source, **self._codec.special_tokens)  # type: ignore[arg-type] # mypy: names are unknown
-            if chat_template is None:
-                self._templates[source] = template
-        text = template.render(messages, **_merged(options, variables))
-        # The template writes the special tokens itself.
-        return {"prompt": text, "prompt_token_ids": self._codec.encode(text, add_special_tokens=False)}
+        arguments = _merged(options, variables)
+        text = self._templates.choose(chat_template, arguments.get("tools")).render(messages, **arguments)
+        token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        self._tokens.check_spelt("messages", token_ids)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
-        """Fill in `decoded_token` of an output's log-probabilities."""
+        """Fill in `decoded_token` and `bytes` of an output's log-probabilities."""
         rows = [row for completion in output.outputs for row in completion.logprobs or ()]
         rows += [row for row in output.prompt_logprobs or () if row is not None]
         self._name(rows)
@@ -286,7 +281,8 @@ class Frontend:
         for row in rows:
             for token_id, logprob in row.items():
                 if logprob.decoded_token is None:
-                    logprob.decoded_token = self._codec.decode([token_id], skip_special_tokens=False)
+                    logprob.decoded_token = self._codec.spelling([token_id])
+                    logprob.bytes = list(self._codec.token_bytes(token_id))
 
     # --- checks ---
 
@@ -307,6 +303,7 @@ class Frontend:
         token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError("prompt", "is empty")
+        self._tokens.check_spelt("prompt", token_ids)
         self._check_length(len(token_ids))
         return text, token_ids
 
@@ -363,6 +360,9 @@ class Frontend:
         for name in ("stop", "bad_words"):
             for text in getattr(params, name):
                 _check_unicode(name, text)
+        if params.skip_special_tokens:
+            for text in params.stop or ():
+                self._tokens.check_stop(text)
         self._check_vocabulary("stop_token_ids", tuple(params.stop_token_ids or ()))
         self._check_vocabulary("allowed_token_ids", tuple(params.allowed_token_ids or ()))
         self._check_vocabulary("logit_bias", tuple(params.logit_bias or ()))
@@ -387,16 +387,6 @@ class Frontend:
         if seed is not None:
             return seed
         return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each bad word, as it is spelt at the start of a text and after a space."""
-        spellings: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            for text in (word, " " + word.lstrip()):
-                token_ids = tuple(self._codec.encode(text, add_special_tokens=False))
-                if token_ids:
-                    spellings[token_ids] = None
-        return tuple(spellings)
 
 
 def _list_of_ids(value: Any) -> Sequence[Any]:

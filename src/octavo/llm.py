@@ -160,16 +160,27 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations: lists of ``{"role": ..., "content": ...}``, through the model's chat template.
+
+        Args:
+            chat_template: a Jinja template, or the name of one that the model has. Default: "tool_use" where the model
+                has one of that name and there are tools, else "default".
+            tools: what the model may call, as JSON schemas; for the template.
+            chat_template_kwargs: further variables of the template.
 
         Raises InvalidRequestError if the model has no chat template or the messages do not fit it.
         """
         if not isinstance(messages, Sequence):
             raise InvalidRequestError("messages", f"expected a list, found {type(messages).__name__}")
         conversations: Sequence[Any] = messages if messages and isinstance(messages[0], list | tuple) else [messages]
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        }
         prompts = [
             self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs)
             for conversation in conversations
@@ -177,7 +188,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
-        """The prompt that the model's chat template (or the one given) makes of a conversation: text and token ids.
+        """The prompt that a chat template makes of a conversation, text and token ids; `chat` says which template.
 
         `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template.
         """

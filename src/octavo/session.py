@@ -106,6 +106,7 @@ class BaseBranch:
         self._link = link
         self._state = state
         self._in_use = threading.Lock()
+        self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
         weakref.finalize(self, link.door.forget, link.coordinator, state).atexit = False
 
     @property
@@ -137,7 +138,7 @@ class BaseBranch:
             self._in_use.release()
 
     def _extending(self, prompt: Prompt) -> Verb[None]:
-        token_ids = self._link.frontend.tokens_after(prompt, self.num_tokens)
+        token_ids = self._link.frontend.tokens_after(prompt, self.token_ids)
         return lambda: self._link.coordinator.extend(self._state, token_ids)
 
     def _forking(self, count: int) -> Verb[list[BranchState]]:
@@ -158,7 +159,7 @@ class BaseBranch:
         """What to ask, and what to make of the answer."""
         if by not in ("mean", "total"):
             raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
-        found = self._link.frontend.choices(choices, self.num_tokens)
+        found = self._link.frontend.choices(choices, self.token_ids)
         verb = lambda: self._link.coordinator.select(self._state, [token_ids for _, token_ids in found])  # noqa: E731
 
         def result(logprobs: list[list[float]]) -> SelectResult:
@@ -184,7 +185,8 @@ class BaseBranch:
             for call in calls:
                 call.take_back()
 
-        return self._link.door.ask(self._link.coordinator, undo)
+        self._undoing = self._link.door.ask(self._link.coordinator, undo)
+        return self._undoing
 
 
 def sampling(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
@@ -251,6 +253,13 @@ class Branch(BaseBranch):
     def drop(self) -> None:
         """End the branch, and what another thread is doing on it; its forks live on. Idempotent."""
         self._do(self._dropping)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._undoing is not None:  # a second interrupt came while the first one's call was taken back
+            wait([self._undoing])
+        with super()._alone():
+            yield
 
     def _do(self, verb: Verb[Answer]) -> Answer:
         call = self._call(verb)

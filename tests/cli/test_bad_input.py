@@ -347,3 +347,9 @@ def test_arguments_that_are_not_utf_8() -> None:
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (2, b"")
         assert done.stderr.startswith(b"octavo: error: ") and done.stderr.count(b"\n") == 1
+
+
+def test_a_token_that_the_model_does_not_know(invoke: Invoke, tiny_sentencepiece_dir: Path) -> None:
+    for flags, field in ((["--raw"], "prompt"), ([], "messages")):
+        result = invoke("run", *flags, "--model", tiny_sentencepiece_dir, "hello<pad>")
+        assert_refused(result, f"{field}: holds '<pad>', token ")

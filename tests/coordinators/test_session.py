@@ -44,7 +44,7 @@ class User:
     def __init__(self, harness: Harness, name: str = "session", seed: int = 0, salt: str | None = None) -> None:
         self.harness = harness
         self.coordinator = SessionCoordinator(
-            name, 0, RequestMetrics(0.0), seed=seed, encode=lambda text: [ord(c) - 97 for c in text], cache_salt=salt
+            name, 0, RequestMetrics(0.0), seed=seed, encode=lambda _, text: [ord(c) - 97 for c in text], cache_salt=salt
         )
         harness.engine.add(self.coordinator)
         self.root = self.coordinator.root

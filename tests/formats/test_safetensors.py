@@ -300,9 +300,13 @@ def test_broken_index(tmp_path: Path, index: bytes) -> None:
 
 
 def test_tensor_absent_from_its_shard(tmp_path: Path) -> None:
+    """Left out: who needs it misses it, by name. Some indices list an output matrix that is tied and was not saved."""
+    make_shards(tmp_path)
+    with open_safetensors(tmp_path) as file:
+        names = set(file.tensors)
     make_shards(tmp_path, d=A)
-    with pytest.raises(ModelFormatError, match="d: is not in its shard"):
-        open_safetensors(tmp_path)
+    with open_safetensors(tmp_path) as file:
+        assert set(file.tensors) == names and "d" not in names
 
 
 def test_too_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

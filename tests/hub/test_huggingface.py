@@ -23,6 +23,8 @@ TENSORS = {
     "tokenizer.json": b"{}",
     "tokenizer.model": b"sp",
     "chat_template.jinja": b"{{ x }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ y }}",
+    "other/tool_use.jinja": b"{{ z }}",
     "model.safetensors.index.json": json.dumps(
         {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     ).encode(),
@@ -146,8 +148,9 @@ def test_folder_of_tensors_without_any_code(fetched: list[str], monkeypatch: pyt
     """Guards against fetching pickles or Python files, and against fetching weights twice over."""
     returncode, out, err = octavo("pull", "org/tensors")
     assert returncode == 0, err
-    here = {path.name for path in Path(out).iterdir()}
+    here = {path.relative_to(out).as_posix() for path in Path(out).rglob("*") if path.is_file()}
     assert here == {
+        "additional_chat_templates/tool_use.jinja",
         "config.json",
         "tokenizer.json",
         "tokenizer.model",

@@ -19,8 +19,7 @@ from octavo.formats import GGUFFile, open_weights
 from octavo.kv_cache import KVCacheManager
 from octavo.models import Model, model_class
 from octavo.ops import ModelConfig, Ops
-from octavo.runner.gguf_config import config_from_gguf
-from octavo.runner.hf_config import config_from_folder
+from octavo.runner.model_config import model_config
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.weights import FileWeights
 
@@ -47,9 +46,8 @@ class Tap:
 def load(path: Path, ops: Ops) -> tuple[Model, ModelConfig]:
     """The model of a .gguf file or a folder on a backend."""
     with open_weights(path) as file:
-        gguf = isinstance(file, GGUFFile)
-        config = config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
-        weights = FileWeights(ops, config, file.path, file.tensors, gguf=gguf)
+        config = model_config(file, path)
+        weights = FileWeights(ops, config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
         model = model_class(config.architecture)(config, weights)
         weights.finish()
     return model, config

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.formats import GGUFFile, QuantType, RawTensor
-from octavo.ops import RopeConfig
+from octavo.ops import RopeConfig, RopeScaling
 from octavo.runner.gguf_config import config_from_gguf
 
 SOUND: dict[str, Any] = {
@@ -28,7 +28,7 @@ SOUND: dict[str, Any] = {
 OTHERS = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window"),
     *("attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"),
-    *("rope.scaling.type", "rope.scaling.factor", "expert_count", "final_logit_softcapping"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "expert_count", "final_logit_softcapping"),
 )
 
 
@@ -90,6 +90,33 @@ def test_missing_keys_are_named(key: str) -> None:
 def test_rope_factors(value: float) -> None:
     with pytest.raises(ModelFormatError, match=r"rope_freqs\.weight"):
         config_of("llama", SOUND, tensor("rope_freqs.weight", 4, value=value))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", factor=4.0)),  # as llama.cpp takes it
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", factor=4.0)),
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", factor=4.0)),  # the key of the first files
+        ({"rope.scale_linear": 4.0, "rope.scaling.factor": 2.0}, RopeScaling("linear", factor=2.0)),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 4.0}, RopeScaling("linear", factor=4.0)),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({}, None),
+    ],
+)
+def test_rope_scaling(values: dict[str, Any], expected: RopeScaling | None) -> None:
+    assert config_of("llama", SOUND | values).layers[0].rope.scaling == expected
+    gemma = config_of("gemma3", SOUND | values)
+    assert [gemma.layers[index].rope.scaling for index in (0, 5)] == [None, expected]  # global layers only
+
+
+def test_rope_factors_are_scaled_too() -> None:
+    config = config_of("llama", SOUND | {"rope.scaling.factor": 4.0}, tensor("rope_freqs.weight", 4, value=2.0))
+    assert config.layers[0].rope.scaling == RopeScaling("factors", factors=(8.0,) * 4)
+    with pytest.raises(UnsupportedModelError, match=r"rope\.scaling\.type='yarn'"):
+        config_of("llama", SOUND | {"rope.scaling.type": "yarn"}, tensor("rope_freqs.weight", 4, value=2.0))
 
 
 def test_other_patterns_of_windows() -> None:

@@ -64,6 +64,52 @@ def test_gemma3_defaults(tmp_path: Path) -> None:
         assert layer.window == (theirs.sliding_window if kind == "sliding_attention" else None)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig
+
+    left_out = ("max_position_embeddings", "rms_norm_eps")
+    values = {key: value for key, value in LLAMA.items() if key not in left_out} | {"model_type": kind}
+    values |= {"num_attention_heads": 8}
+    config = read(tmp_path, values)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert (config.max_position, config.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert config.num_kv_heads == theirs.num_key_value_heads
+
+
+def test_gemma3_has_its_own_key_for_the_activation(tmp_path: Path) -> None:
+    config = read(tmp_path, GEMMA3 | {"hidden_act": "silu"})  # transformers' Gemma 3 does not look at this one
+    assert config.activation is Activation.GELU_TANH
+    with pytest.raises(UnsupportedModelError, match="'relu'"):
+        read(tmp_path, GEMMA3 | {"hidden_activation": "relu"})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500.0},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+    ],
+)
+def test_old_and_new_keys_together_are_as_in_transformers(tmp_path: Path, kind: str, rope: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    if kind == "gemma3_text" and rope.get("rope_parameters"):
+        local = {"rope_type": "default", "rope_theta": 50.0}
+        rope = rope | {"rope_parameters": {"full_attention": rope["rope_parameters"], "sliding_attention": local}}
+    config = read(tmp_path, (LLAMA | {"model_type": kind} if kind == "llama" else GEMMA3) | rope)
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    for index, name in ((0, "sliding_attention"), (5, "full_attention")):
+        parameters = theirs.get(name, theirs)
+        layer = config.layers[min(index, config.num_layers - 1)]
+        factor = parameters["factor"] if parameters["rope_type"] == "linear" else None
+        assert layer.rope.theta == parameters["rope_theta"]
+        assert layer.rope.scaling == (None if factor is None else RopeScaling("linear", factor))
+
+
 @pytest.mark.parametrize(
     ("changes", "windows"),
     [
@@ -139,6 +185,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_f
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"full_attention": 3}}, "full_attention"),
         ({"rope_scaling": {"type": 7}}, "type"),
+        ({"rope_scaling": {"factor": 2.0}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
         ({"rope_scaling": LLAMA3}, "original_max_position_embeddings"),

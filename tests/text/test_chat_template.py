@@ -193,11 +193,84 @@ def test_time_of_day() -> None:
     assert template.render(CHAT) == "2024-02-29 13"
 
 
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    template = ChatTemplate("{{ messages[0].content }}")
-    assert template.render([{"role": "user", "content": parts}]) == "one\ntwo"
-    assert template.render([{"role": "user", "content": []}]) == ""
+PARTS = [{"type": "text", "text": " one "}, {"type": "text", "text": "two", "cache_control": None}]
+IN_PARTS = """{{ bos_token }}{% for message in messages %}<{{ message.role }}>
+{%- if message.content is string %}{{ message.content | trim }}
+{%- else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}{% endfor %}
+{%- endif %}</>{% endfor %}"""
+ONLY_PARTS = """{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] -%}
+{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}
+{%- endfor %}</>{% endfor %}"""
+ONLY_TEXTS = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}|{% endfor %}"
+USERS_PARTS = """{% for message in messages %}<{{ message.role }}>{% if message.role == 'user' %}
+{%- for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}
+{%- else %}{{ message.content + '' }}{% endif %}</>{% endfor %}"""
+
+
+@pytest.mark.parametrize("note", ["", "{# text #}"])  # one that names the key of a part is tried
+def test_text_parts_are_joined_where_the_template_wants_a_string(note: str) -> None:
+    for source, expected in (("content", " one \ntwo"), ("content | tojson", json.dumps(" one \ntwo"))):
+        template = ChatTemplate(f"{note}{{{{ messages[0].{source} }}}}")
+        assert template.render([{"role": "user", "content": PARTS}]) == expected
+        assert template.render([{"role": "user", "content": []}]) == expected[:1].strip() * 2
+
+
+@pytest.mark.parametrize("source", [IN_PARTS, ONLY_PARTS, ONLY_TEXTS])
+@pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
+def test_text_parts_reach_a_template_that_goes_through_them(
+    oracle: PreTrainedTokenizerFast, source: str, role: str
+) -> None:
+    messages = [{"role": role, "content": PARTS}, {"role": "user", "content": PARTS[:1]}]
+    theirs = oracle.apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert ChatTemplate(source, **SPECIAL).render(messages, add_generation_prompt=False) == theirs
+    assert "two" in theirs and "\n" not in theirs
+
+
+def test_text_goes_as_a_part_to_a_template_that_knows_no_other() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PARTS}]
+    assert ChatTemplate(ONLY_PARTS).render(messages) == "<user>Hi</><assistant> one two</>"
+
+
+def test_each_role_has_its_own_form() -> None:
+    messages = [{"role": role, "content": PARTS} for role in ("system", "user")]
+    assert ChatTemplate(USERS_PARTS).render(messages) == "<system> one \ntwo</><user> one two</>"
+
+
+def test_the_last_part_of_the_final_message_is_continued(oracle: PreTrainedTokenizerFast) -> None:
+    messages = [*CHAT[:1], {"role": "assistant", "content": PARTS}]
+    theirs = oracle.apply_chat_template(messages, chat_template=IN_PARTS, tokenize=False, continue_final_message=True)
+    assert ChatTemplate(IN_PARTS, **SPECIAL).render(messages, continue_final_message=True) == theirs
+    assert theirs.endswith("onetwo")
+
+
+# --- null and absent ---
+
+PLAIN = "{% for m in messages %}[{{ m.content }}{{ m.name }}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}]{% endfor %}"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_message_without_content_writes_none(content: dict[str, Any]) -> None:
+    call = {"id": None, "function": {"name": "f", "description": None, "arguments": {"x": None}}}
+    chat = [*CHAT[:1], {"role": "assistant", "name": None, "tool_calls": [call]} | content]
+    expected = '{"function": {"name": "f", "arguments": {"x": null}}}'
+    assert ChatTemplate(PLAIN).render(chat).endswith(f"[{expected}]")
+
+
+def test_null_keys_of_tools_and_documents() -> None:
+    source = "{{ tools | tojson }} {{ documents | tojson }}{{ flag is none }}"
+    schema = {"type": "object", "properties": {"x": {"default": None}}}
+    tools = [{"type": "function", "strict": None, "function": {"name": "f", "description": None, "parameters": schema}}]
+    text = ChatTemplate(source).render(CHAT, tools=tools, documents=[{"title": None, "text": "t"}], flag=None)
+    kept = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert text == f"{json.dumps([kept])} {json.dumps([{'text': 't'}])}True"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+@pytest.mark.parametrize("of", ["message.content", "message['content']"])
+def test_a_template_that_asks_for_null_finds_it(content: dict[str, Any], of: str) -> None:
+    source = f"{{% for message in messages %}}{{% if {of} is none %}}call{{% else %}}{{{{ {of} }}}}{{% endif %}}{{% endfor %}}"
+    chat = [{"role": "user", "content": "Hi, "}, {"role": "assistant", "tool_calls": [{"id": "1"}]} | content]
+    assert ChatTemplate(source).render(chat) == "Hi, call"
 
 
 def test_unknown_roles_reach_the_template() -> None:

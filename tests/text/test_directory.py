@@ -78,6 +78,55 @@ def test_the_post_processor_decides_on_bos_and_eos(scored: Path, bos: bool, eos:
     assert assert_equal(scored).encode("") == [1]
 
 
+THINK = {"content": "<think>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+NEW = THINK | {"content": "<new>"}
+LISTED = 1502  # the first id that tokenizer.json leaves free
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": False, "rstrip": True, "normalized": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED - 2: THINK | {"special": True}}}},
+        {"config": {"added_tokens_decoder": {LISTED - 2: THINK | {"special": False}}, "pad_token": "<think>"}},
+        {"config": {"added_tokens_decoder": {LISTED: NEW | {"special": True}}}, "map": {"unk_token": "<think>"}},
+        {"config": {"extra_special_tokens": {"image_token": "<think>", "other_token": "<new>"}}},
+        {"config": {"extra_special_tokens": ["<think>", "<new>"]}},
+        {"config": {"additional_special_tokens": ["<new>", {"__type": "AddedToken"} | THINK | {"special": True}]}},
+        {"config": {"image_token": "<new>", "add_bos_token": True, "video_token": None}},
+        {"config": {"pad_token": "<new>"}},
+        {"config": {"split_special_tokens": True}},
+        {"config": {"pad_token": "<think>"}, "map": {"pad_token": "<|endoftext|>", "unk_token": {"content": "<new>"}}},
+        {"config": {}, "added": {"<new>": LISTED, "<other>": LISTED + 1}, "map": {"unk_token": "<new>"}},
+    ],
+)
+def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path, files: dict[str, Any]) -> None:
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    write(byte_level, "tokenizer_config.json", kept | files["config"])
+    for key, name in (("map", "special_tokens_map.json"), ("added", "added_tokens.json")):
+        if key in files:
+            write(byte_level, name, files[key])
+    ours, theirs = Tokenizer.from_directory(byte_level), AutoTokenizer.from_pretrained(byte_level)
+    assert ours.vocab_size == len(theirs)
+    assert ours.special_token_ids == {n for n, token in theirs.added_tokens_decoder.items() if token.special}
+    assert ours.special_tokens == theirs.special_tokens_map
+    for text in ("a<new> <think>b<|im_end|>", "<new> \n<other><think> ", *corpus(specials=("<new>", "<think>"))[-60:]):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_that_text_cannot_spell_still_stop(byte_level: Path) -> None:
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    write(byte_level, "tokenizer_config.json", config | {"split_special_tokens": True})
+    ours = Tokenizer.from_directory(byte_level)
+    assert len(ours.encode("<|im_end|>", add_special_tokens=False)) > 1
+    stream = ours.text_stream([], stop=["<|im_end|>"])
+    stream.advance([*ours.encode("a", add_special_tokens=False), 2, 2])
+    assert (stream.text, stream.stop_reason) == ("a", "<|im_end|>")
+
+
 def test_end_tokens(byte_level: Path) -> None:
     assert Tokenizer.from_directory(byte_level).eos_token_ids == (2,)
     write(byte_level, "config.json", {"model_type": "llama", "eos_token_id": 1})
@@ -88,17 +137,45 @@ def test_end_tokens(byte_level: Path) -> None:
     assert Tokenizer.from_directory(byte_level).eos_token_ids == (2, 7)
 
 
-def test_chat_template_sources(byte_level: Path) -> None:
-    assert Tokenizer.from_directory(byte_level).chat_template is None
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, {}),
+        ({"config": "C"}, {"default": "C"}),
+        ({"config": NAMED}, {"default": "D", "tool_use": "T"}),
+        ({"config": NAMED[:1]}, {"tool_use": "T"}),
+        ({"config": {"default": "D", "rag": "R"}}, {"default": "D", "rag": "R"}),
+        ({"config": NAMED, "chat_template.jinja": "Ä\n"}, {"default": "Ä\n"}),
+        (
+            {"config": "C", "chat_template.jinja": "J", "additional_chat_templates/tool_use.jinja": "T"},
+            {"default": "J", "tool_use": "T"},
+        ),
+        ({"config": "C", "additional_chat_templates/rag.jinja": "R"}, {"rag": "R"}),
+    ],
+)
+def test_chat_templates_are_those_of_transformers(byte_level: Path, files: dict[str, Any], expected: Any) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    for value, expected in (("C", "C"), (named, "D"), (named[:1], None)):
-        write(byte_level, "tokenizer_config.json", {**config, "chat_template": value})
-        assert Tokenizer.from_directory(byte_level).chat_template == expected
-    write(byte_level, "chat_template.json", {"chat_template": "J"})
-    assert Tokenizer.from_directory(byte_level).chat_template == "J"
-    write(byte_level, "chat_template.jinja", "Ä\n")
-    assert Tokenizer.from_directory(byte_level).chat_template == "Ä\n"
+    write(byte_level, "tokenizer_config.json", {**config, "chat_template": files.get("config")})
+    (byte_level / "additional_chat_templates").mkdir()
+    for name in files.keys() - {"config"}:
+        write(byte_level, name, files[name])
+    theirs = AutoTokenizer.from_pretrained(byte_level).chat_template
+    assert (theirs if isinstance(theirs, dict) else {"default": theirs} if theirs else {}) == expected
+    ours = Tokenizer.from_directory(byte_level)
+    assert ours.chat_templates == expected
+    assert ours.chat_template == expected.get("default")
+
+
+@pytest.mark.parametrize("value", ["J", {"default": "J"}])
+def test_chat_templates_of_processors(byte_level: Path, value: Any) -> None:
+    """Models that take images too have theirs in a file of its own, which transformers' tokenizers do not read."""
+    config = json.loads((byte_level / "tokenizer_config.json").read_text())
+    write(byte_level, "tokenizer_config.json", {**config, "chat_template": "C"})
+    write(byte_level, "chat_template.json", {"chat_template": value})
+    assert Tokenizer.from_directory(byte_level).chat_templates == {"default": "J"}
 
 
 def test_special_tokens_map_is_the_fallback(byte_level: Path) -> None:
@@ -126,7 +203,31 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("tokenizer_config.json", "[1]", "tokenizer_config.json"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
         ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer_config.json: eos_token"),
+        ("tokenizer_config.json", '{"split_special_tokens": 1}', "tokenizer_config.json: split_special_tokens"),
+        ("tokenizer_config.json", '{"extra_special_tokens": "x"}', "tokenizer_config.json: extra_special_tokens"),
+        (
+            "tokenizer_config.json",
+            '{"extra_special_tokens": {"a": "x"}}',
+            "tokenizer_config.json: extra_special_tokens",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": [1]}', "tokenizer_config.json: extra_special_tokens"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "tokenizer_config.json: added_tokens_decoder"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "y"}}',
+            "tokenizer_config.json: added_tokens_decoder",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": "<think>"}}}',  # it is another id's
+            "tokenizer_config.json: added_tokens_decoder",
+        ),
+        ("added_tokens.json", '{"<new>": "1502"}', "added_tokens.json"),
         ("tokenizer_config.json", '{"chat_template": 5}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": {"default": 5}}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', "tokenizer_config.json: chat_template"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "tokenizer_config.json: chat_template"),
+        ("chat_template.json", '{"chat_template": 5}', "chat_template.json: chat_template"),
         ("special_tokens_map.json", '{"bos_token": ["a"]}', "special_tokens_map.json: bos_token"),
         ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "generation_config.json: eos_token_id"),

@@ -1,30 +1,121 @@
-"""Text that follows other text: what is encoded piece by piece reads as what was written."""
+"""Text that follows other text has the tokens it has in the whole text, whatever a tokenizer does at a beginning."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers, pre_tokenizers
 
 from octavo.text.tokenizer import Tokenizer
-from tests.text.tiny import byte_level, scored
 
-PIECES = ["Hello", ", how", " are", "you", " ", "<think>", "no space", "</s>", "x"]
+from . import tiny
+from .corpus import corpus
 
-
-@pytest.mark.parametrize("add_space_prefix", [False, True])
-def test_no_space_comes_between_pieces(add_space_prefix: bool) -> None:
-    """A tokenizer that puts a space before a text must put none before text that goes on."""
-    tokenizer = Tokenizer.from_gguf(scored(1, add_space_prefix)[1])
-    first = tokenizer.encode("Say:")
-    assert first[0] == tokenizer.bos_token_id
-    following = [tokenizer.encode_following(piece) for piece in PIECES]
-    joined = [*first[1:], *(token_id for ids in following for token_id in ids)]
-    assert tokenizer.decode(joined, skip_special_tokens=False) == "Say:" + "".join(PIECES)
-    if add_space_prefix:
-        assert tokenizer.encode_following("Hello") != tokenizer.encode("Hello", add_special_tokens=False)
+PIECES = ["hello", ", how", " are", "you", "no space", "x", "\n", "<<", "  two"]
+Metaspace = pre_tokenizers.Metaspace
 
 
-def test_byte_level_has_nothing_to_leave_out() -> None:
-    tokenizer = Tokenizer.from_gguf(byte_level("smollm")[1])
+def sentencepiece(normalizer: object = None, pre_tokenizer: object = None) -> Callable[[], FastTokenizer]:
+    return lambda: tiny.sentencepiece_json(normalizer, pre_tokenizer)
+
+
+def spaced_bytes() -> FastTokenizer:
+    fast = tiny.byte_level("gpt-2", vocab_size=600)[0].backend_tokenizer
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    fast.add_special_tokens(["<s>", "</s>"])
+    return fast
+
+
+FOLDERS: dict[str, Callable[[], FastTokenizer]] = {
+    "prepend": sentencepiece(tiny.PREPEND),
+    "first": sentencepiece(None, Metaspace("▁", "first", split=False)),
+    "first, split": sentencepiece(None, Metaspace("▁", "first", split=True)),
+    "always": sentencepiece(None, Metaspace("▁", "always", split=False)),
+    "always, split": sentencepiece(None, Metaspace("▁", "always", split=True)),
+    "never": sentencepiece(None, Metaspace("▁", "never", split=True)),
+    "strip": sentencepiece(normalizers.Strip(right=False), Metaspace("▁", "always", split=True)),
+    "lower case": sentencepiece(normalizers.Sequence([normalizers.Lowercase(), tiny.PREPEND])),
+    "NFKC": sentencepiece(normalizers.NFKC(), Metaspace("▁", "always", split=True)),
+    "byte level with a space": spaced_bytes,
+}
+GGUF = {
+    "scored": lambda: tiny.scored(1, add_space_prefix=False)[1],
+    "scored with a space": lambda: tiny.scored(1, add_space_prefix=True)[1],
+    "smollm": lambda: tiny.byte_level("smollm")[1],
+    "llama-bpe": lambda: tiny.byte_level("llama-bpe")[1],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param in GGUF:
+        return Tokenizer.from_gguf(GGUF[request.param]())
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return Tokenizer.from_directory(tiny.save_folder(FOLDERS[request.param](), folder))
+
+
+everyone = pytest.mark.parametrize("tokenizer", [*FOLDERS, *GGUF], indirect=True, scope="module")
+
+
+@everyone
+def test_equals_the_whole_less_its_beginning(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    strings = rng.sample(corpus(specials=("<s>", "</s>", "<think>", "<|im_end|>")), 250)
+    strings += [tiny.SENTENCE, "London is not Paris", "a whale is a fish"] * 5
+    tried = 0
+    for text in strings:
+        cut = rng.randrange(len(text) + 1)
+        first, rest = text[:cut], text[cut:]
+        before, whole = tokenizer.encode(first), tokenizer.encode(text)
+        if whole[: len(before)] == before:
+            assert tokenizer.encode_following(before, rest) == whole[len(before) :], (first, rest)
+            tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize(
+    "tokenizer", ["prepend", "first", "always, split", "byte level with a space", *GGUF], indirect=True
+)
+def test_nothing_comes_between_where_a_token_would_cross(tokenizer: Tokenizer) -> None:
+    """The beginning stays as it is, and the text is what was written."""
+    rng = random.Random(2)
+    crossing = 0
+    for text in [*rng.sample([text for text in corpus() if not set("▁<") & set(text)], 200), *tiny.SENTENCE.split()]:
+        cut = rng.randrange(len(text) + 1)
+        before = tokenizer.encode(text[:cut])
+        if tokenizer.encode(text)[: len(before)] != before:
+            crossing += 1
+            assert tokenizer.spelling(tokenizer.encode_following(before, text[cut:])) == text[cut:]
+    assert crossing > 10
+
+
+@everyone
+def test_pieces_read_as_what_was_written(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> None:
+    token_ids = tokenizer.encode_open("say:")
     for piece in PIECES:
-        assert tokenizer.encode_following(piece) == tokenizer.encode(piece, add_special_tokens=False)
-    assert tokenizer.encode_following("") == []
+        token_ids += tokenizer.encode_following(token_ids, piece)
+    assert tokenizer.encode_following(token_ids, "") == []
+    assert tokenizer.decode(token_ids).strip() == "say:" + "".join(PIECES)
+
+
+def test_only_the_end_of_what_stands_before_is_looked_at() -> None:
+    """So that a long session costs no more than a short one."""
+    tokenizer = Tokenizer.from_gguf(tiny.byte_level("smollm", vocab_size=600)[1])
+    seen: list[int] = []
+    encode = tokenizer._encode
+    tokenizer._encode = lambda text, special: seen.append(len(text)) or encode(text, special)  # type: ignore[func-returns-value]
+    before = tokenizer.encode(tiny.SENTENCE * 200)
+    seen.clear()
+    assert tokenizer.encode_following(before, " dog")
+    assert seen and max(seen) < 1000
+
+
+def test_a_text_that_goes_on_has_no_end_token() -> None:
+    metadata = tiny.scored(1, add_space_prefix=True)[1] | {"tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert tokenizer.encode("Hello")[-1] == 2
+    assert [*tokenizer.encode_open("Hello"), 2] == tokenizer.encode("Hello")
+    assert tokenizer.encode_open("</s>") == [1, 2]

@@ -58,8 +58,6 @@ def _error(metadata: dict[str, Any], key: str, value: Any) -> ModelFormatError:
         ("ggml.merges", ["notatoken alsonot"]),
         ("ggml.merges", ["! Ġ"]),  # both tokens exist, what they make does not
         ("ggml.merges", [1]),
-        ("ggml.bos_token_id", 10**9),
-        ("ggml.eos_token_id", -1),
         ("ggml.eot_token_id", 1.5),
         ("ggml.unknown_token_id", True),
         ("ggml.padding_token_id", "0"),
@@ -83,6 +81,44 @@ def test_byte_level(byte_level: dict[str, Any], key: str, value: Any) -> None:
 )
 def test_scored(scored: dict[str, Any], key: str, value: Any) -> None:
     assert _error(scored, key, value).field == f"tokenizer.{key}"
+
+
+IDS = ["unknown_token_id", "seperator_token_id", "padding_token_id", "mask_token_id", "eot_token_id", "eom_token_id"]
+
+
+@pytest.mark.parametrize("key", [*IDS, "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("beyond", [0, 2**32 - 1, -1])
+def test_ids_of_tokens_that_are_not_there(
+    byte_level: dict[str, Any], key: str, beyond: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files say so of tokens that they do not use, such as padding: as good as nothing, and worth a word."""
+    count = len(byte_level["tokenizer.ggml.tokens"])
+    key, value = f"tokenizer.ggml.{key}", beyond or count
+    ours = Tokenizer.from_gguf({**byte_level, key: value}, path="m.gguf")
+    assert caplog.messages == [f"m.gguf: {key} is {value} and there are {count} tokens: it is taken for absent"]
+    without = Tokenizer.from_gguf({k: v for k, v in byte_level.items() if k != key})
+    assert ours.special_tokens == without.special_tokens
+    assert ours.eos_token_ids == without.eos_token_ids
+    assert ours.encode("a <|im_end|>") == without.encode("a <|im_end|>")
+
+
+def test_ids_of_tokens_that_are_needed_must_be_there(byte_level: dict[str, Any], scored: dict[str, Any]) -> None:
+    for flag, key in (("add_bos_token", "bos_token_id"), ("add_eos_token", "eos_token_id")):
+        wanted = {**byte_level, f"tokenizer.ggml.{flag}": True}
+        assert key in str(_error(wanted, f"ggml.{key}", 10**9))
+    types = [1 if kind == 6 else kind for kind in scored["tokenizer.ggml.token_type"]]
+    no_bytes = {**scored, "tokenizer.ggml.token_type": types}
+    assert "unknown_token_id" in str(_error(no_bytes, "ggml.unknown_token_id", 10**9))
+
+
+@pytest.mark.parametrize("key", ["pre", "token_type"])
+def test_what_is_guessed_is_said(byte_level: dict[str, Any], key: str, caplog: pytest.LogCaptureFixture) -> None:
+    key = f"tokenizer.ggml.{key}"
+    assert Tokenizer.from_gguf(byte_level).encode("a")
+    assert not caplog.records
+    assert Tokenizer.from_gguf({k: v for k, v in byte_level.items() if k != key}, path="m.gguf").encode("a")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().startswith(f"m.gguf: no {key}: ")
 
 
 def test_duplicate_tokens(byte_level: dict[str, Any], scored: dict[str, Any]) -> None:

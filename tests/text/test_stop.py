@@ -112,12 +112,22 @@ def test_only_the_output_is_searched() -> None:
     assert stream.stop_reason is None
 
 
-def test_special_tokens_can_be_stop_strings_when_shown() -> None:
-    end = TOKENIZER.eos_token_ids[-1]
-    for skip, reason in ((False, "<|im_end|>"), (True, None)):
-        stream = TOKENIZER.text_stream([], stop=["<|im_end|>"], skip_special_tokens=skip)
-        stream.advance([*by_bytes("a"), end])
-        assert (stream.text, stream.stop_reason) == ("a", reason)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+def test_special_tokens_can_be_stop_strings(skip: bool, include: bool) -> None:
+    start, end = TOKENIZER.encode("<|im_start|>") + TOKENIZER.encode("<|im_end|>")
+    stop = {"stop": ["<|im_end|>"], "skip_special_tokens": skip, "include_stop_str_in_output": include}
+    stream = TOKENIZER.text_stream([], **stop)
+    stream.advance([*by_bytes("a"), start, *by_bytes("b"), end, *by_bytes("c")])
+    shown = "ab" if skip else "a<|im_start|>b"
+    assert (stream.text, stream.stop_reason) == (shown + ("<|im_end|>" if include else ""), "<|im_end|>")
+    early = TOKENIZER.text_stream([], **stop, stop_after=2)
+    early.advance([*by_bytes("a"), end, *by_bytes("b")])
+    assert (early.text, early.stop_reason) == ("ab" if skip else "a<|im_end|>b", None)
+    early.advance([end])
+    assert early.stop_reason == "<|im_end|>"
+    early.rollback(1)
+    assert early.stop_reason is None
 
 
 def test_matcher_is_linear_in_hostile_patterns() -> None:

@@ -181,11 +181,25 @@ def test_text_that_spells_a_byte_token_is_text() -> None:
     assert ours.decode(ours.encode("<0x41>")) == "<0x41>"
 
 
-def test_space_prefix_only_before_text_at_the_start() -> None:
-    _, metadata = tiny.scored(1, add_space_prefix=True)
+def test_equals_sentencepiece() -> None:
+    theirs, metadata = tiny.sentencepiece_gguf()
     ours = Tokenizer.from_gguf(metadata)
-    assert ours.encode("a") == ours.encode(" a")
-    assert ours.encode("<s>a", add_special_tokens=False) != [1, *ours.encode("a", add_special_tokens=False)]
+    for text in [*corpus(seed=6, specials=("[INST]", " [/INST]"))[:900], " a", "  a", tiny.SENTENCE]:
+        if not any(special in text for special in ("<s>", "</s>", "<unk>")):  # SentencePiece takes them as text
+            ids = theirs.encode(text)
+            assert ours.encode(text, add_special_tokens=False) == ids, repr(text)
+            if "\x00" not in text and "▁" not in text:
+                assert ours.decode(ids) == text
+
+
+def test_space_prefix_after_special_tokens_too() -> None:
+    """Mistral's prompts are ``<s>[INST] ...`` with a space after every ``</s>``, in the ids though not in the text."""
+    theirs, metadata = tiny.sentencepiece_gguf()
+    ours = Tokenizer.from_gguf(metadata)
+    parts = ["[INST] Hello there [/INST]", "a whale", "[INST] a fish [/INST]"]
+    expected = [1, *theirs.encode(parts[0]), *theirs.encode(parts[1]), 2, *theirs.encode(parts[2])]
+    assert ours.encode(f"<s>{parts[0]} {parts[1]}</s>{parts[2]}", add_special_tokens=False) == expected
+    assert ours.encode(" a", add_special_tokens=False) != ours.encode("a", add_special_tokens=False)
     assert ours.encode("", add_special_tokens=False) == []
     assert ours.decode(ours.encode("a")) == "a"
 

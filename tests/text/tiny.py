@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import random
+from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -22,6 +26,9 @@ LLAMA3 = (
 )
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "</think>"]
+
+# What puts a space before a text, in the models' tokenizer.json files of older and newer make.
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
@@ -98,6 +105,45 @@ def scored(seed: int, add_space_prefix: bool, byte_fallback: bool = True) -> tup
     return _llama_oracle(metadata, add_space_prefix), metadata
 
 
+SENTENCE = "a whale is a mammal and a shark is a fish true London Paris hello world the quick brown fox"
+
+
+def sentencepiece_json(normalizer: Any = PREPEND, pre_tokenizer: Any = None) -> FastTokenizer:
+    """A tokenizer.json as models with a SentencePiece vocabulary have it: 256 byte tokens, some words, ``<s>`` and
+    ``</s>``, and by default a space put before every piece of text."""
+    trained = FastTokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"])
+    trained.train_from_iterator([SENTENCE] * 2, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = model["vocab"]
+    for text in [f"<0x{byte:02X}>" for byte in range(256)]:
+        vocab[text] = len(vocab)
+    merges = [tuple(merge) for merge in model["merges"]]
+    fast = FastTokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    fast.normalizer, fast.pre_tokenizer = normalizer, pre_tokenizer
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(steps)
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))]
+    )
+    return fast
+
+
+def save_folder(fast: FastTokenizer, folder: Path, **config: Any) -> Path:
+    """tokenizer.json and tokenizer_config.json of it; `config` goes into the latter."""
+    fast.save(str(folder / "tokenizer.json"))
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | config))
+    return folder
+
+
 def _llama_oracle(metadata: dict[str, Any], add_space_prefix: bool) -> LlamaTokenizer:
     """transformers' tokenizer for Llama 2, with the merges that the scores imply written out."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
@@ -116,5 +162,40 @@ def _llama_oracle(metadata: dict[str, Any], add_space_prefix: bool) -> LlamaToke
     if not any(kind == 6 for kind in metadata["tokenizer.ggml.token_type"]):
         hf.backend_tokenizer.model.byte_fallback = False
         hf.backend_tokenizer.model.unk_token = "<unk>"
+    if add_space_prefix:  # as the models' own files have it; LlamaTokenizer adds a space at the very start alone
+        hf.backend_tokenizer.normalizer, hf.backend_tokenizer.pre_tokenizer = PREPEND, None  # type: ignore[assignment]
     hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("<think>", "</think>")])
     return hf
+
+
+@functools.cache
+def sentencepiece_gguf() -> tuple[SentencePieceProcessor, dict[str, Any]]:
+    """SentencePiece itself, trained with Llama 2's settings, and its vocabulary as the metadata of a GGUF file."""
+    model = io.BytesIO()
+    texts = [text for text in corpus(seed=5)[:400] if text.isascii() and "\x00" not in text]
+    SentencePieceTrainer.Train(
+        sentence_iterator=iter([SENTENCE, *texts, "[INST] Hello there [/INST]"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    theirs = SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(theirs.get_piece_size())
+    types = [2 if theirs.is_unknown(n) else 3 if theirs.is_control(n) else 6 if theirs.is_byte(n) else 1 for n in ids]
+    return theirs, {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(n) for n in ids],
+        "tokenizer.ggml.scores": [theirs.get_score(n) for n in ids],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": theirs.bos_id(),
+        "tokenizer.ggml.eos_token_id": theirs.eos_id(),
+        "tokenizer.ggml.unknown_token_id": theirs.unk_id(),
+    }

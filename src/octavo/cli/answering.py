@@ -251,4 +251,5 @@ def _logprobs_json(token_id: int, row: dict[int, Logprob]) -> dict[str, Any]:
 
 
 def _logprob_json(token_id: int, entry: Logprob) -> dict[str, Any]:
-    return {"token_id": token_id, "token": entry.decoded_token, "logprob": entry.logprob, "rank": entry.rank}
+    spelt = {"token": entry.decoded_token, "bytes": entry.bytes}
+    return {"token_id": token_id, **spelt, "logprob": entry.logprob, "rank": entry.rank}

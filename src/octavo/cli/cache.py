@@ -86,7 +86,7 @@ def _name(number: int) -> str:
 
 def _report(llm: LLM, model: str, earlier: list[_Earlier], explanation: CacheExplanation) -> dict[str, Any]:
     def spelt(token_id: int | None) -> str | None:
-        return None if token_id is None else llm.tokenizer.decode([token_id], skip_special_tokens=False)
+        return None if token_id is None else llm.tokenizer.spelling([token_id])
 
     return {
         "model": model,

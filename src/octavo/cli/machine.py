@@ -125,9 +125,8 @@ def look_at_model(config: EngineConfig) -> dict[str, object]:
 
 def model_config(path: Path) -> ModelConfig:
     """The configuration in a model's file or folder. Raises ModelFormatError, UnsupportedModelError."""
-    from octavo.formats import GGUFFile, open_weights
-    from octavo.runner.gguf_config import config_from_gguf
-    from octavo.runner.hf_config import config_from_folder
+    from octavo.formats import open_weights
+    from octavo.runner.model_config import model_config as config_of
 
     with open_weights(path) as file:
-        return config_from_gguf(file) if isinstance(file, GGUFFile) else config_from_folder(path)
+        return config_of(file, path)

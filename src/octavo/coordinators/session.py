@@ -23,7 +23,7 @@ from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
 from octavo.core.want import NextLogprobs, Sample, Score
 
-Encode = Callable[[str], list[int]]  # token ids of text that follows other text
+Encode = Callable[[SequenceOf[int], str], list[int]]  # token ids of text that follows these tokens
 
 
 class BranchState:
@@ -196,8 +196,8 @@ class SessionCoordinator(Coordinator):
         self._tasks.pop(sequence.id, None)
         super().drop(sequence)
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text)
+    def encode(self, before: SequenceOf[int], text: str) -> list[int]:
+        return self._encode(before, text)
 
     def _end_task(self, task: _Task) -> None:
         del self._tasks[task.sequence.id]
@@ -346,7 +346,8 @@ class _Generating(_Task):
                 break
             if now > length:
                 count, length = index, now
-        return token_ids[:count] + (self.session.encode(text[length:]) if length < len(text) else [])
+        kept, rest = token_ids[:count], text[length:]
+        return kept + self.session.encode([*request.prompt_token_ids, *kept], rest) if rest else kept
 
     def undo(self) -> None:
         self.branch.num_generated -= 1

@@ -11,7 +11,8 @@ class Logprob:
 
     logprob: float  # natural logarithm
     rank: int  # 1 is the most probable
-    decoded_token: str | None = None  # the token alone as text
+    decoded_token: str | None = None  # the token alone as text, with its leading space; U+FFFD for part of a character
+    bytes: list[int] | None = None  # the token alone as UTF-8, 0 to 255 each: joined, they give whole characters
 
 
 @dataclass(slots=True)

@@ -50,7 +50,7 @@ class SamplingParams:
         min_p: in [0, 1]; keep tokens at least this probable relative to the most probable.
         seed: in [0, 2**64); None draws one, which the output reports.
         stop: strings that end an output; they may span tokens. Not part of the text unless
-            `include_stop_str_in_output`.
+            `include_stop_str_in_output`. One may be a special token, also where these are not shown.
         stop_token_ids: further token ids that end an output.
         ignore_eos: go on past the model's own end tokens.
         max_tokens: most tokens to generate; None is up to the model's context.

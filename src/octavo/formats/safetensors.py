@@ -8,6 +8,7 @@ the rest of the file without holes or overlaps. A file that breaks a rule gives 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -22,6 +23,8 @@ from octavo.core.errors import ModelFormatError, ModelNotFoundError
 from octavo.formats.mapping import ModelFile, map_file, printable
 from octavo.formats.quants import QuantType
 from octavo.formats.tensor import RawTensor
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -83,7 +86,8 @@ def open_safetensors(path: str | os.PathLike[str]) -> SafetensorsModel:
     """Open a .safetensors file, an index file (.json), or a folder with either.
 
     In a folder, ``model.safetensors.index.json`` goes before ``model.safetensors``, and that before the only
-    .safetensors file there is. An index decides which tensors there are, and from which shard each comes.
+    .safetensors file there is. An index decides which tensors there are, and from which shard each comes; one that its
+    shard does not hold is left out.
 
     A file named by the caller may lie or link anywhere. What a folder or an index names must stay at home: a shard name
     is a bare file name, and a symbolic link may lead only to a file in the same folder or, as the Hugging Face cache
@@ -166,9 +170,10 @@ def _open_index(opened: Path, index: Path) -> SafetensorsModel:
         paths.append(path)
     tensors: dict[str, RawTensor] = {}
     for tensor, name in weight_map.items():
-        if tensor not in by_shard[name]:
-            raise ModelFormatError(index, printable(tensor), f"is not in its shard, {printable(name)!r}")
-        tensors[tensor] = by_shard[name][tensor]
+        if tensor in by_shard[name]:
+            tensors[tensor] = by_shard[name][tensor]
+        else:  # some list a tied output matrix that was not saved; a model misses what it needs
+            log.info("%s: %s is not in its shard, %s", index, printable(tensor), printable(name))
     return SafetensorsModel(opened, tuple(paths), metadata, tensors, mappings)
 
 

@@ -19,6 +19,7 @@ from octavo.hub.progress import Progress
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?::(?P<variant>[\w.+ -]+))?")
 _PREFIXES = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/", "hf://")
 _BESIDE_WEIGHTS = frozenset({"tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja"})
+_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _DEFAULT_VARIANT = "Q4_K_M"
 
@@ -140,7 +141,9 @@ def is_complete_folder(folder: Path) -> bool:
 
 
 def _choose(repo: str, variant: str | None, names: list[str]) -> list[str]:
-    """The files to use of a repository: one .gguf, or safetensors with what belongs to them. Top-level files only."""
+    """The files to use of a repository: one .gguf, or safetensors with what belongs to them. Top-level files only, but
+    for chat templates."""
+    templates = sorted(filter(_TEMPLATE.fullmatch, names))
     names = sorted(name for name in names if "/" not in name)
     ggufs = [name for name in names if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj")]
     weights = [name for name in names if name.endswith(".safetensors")]
@@ -150,7 +153,7 @@ def _choose(repo: str, variant: str | None, names: list[str]) -> list[str]:
         # Some repositories hold the same weights twice, as model*.safetensors and as consolidated*.safetensors.
         weights = [name for name in weights if name.startswith("model")] or weights
         beside = [name for name in names if name.endswith(".json") or name in _BESIDE_WEIGHTS]
-        return beside + weights
+        return beside + templates + weights
     if len(ggufs) == 1:
         return [_choose_gguf(repo, ggufs[0], ggufs)]
     if ggufs:

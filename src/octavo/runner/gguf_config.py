@@ -42,6 +42,9 @@ class _Metadata:
             raise ModelFormatError(self.path, key, f"must be of type {kind.__name__}, not {type(value).__name__}")
         return value
 
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self._metadata
+
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self._get(f"{self.architecture}.{key}", int, default))
 
@@ -127,16 +130,17 @@ def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig
 
 
 def _rope_scaling(keys: _Metadata, file: GGUFFile) -> RopeScaling | None:
-    if "rope_freqs.weight" in file.tensors:
-        factors = file.tensors["rope_freqs.weight"].dequantize().reshape(-1)
-        return RopeScaling("factors", factors=tuple(float(factor) for factor in factors))
-    kind = keys.text("rope.scaling.type", "none")
-    factor = keys.number("rope.scaling.factor", 1.0)
-    if kind == "none" or (kind == "linear" and factor == 1.0):
-        return None
-    if kind != "linear" or not (math.isfinite(factor) and factor > 0):
+    """As llama.cpp reads it: a factor without a type is a linear one, and old files call it ``rope.scale_linear``."""
+    kind = keys.text("rope.scaling.type", "linear")
+    name = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
+    factor = keys.number(name, 1.0)
+    if kind not in ("none", "linear") or not (math.isfinite(factor) and factor > 0):
         raise UnsupportedModelError(
-            f"{keys.path}: {keys.architecture}.rope.scaling.type={kind!r} (factor {factor}) is not supported; "
+            f"{keys.path}: {keys.architecture}.rope.scaling.type={kind!r} ({name} {factor}) is not supported; "
             "supported: none, linear, and llama3 by a rope_freqs tensor"
         )
-    return RopeScaling("linear", factor=factor)
+    scale = factor if kind == "linear" else 1.0
+    if "rope_freqs.weight" in file.tensors:
+        factors = file.tensors["rope_freqs.weight"].dequantize().reshape(-1)
+        return RopeScaling("factors", factors=tuple(scale * float(factor) for factor in factors))
+    return None if scale == 1.0 else RopeScaling("linear", factor=scale)

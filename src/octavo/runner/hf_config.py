@@ -18,14 +18,19 @@ SUPPORTED = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gem
 
 # What config.json may leave out, with the values of transformers where they are not the same for all.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"sliding_window": None},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "llama": {"sliding_window": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "sliding_window": 4096,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+    },
     "gemma3_text": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131_072,
         "rms_norm_eps": 1e-6,
         "query_pre_attn_scalar": 256,
@@ -97,8 +102,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
     gemma = family == "gemma3"
     num_heads = config.positive("num_attention_heads")
     hidden_size = config.positive("hidden_size")
-    activation = config.get("hidden_activation", str, None) if gemma else None
-    activation = activation or config.get("hidden_act", str, "silu")
+    activation = config.get("hidden_activation", str) if gemma else config.get("hidden_act", str, "silu")
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(f"{config.path}: activation {activation!r} is not supported")
     head_dim = config.positive("head_dim", max(hidden_size // num_heads, 1))
@@ -178,11 +182,12 @@ def _layers(config: _Config, head_dim: int, gemma: bool) -> tuple[LayerConfig, .
 
 def _rope(config: _Config, kind: str, head_dim: int, gemma: bool) -> RopeConfig:
     local = gemma and kind == "sliding_attention"
-    parameters = config.get("rope_parameters", dict, None)  # transformers 5
-    if parameters is None:  # transformers 4; Gemma 3 scales its global layers only
-        parameters = {} if local else config.get("rope_scaling", dict, {})
-    elif kind in parameters:  # one per kind of layer
+    parameters = config.get("rope_parameters", dict, {})  # transformers 5
+    if kind in parameters:  # one per kind of layer
         parameters = _Config(config.path, parameters).get(kind, dict, {})
+    scaling = config.get("rope_scaling", dict, {})  # transformers 4; Gemma 3 scales its global layers only
+    if scaling and not local:  # where both are given, transformers takes this one
+        parameters = {**parameters, **scaling} if gemma else scaling
     rope = _Config(config.path, parameters)
     if rope.number("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(f"{config.path}: partial_rotary_factor other than 1 is not supported")
@@ -195,6 +200,8 @@ def _rope(config: _Config, kind: str, head_dim: int, gemma: bool) -> RopeConfig:
 def _scaling(rope: _Config, config: _Config) -> RopeScaling | None:
     kind = rope.get("rope_type", str, rope.get("type", str, "default"))
     if kind == "default":
+        if rope.values.get("factor") not in (None, 1) and not rope.values.keys() & {"rope_type", "type"}:
+            raise ModelFormatError(config.path, "factor", "says nothing without a rope_type beside it")
         return None
     if kind == "linear":
         return RopeScaling("linear", factor=rope.number("factor"))

@@ -56,7 +56,6 @@ class FileWeights:
         self._gguf = gguf
         self._unused = set(tensors)
         self._pack = ops.defer_packing()
-        self._prefix = next((p for p in _HF_PREFIXES if f"{p}embed_tokens.weight" in tensors), "model.")
 
     # --- what models call ---
 
@@ -80,8 +79,9 @@ class FileWeights:
 
     def _is_ignored(self, name: str) -> bool:
         """Whether a tensor may be left over: it belongs to no weight of a text model, or stands in for a tied one."""
-        tied = self._config.tie_embeddings and name == self._file_name("lm_head")
-        return tied or _IGNORED.fullmatch(name) is not None
+        if self._config.tie_embeddings and name == self._file_name("lm_head") != self._file_name("embed_tokens"):
+            return True
+        return _IGNORED.fullmatch(name) is not None
 
     def finish(self) -> None:
         """The model has taken all it wants: pack that. May run beside other work, while the file is open.
@@ -113,9 +113,10 @@ class FileWeights:
 
     def _file_name(self, name: str) -> str:
         if not self._gguf:
-            if name == "lm_head":
-                return next((head for head in _HF_HEADS if head in self._tensors), _HF_HEADS[0])
-            return f"{self._prefix}{name}.weight"
+            found = stored_tensor(self._tensors, name)
+            if found is None and name == "embed_tokens" and self._config.tie_embeddings:
+                found = stored_tensor(self._tensors, "lm_head")  # the one of the two that was stored
+            return _hf_name(self._tensors, name) if found is None else found.name
         if match := _LAYER_NAME.fullmatch(name):
             names = _GGUF_GEMMA3_LAYER if self._config.architecture == "gemma3" else _GGUF_LAYER
             return f"blk.{match[1]}.{names[match[2]]}.weight"
@@ -127,6 +128,18 @@ class FileWeights:
         head_dim = self._config.head_dim
         within = np.arange(head_dim).reshape(-1, 2).T.reshape(-1)  # 0, 2, 4, ..., 1, 3, 5, ...
         return (np.arange(0, rows, head_dim)[:, None] + within).reshape(-1)
+
+
+def stored_tensor(tensors: Mapping[str, RawTensor], name: str) -> RawTensor | None:
+    """The tensor of a Hugging Face folder by its canonical name."""
+    return tensors.get(_hf_name(tensors, name))
+
+
+def _hf_name(tensors: Mapping[str, RawTensor], name: str) -> str:
+    if name == "lm_head":
+        return next((head for head in _HF_HEADS if head in tensors), _HF_HEADS[0])
+    prefix = next((p for p in _HF_PREFIXES if f"{p}norm.weight" in tensors), _HF_PREFIXES[0])
+    return f"{prefix}{name}.weight"
 
 
 def weight_shape(config: ModelConfig, name: str) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.text.config_tokens import add_config_tokens
 from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_CONFIG_BYTES = 64 << 20  # the small JSON files; tokenizer.json itself goes to the tokenizers library
 
 
@@ -26,7 +26,6 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{path}: no tokenizer.json there; only Hugging Face fast tokenizers and GGUF files are read"
         )
-    from tokenizers import AddedToken
     from tokenizers import Tokenizer as FastTokenizer
 
     try:
@@ -38,12 +37,8 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
     fast.no_truncation()
     fast.no_padding()
     config = _read_json(path, "tokenizer_config.json")
-    named = _named_tokens(path, config)
-    # What transformers does: a named special token is one even where tokenizer.json does not say so.
-    known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
-    missing = [AddedToken(text, special=True, normalized=False) for text in named.values() if text not in known]
-    present = [token for token in missing if fast.token_to_id(token.content) is not None]
-    fast.add_special_tokens(present)
+    named = add_config_tokens(path, fast, config, lambda name: _read_json(path, name))
+    fast.encode_special_tokens = _flag(path, config, "split_special_tokens")
     added = fast.get_added_tokens_decoder()
     to_bytes, strip = _decoder(path, fast, frozenset(added))
     bos = fast.token_to_id(named["bos_token"]) if "bos_token" in named else None
@@ -65,7 +60,7 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         bos_token_id=bos,
         eos_token_ids=_end_tokens(path, eos),
         strip_leading_space=strip,
-        chat_template=_chat_template(path, config),
+        chat_templates=_chat_templates(path, config),
     )
 
 
@@ -85,21 +80,11 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens, such as ``bos_token`` -> text. Each is a string, or an object with a ``content``."""
-    fallback = _read_json(path, "special_tokens_map.json")
-    named = {}
-    for name in _NAMED:
-        file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
-        value = config.get(name) if config.get(name) is not None else fallback.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str) or not value:
-            raise ModelFormatError(path, f"{file}: {name}", f"expected the text of a token, found {value!r}")
-        named[name] = value
-    return named
+def _flag(path: Path, config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ModelFormatError(path, f"tokenizer_config.json: {name}", f"expected true or false, found {value!r}")
+    return bool(value)
 
 
 def _decoder(path: Path, fast: tokenizers.Tokenizer, added: frozenset[int]) -> tuple[ToBytes, bool]:
@@ -138,22 +123,33 @@ def _end_tokens(path: Path, eos: int | None) -> set[int]:
     return ends
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    """``chat_template.jinja`` if there, else the template in ``chat_template.json`` or ``tokenizer_config.json``."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None
-    value = _read_json(path, "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(value, list):  # several named ones: [{"name": ..., "template": ...}]
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if value is not None and not isinstance(value, str):
-        raise ModelFormatError(
-            path, "tokenizer_config.json: chat_template", "expected a string or a list of named templates"
-        )
-    return value
+def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name. Files go before what the JSON files say: ``chat_template.jinja`` is the default, those in
+    ``additional_chat_templates`` have their names; then ``chat_template.json``, then ``tokenizer_config.json``."""
+    files = {"default": path / "chat_template.jinja"} if (path / "chat_template.jinja").is_file() else {}
+    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        return {name: _read_text(path, file) for name, file in files.items()}
+    of_processor = _read_json(path, "chat_template.json").get("chat_template")
+    name = "tokenizer_config.json" if of_processor is None else "chat_template.json"
+    value = config.get("chat_template") if of_processor is None else of_processor
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    named = value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
+        message = "expected a string, an object of named templates, or a list of objects with name and template"
+        raise ModelFormatError(path, f"{name}: chat_template", message)
+    return named
+
+
+def _read_text(path: Path, file: Path) -> str:
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None

@@ -6,6 +6,7 @@ the outcome is that of transformers, which is that of the model's original token
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from octavo.text.byte_level import build_byte_level, pre_tokenizer_family
 from octavo.text.score_bpe import SPACE, ScoreBPE
 from octavo.text.token_bytes import BYTE_TOKEN, ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 KINDS = ("gpt2", "llama")
 
@@ -41,6 +44,9 @@ _NAMED_IDS = {
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
+
+
+_TEMPLATE = "tokenizer.chat_template"
 
 
 class _Metadata:
@@ -118,18 +124,24 @@ class _Metadata:
             raise self.error(key, f"expected an array, found {type(value).__name__}") from None
 
     def token_id(self, key: str, count: int) -> int | None:
+        """None for an absent key, and with a warning for a number that is no token's: files say so of tokens that they
+        do not have. Whoever needs the token asks for it."""
         value = self.get(key)
         if value is None:
             return None
         try:
             token_id = operator.index(value)
         except TypeError:
-            token_id = -1
-        if isinstance(value, bool) or token_id < 0:
+            token_id = None
+        if token_id is None or isinstance(value, bool):
             raise self.error(key, f"expected a token id, found {str(value)[:40]!r}")
-        if token_id >= count:
-            raise self.error(key, f"{token_id} is not a token id: there are {count} tokens")
-        return token_id
+        if 0 <= token_id < count:
+            return token_id
+        self.warn("tokenizer.ggml.%s is %d and there are %d tokens: it is taken for absent", key, token_id, count)
+        return None
+
+    def warn(self, message: str, *values: object) -> None:
+        log.warning(f"%s: {message}", self.path, *values)
 
 
 def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
@@ -142,6 +154,8 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
     if not tokens:
         raise metadata.error("tokens", "no tokens")
     types = metadata.numbers("token_type", len(tokens))
+    if types is None:
+        metadata.warn("no tokenizer.ggml.token_type: only special tokens that the file names are told from text")
     ids = {name: metadata.token_id(key, len(tokens)) for name, key in _NAMED_IDS.items()}
     # Nearly all tokens are normal ones: these few are the rest.
     unusual = [] if types is None else [(n, types[n]) for n in np.flatnonzero(types != _NORMAL).tolist() if tokens[n]]
@@ -153,9 +167,6 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
 
     build = _build_byte_level if kind == "gpt2" else _build_scored
     encode, to_bytes, strip, add_bos = build(metadata, values, tokens, types, special, user_defined, ids["unk_token"])
-    template = values.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ModelFormatError(path, "tokenizer.chat_template", f"expected a string, found {type(template).__name__}")
     return Tokenizer(
         encode=_with_ends(metadata, encode, ids["bos_token"], ids["eos_token"], add_bos),
         token_text=lambda token_id: tokens[token_id] if token_id < len(tokens) else None,
@@ -164,28 +175,42 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
         special_token_ids=special,
         special_tokens=named_texts,
         bos_token_id=ids["bos_token"],
-        eos_token_ids=_end_tokens(metadata, tokens, special),
+        eos_token_ids=_end_tokens(metadata, tokens, special, ids["eos_token"]),
         strip_leading_space=strip,
-        chat_template=template,
+        chat_templates=_chat_templates(values, path),
     )
 
 
-def _end_tokens(metadata: _Metadata, tokens: list[str], special: set[int]) -> set[int]:
-    ids = [metadata.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+def _end_tokens(metadata: _Metadata, tokens: list[str], special: set[int], eos: int | None) -> set[int]:
+    ids = [eos, *(metadata.token_id(key, len(tokens)) for key in ("eot_token_id", "eom_token_id"))]
     ends = {token_id for token_id in ids if token_id is not None}
     return ends | {token_id for token_id in special if tokens[token_id] in _END_TOKENS}
+
+
+def _chat_templates(values: Mapping[str, Any], path: object) -> dict[str, str]:
+    """``tokenizer.chat_template`` is the default, ``tokenizer.chat_template.NAME`` are others."""
+    templates = {}
+    for key, value in values.items():
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+            if not isinstance(value, str):
+                raise ModelFormatError(path, key, f"expected a string, found {type(value).__name__}")
+            templates[key.removeprefix(_TEMPLATE).removeprefix(".") or "default"] = value
+    return templates
 
 
 def _with_ends(
     metadata: _Metadata, encode: Callable[[str], list[int]], bos: int | None, eos: int | None, default_bos: bool
 ) -> Callable[[str, bool], list[int]]:
     """`encode` with BOS and EOS around, as the file asks."""
-    add_bos = metadata.flag("add_bos_token", default_bos and bos is not None)
+    given = metadata.get("bos_token_id")
+    add_bos = metadata.flag("add_bos_token", default_bos and given is not None)
     add_eos = metadata.flag("add_eos_token", False)
+    if add_bos and bos is None and given is not None:
+        raise metadata.error("bos_token_id", f"{given} is not a token id, and is to be put before every text")
     if add_bos and bos is None:
         raise metadata.error("add_bos_token", "true, but there is no tokenizer.ggml.bos_token_id")
     if add_eos and eos is None:
-        raise metadata.error("add_eos_token", "true, but there is no tokenizer.ggml.eos_token_id")
+        raise metadata.error("add_eos_token", "true, but there is no tokenizer.ggml.eos_token_id of a token")
     before = [bos] if add_bos and bos is not None else []
     after = [eos] if add_eos and eos is not None else []
 
@@ -219,6 +244,12 @@ def _build_byte_level(
     user_defined: list[int],
     _unknown: int | None,
 ) -> _Built:
+    if metadata.get("pre") is None:
+        metadata.warn(
+            "no tokenizer.ggml.pre: it does not say how text is split before it is tokenised. GPT-2's way is taken; "
+            "Llama 3, Qwen 2 and most later models split otherwise, and then answers are worse. A file converted by "
+            "llama.cpp of May 2024 or later says it"
+        )
     family = pre_tokenizer_family(metadata.string("pre", "default"))
     merges = metadata.pairs("merges")
     tokenizer = build_byte_level(

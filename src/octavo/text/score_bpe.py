@@ -44,17 +44,19 @@ class ScoreBPE:
         self._joining: set[str] | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, which must be free of lone surrogates. Nothing is added at the beginning or end."""
+        """Token ids of `text`, which must be free of lone surrogates. Nothing is added at the beginning or end.
+
+        With `add_space_prefix` every piece between added tokens gets a space in front, as in llama.cpp and in the
+        tokenizer.json of such models (its Prepend normaliser), also one that begins with a space: as SentencePiece
+        has it, " a" and "a" differ.
+        """
         ids: list[int] = []
-        at_start = True
+        prefix = SPACE if self._add_space_prefix else ""
         for piece, token_id in self._added.split(text):
             if token_id >= 0:
                 ids.append(token_id)
             else:
-                spaced = piece.replace(" ", SPACE)
-                prefix = SPACE if at_start and self._add_space_prefix and spaced[0] != SPACE else ""
-                self._encode_piece(prefix + spaced, ids)
-            at_start = False
+                self._encode_piece(prefix + piece.replace(" ", SPACE), ids)
         return ids
 
     def _encode_piece(self, piece: str, ids: list[int]) -> None:

@@ -122,15 +122,18 @@ class IncrementalText:
         stop: StopMatcher | None,
         include_stop: bool,
         stop_after: int = 0,
+        stop_tokens: AbstractSet[int] = frozenset(),
     ) -> None:
         """`skipped`: tokens without text. `stop_after`: first tokens in whose text no stop string ends.
-        `strip_leading_space`: the first character of the whole text is dropped if a space.
+        `strip_leading_space`: the first character of the whole text is dropped if a space. `stop_tokens`: of those
+        skipped, such as are stop strings themselves; after the first `stop_after` tokens they have text.
         """
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._stop = stop
         self._include_stop = include_stop
         self._stop_after = stop_after
+        self._stop_tokens = stop_tokens
         strip = strip_leading_space and not any(map(self._bytes_of, prompt_token_ids))
         self._state = _State(None, self._unfinished(prompt_token_ids), strip, 0, 0, 0, None)
         self._text = ""  # decoded text, of which the last characters may still be in `_pieces`
@@ -199,7 +202,9 @@ class IncrementalText:
         if self._finished:
             raise RuntimeError("the text stream is finished")
         for token_id in token_ids:
-            self._state = self._after(self._bytes_of(token_id), final=False)
+            stops = token_id in self._stop_tokens and self._state.tokens >= self._stop_after
+            data = self._token_bytes(token_id) if stops else self._bytes_of(token_id)
+            self._state = self._after(data, final=False)
 
     def finish(self) -> None:
         """End of output: release what was held back (incomplete UTF-8 becomes U+FFFD). May be called again."""

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError
+from octavo.text.added_tokens import AddedTokens
 from octavo.text.stream import IncrementalText, StopMatcher
 from octavo.text.token_bytes import ToBytes
+
+# Tokens at the end of a text that are looked at when it goes on: several words, and so more than any token spans.
+_CONTEXT_TOKENS = 64
+# Texts to stand before another one, each of a kind of character that tokenizers keep from joining with other kinds.
+_BORDERS = ("\n", ".", "a", "0", "\u4e00")
 
 
 class Tokenizer:
@@ -32,11 +38,12 @@ class Tokenizer:
         bos_token_id: int | None,
         eos_token_ids: Collection[int],
         strip_leading_space: bool,
-        chat_template: str | None,
+        chat_templates: Mapping[str, str],
     ) -> None:
         """`encode`: (text, add special tokens) -> ids. `token_text`: id -> its spelling in the vocabulary, None where
         there is none. `special_tokens`: names such as ``"bos_token"`` -> text, for chat templates.
-        `strip_leading_space`: the tokenizer puts a space before text, so decoding takes one away.
+        `strip_leading_space`: the tokenizer puts a space before text, so decoding takes one away. `chat_templates`: by
+        name, a model's only one as "default".
         """
         self._encode = encode
         self._token_text = token_text
@@ -47,8 +54,9 @@ class Tokenizer:
         self._bos_token_id = bos_token_id
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._strip_leading_space = strip_leading_space
-        self._chat_template = chat_template
+        self._chat_templates = dict(chat_templates)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
+        self._special_texts: AddedTokens | None = None  # made when first asked for
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
@@ -105,8 +113,13 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Source of the model's chat template (see `octavo.text.chat_template`), if it has one."""
-        return self._chat_template
+        """Source of the model's chat template (see `octavo.text.chat_template`) for all conversations, if any."""
+        return self._chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All of them by name: "default" and, where a model has several, such as "tool_use"."""
+        return dict(self._chat_templates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised either way.
@@ -123,15 +136,41 @@ class Tokenizer:
             ) from None
         return self._encode(text, add_special_tokens)
 
-    def encode_following(self, text: str) -> list[int]:
-        """Token ids of `text` where other text stands before it: without BOS, and without the space that some
-        tokenizers put before a text (as far as they leave it out behind a BOS token that is written out)."""
-        bos = self._special_tokens.get("bos_token")
-        if self._strip_leading_space and bos is not None:
-            ids = self.encode(bos + text, add_special_tokens=False)
-            if ids[:1] == [self._bos_token_id]:
-                return ids[1:]
-        return self.encode(text, add_special_tokens=False)
+    def encode_open(self, text: str) -> list[int]:
+        """Token ids of a text that goes on later: with what the model asks for before it, such as BOS, and without
+        what would come after its end, such as EOS."""
+        plain = self.encode(text, add_special_tokens=False)
+        ids = self.encode(text)
+        before = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)
+        return ids[: before + len(plain)]
+
+    def encode_following(self, before: Sequence[int], text: str) -> list[int]:
+        """Token ids of `text` where the tokens `before` stand before it: those of the whole text that come after
+        those of its beginning, with nothing that a tokenizer puts before a text as such.
+
+        Where the whole text would have a token that crosses the border (``before`` ends in "wh", `text` is "ale"),
+        that is `encode_inside`. The last tokens of `before` decide:
+        what lies further back is not looked at, so the time does not depend on its length.
+        """
+        if not text:
+            return []
+        if not before or list(before) == self.encode(""):  # it is the beginning
+            return self.encode(text, add_special_tokens=False)
+        found = self._after(self.spelling(before[-_CONTEXT_TOKENS:]), text)
+        return self.encode_inside(text) if found is None else found
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of `text` inside a text that has a border of tokens before it, with nothing put before it."""
+        ids = self.encode(text, add_special_tokens=False)
+        if self.spelling(ids) in (text, text.replace("\u2581", " ")):
+            return ids  # nothing was put before it
+        return next((found for border in _BORDERS if (found := self._after(border, text)) is not None), ids)
+
+    def _after(self, beginning: str, text: str) -> list[int] | None:
+        """The tokens of `beginning + text` less those of `beginning`; None where these are not what it begins with."""
+        first = self.encode(beginning, add_special_tokens=False)
+        whole = self.encode(beginning + text, add_special_tokens=False)
+        return whole[len(first) :] if whole[: len(first)] == first else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes token `token_id` adds to a text, special tokens spelled out. Empty for an id without a token."""
@@ -153,6 +192,10 @@ class Tokenizer:
             data = data[1:]
         return data.decode("utf-8", "replace")
 
+    def spelling(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens from the middle of a text: special ones spelt out, and no leading space taken away."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
     def text_stream(
         self,
         prompt_token_ids: Sequence[int],
@@ -164,6 +207,8 @@ class Tokenizer:
         stop_after: int = 0,
     ) -> IncrementalText:
         """Incremental text of one output that follows `prompt_token_ids`; see `IncrementalText`.
+
+        A stop string that is a special token is found also where special tokens are skipped.
 
         `spaces_between_special_tokens` is accepted for compatibility: none of the tokenizers supported puts spaces
         there, nor do the fast tokenizers of transformers, so both values give the same text.
@@ -177,4 +222,13 @@ class Tokenizer:
             stop=StopMatcher(stop) if stop else None,
             include_stop=include_stop_str_in_output,
             stop_after=stop_after,
+            stop_tokens=frozenset(n for string in stop for n in self.special_tokens_in(string)),
         )
+
+    def special_tokens_in(self, text: str) -> list[int]:
+        """The special tokens that `text` spells out, also where the tokenizer would take them for ordinary text."""
+        if self._special_texts is None:
+            ids = {self.spelling([n]): n for n in sorted(self._special_token_ids)}
+            ids.pop("", None)
+            self._special_texts = AddedTokens(ids)
+        return [n for _, n in self._special_texts.split(text) if n >= 0]

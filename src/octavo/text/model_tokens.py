@@ -1,0 +1,53 @@
+"""A tokenizer beside the rows of a model: it may know tokens that the model has none for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.core.errors import InvalidRequestError, shown
+from octavo.text.tokenizer import Tokenizer
+
+
+class ModelTokens:
+    """What requests spell, in tokens that one model can read and draw."""
+
+    def __init__(self, codec: Tokenizer, rows: int) -> None:
+        """`rows`: of the model's embedding, for token ids from 0 on."""
+        self._codec = codec
+        self._rows = rows
+        # Files name end tokens without a row: they can never be drawn.
+        self.eos_token_ids = tuple(n for n in codec.eos_token_ids if n < rows)
+
+    def check_spelt(self, field: str, token_ids: Sequence[int]) -> None:
+        """Refuse a text by the name of the first of its tokens that has no row. Raises InvalidRequestError."""
+        for token_id in token_ids:
+            if token_id >= self._rows:
+                token, last = self._codec.spelling([token_id]), self._rows - 1
+                problem = f"holds {token!r}, token {token_id}, which this model does not know: its ids end at {last}"
+                raise InvalidRequestError(field, problem)
+
+    def encode_rest(self, before: Sequence[int], text: str) -> list[int]:
+        """Token ids of what is left of a token that was cut, without any that has no row."""
+        return [n for n in self._codec.encode_following(before, text) if n < self._rows]
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each word, as it is spelt at the start of a text, inside one, and there after a space; but for
+        spellings with a token that has no row, which cannot be drawn."""
+        spellings: dict[tuple[int, ...], None] = {}
+        for word in words:
+            at_start = self._codec.encode(word, add_special_tokens=False)
+            inside = self._codec.encode_inside(word)
+            spaced = self._codec.encode_inside(" " + word.lstrip())
+            for token_ids in (at_start, inside, spaced):
+                if token_ids and max(token_ids) < self._rows:
+                    spellings[tuple(token_ids)] = None
+        return tuple(spellings)
+
+    def check_stop(self, text: str) -> None:
+        """Of a request whose texts leave special tokens out: alone these can stop it, inside a string they cannot be
+        found. Raises InvalidRequestError."""
+        for token_id in self._codec.special_tokens_in(text):
+            token = self._codec.spelling([token_id])
+            if token != text:
+                problem = f"{shown(text)} holds the special token {token}, which skip_special_tokens leaves out"
+                raise InvalidRequestError("stop", f"{problem}: give the token alone, or skip_special_tokens=False")
