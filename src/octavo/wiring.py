@@ -119,9 +119,10 @@ def system_fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
 
 
 def _files(model: Path) -> list[Path]:
-    return (
-        [model] if model.is_file() else [p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".gguf")]
-    )
+    if model.is_file():
+        return [model]
+    # Regular files: what else somebody may have put there is not read, and a pipe would be waited for.
+    return [p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".gguf") and p.is_file()]
 
 
 def _code() -> list[Path]:

@@ -381,6 +381,12 @@ def test_limits_on_items_and_header(write: Write, monkeypatch: pytest.MonkeyPatc
         patch.setattr(gguf_module, "MAX_ITEMS", 11)
         with pytest.raises(ModelFormatError, match="b: the file's arrays hold more than 11"):
             GGUFFile(write(content))
+    nested = ("c", ARRAY, array(ARRAY, [array(U32, []) for _ in range(6)]))
+    GGUFFile(write(gguf_file([nested], [ONE]))).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_module, "MAX_NESTED", 5)
+        with pytest.raises(ModelFormatError, match="c: the file's arrays hold more than 5 arrays"):
+            GGUFFile(write(gguf_file([nested], [ONE])))
     # Wherever the limit falls in the header it is an error; tensor data may lie behind it.
     path = write(content)
     data_start = len(content) - len(ONE.data)

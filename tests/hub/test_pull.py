@@ -338,6 +338,25 @@ def test_too_little_space_is_noticed_first(alias: Alias, home: Path, monkeypatch
         hub.pull("tiny-test")
 
 
+@pytest.mark.parametrize("planted", [".staging", ".lock", ".staging/tiny-test.gguf.partial"])
+def test_links_in_the_cache_are_not_followed(alias: Alias, home: Path, tmp_path: Path, planted: str) -> None:
+    """Guards somebody's folder whose sub-folders would be deleted, and somebody's file that would be written over."""
+    victim = tmp_path / "victim"
+    (victim / "photos").mkdir(parents=True)
+    (victim / "photos" / "one").write_bytes(b"precious")
+    (victim / "file").write_bytes(b"precious")
+    model = home / "models" / "tiny-test"
+    link = model / planted.replace("tiny-test.gguf", alias.file)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim if planted == ".staging" else victim / ("new" if planted == ".lock" else "file"))
+    with pytest.raises(DownloadError, match=r"is a link, which is not followed|cannot write the model"):
+        hub.pull("tiny-test")
+    assert sorted(path.name for path in victim.iterdir()) == ["file", "photos"]
+    assert (victim / "photos" / "one").read_bytes() == (victim / "file").read_bytes() == b"precious"
+    link.unlink()
+    assert hub.pull("tiny-test").is_file()
+
+
 def test_read_only_home_can_be_read(alias: Alias, home: Path) -> None:
     """Guards models baked into an image: finding one writes nothing, not even a lock."""
     path = hub.pull("tiny-test")

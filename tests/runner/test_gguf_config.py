@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,17 @@ def test_missing_keys_are_named(key: str) -> None:
 def test_rope_factors(value: float) -> None:
     with pytest.raises(ModelFormatError, match=r"rope_freqs\.weight"):
         config_of("llama", SOUND, tensor("rope_freqs.weight", 4, value=value))
+
+
+def test_rope_factors_are_counted_before_they_are_unpacked() -> None:
+    """Guards against a few megabytes in the file that become hundreds in memory before they are refused."""
+    many = RawTensor("rope_freqs.weight", (60_000, 256), QuantType.Q2_K, np.zeros((60_000, 84), np.uint8))
+    tracemalloc.start()
+    with pytest.raises(ModelFormatError, match=r"rope_freqs\.weight: must be 4 numbers, not 15360000"):
+        config_of("llama", SOUND, many)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize(

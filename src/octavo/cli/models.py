@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import OctavoError
+from octavo.core.model_folder import read_file
 
 if TYPE_CHECKING:
     from octavo.hub import LocalModel
@@ -96,8 +97,7 @@ def _inspect(path: Path) -> tuple[str | None, str | None]:
 
 def _inspect_folder(folder: Path) -> tuple[str | None, str | None]:
     """(architecture, quantisation or weight type) of a Hugging Face folder, from its config.json."""
-    with (folder / "config.json").open("rb") as file:
-        config = json.loads(file.read(_MAX_CONFIG_BYTES))
+    config = json.loads(read_file(folder, "config.json", _MAX_CONFIG_BYTES) or b"")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: not a JSON object")
     quantized = config.get("quantization_config")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.core.model_folder import check_inside
 from octavo.formats.gguf import MAGIC as _GGUF_MAGIC
 from octavo.formats.gguf import GGUFFile
 from octavo.formats.mapping import ModelFile, map_file
@@ -13,7 +14,6 @@ from octavo.formats.quants import DEQUANTIZABLE, QuantType, dequantize
 from octavo.formats.safetensors import (
     SafetensorsFile,
     SafetensorsModel,
-    check_inside,
     find_in_folder,
     list_folder,
     open_safetensors,

@@ -38,7 +38,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 512 << 20  # everything before the tensor data
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
-MAX_ITEMS = 1 << 23  # strings and nested arrays in all arrays together: each costs one step of a Python loop
+MAX_ITEMS = 1 << 23  # strings in all arrays together: each costs one step of a loop
+MAX_NESTED = 1 << 16  # arrays in arrays: each is an object, many times the size of an empty one in the file
 MAX_NAME_BYTES = 65535  # the format's own limit on keys
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
@@ -100,6 +101,7 @@ class _Reader:
         self.position = 0
         self.end = min(len(buffer), MAX_HEADER_BYTES)
         self.items_left = MAX_ITEMS
+        self.nested_left = MAX_NESTED
 
     def fail(self, field: str, message: str) -> NoReturn:
         raise ModelFormatError(self.path, field, message)
@@ -218,11 +220,14 @@ def _read_array(reader: _Reader, field: str, depth: int) -> Any:
         if kind == _BOOL and count and raw.max() > 1:
             reader.fail(field, "booleans must be 0 or 1")
         return raw.view(_NUMBERS[kind][1])
-    if count > reader.items_left:
-        reader.fail(field, f"the file's arrays hold more than {MAX_ITEMS} strings and arrays")
-    reader.items_left -= count
     if kind == _ARRAY:
+        if count > reader.nested_left:
+            reader.fail(field, f"the file's arrays hold more than {MAX_NESTED} arrays")
+        reader.nested_left -= count
         return [_read_array(reader, field, depth + 1) for _ in range(count)]
+    if count > reader.items_left:
+        reader.fail(field, f"the file's arrays hold more than {MAX_ITEMS} strings")
+    reader.items_left -= count
     strings, reader.position = locate_strings(reader.path, field, reader.buffer, reader.position, reader.end, count)
     return strings
 

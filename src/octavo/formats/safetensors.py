@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError
+from octavo.core.model_folder import check_inside
 from octavo.formats.mapping import ModelFile, map_file, printable
 from octavo.formats.quants import QuantType
 from octavo.formats.tensor import RawTensor
@@ -125,24 +126,6 @@ def list_folder(folder: Path, suffix: str) -> list[str]:
         return sorted(p.name for p in folder.iterdir() if p.suffix == suffix)
     except OSError as error:
         raise ModelFormatError(folder, "folder", f"cannot be read: {error.strerror}") from None
-
-
-def check_inside(folder: Path, name: str, field: str = "file name") -> Path:
-    """The path of `name` in `folder`, if it is a bare name whose links, if any, do not leave the model.
-
-    The rule is that of `open_safetensors`. Raises ModelFormatError.
-    """
-    if not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
-        raise ModelFormatError(folder, field, f"{printable(name)!r} is not a bare file name")
-    path = folder / name
-    home = Path(os.path.realpath(folder))
-    target = Path(os.path.realpath(path))
-    if target.parent == home:
-        return path
-    for snapshots in home.parents:
-        if snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs":
-            return path
-    raise ModelFormatError(folder, field, f"{printable(name)!r} is a link that leaves the folder")
 
 
 def _open_single(opened: Path, file: Path) -> SafetensorsModel:

@@ -21,8 +21,10 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     Raises DownloadError when the file cannot be made or the file system has no locks.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
+        if path.is_symlink():
+            raise DownloadError(f"{path} is a link, which is not followed; remove it") from error
         raise DownloadError(f"cannot write in {path.parent}: {error.strerror}") from error
     try:
         try:

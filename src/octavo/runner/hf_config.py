@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.core.model_folder import read_file
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
 from octavo.runner.checks import check_config
 
@@ -129,16 +130,12 @@ def config_from_folder(folder: Path) -> ModelConfig:
 
 
 def _read(path: Path) -> _Config:
+    data = read_file(path.parent, path.name, _MAX_CONFIG_BYTES)
+    if data is None:
+        raise ModelNotFoundError(f"{path}: no such file")
     try:
-        size = path.stat().st_size
-        if size > _MAX_CONFIG_BYTES:
-            raise ModelFormatError(path, "file", f"is larger than {_MAX_CONFIG_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelNotFoundError(f"{path}: cannot be read: {error.strerror}") from None
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelFormatError):
-            raise
         raise ModelFormatError(path, "file", f"is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ModelFormatError(path, "file", "must hold a JSON object")

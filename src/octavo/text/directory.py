@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.core.model_folder import check_inside, read_file
 from octavo.text.config_tokens import add_config_tokens
 from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
@@ -14,7 +15,8 @@ from octavo.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-_MAX_CONFIG_BYTES = 64 << 20  # the small JSON files; tokenizer.json itself goes to the tokenizers library
+_MORE_TEMPLATES = "additional_chat_templates"
+_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file or template; parsed, JSON takes up to twenty times as much
 
 
 def tokenizer_from_directory(path: Path) -> Tokenizer:
@@ -26,6 +28,7 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{path}: no tokenizer.json there; only Hugging Face fast tokenizers and GGUF files are read"
         )
+    check_inside(path, "tokenizer.json")
     from tokenizers import Tokenizer as FastTokenizer
 
     try:
@@ -66,13 +69,11 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    file = path / name
-    if not file.is_file():
+    data = read_file(path, name, _MAX_CONFIG_BYTES)
+    if data is None:
         return {}
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelFormatError(path, name, f"larger than {_MAX_CONFIG_BYTES} bytes")
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(path, name, f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -126,10 +127,12 @@ def _end_tokens(path: Path, eos: int | None) -> set[int]:
 def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """By name. Files go before what the JSON files say: ``chat_template.jinja`` is the default, those in
     ``additional_chat_templates`` have their names; then ``chat_template.json``, then ``tokenizer_config.json``."""
-    files = {"default": path / "chat_template.jinja"} if (path / "chat_template.jinja").is_file() else {}
-    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
-    if files:
-        return {name: _read_text(path, file) for name, file in files.items()}
+    texts = {"default": _read_text(path, "chat_template.jinja")}
+    for file in sorted((path / _MORE_TEMPLATES).glob("*.jinja")):
+        texts[file.stem] = _read_text(path, file.name, _MORE_TEMPLATES)
+    found = {name: text for name, text in texts.items() if text is not None}
+    if found:
+        return found
     of_processor = _read_json(path, "chat_template.json").get("chat_template")
     name = "tokenizer_config.json" if of_processor is None else "chat_template.json"
     value = config.get("chat_template") if of_processor is None else of_processor
@@ -146,10 +149,9 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _read_text(path: Path, file: Path) -> str:
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelFormatError(path, file.name, f"larger than {_MAX_CONFIG_BYTES} bytes")
+def _read_text(path: Path, name: str, below: str = "") -> str | None:
+    data = read_file(path, name, _MAX_CONFIG_BYTES, below)
     try:
-        return file.read_text(encoding="utf-8")
+        return None if data is None else data.decode()
     except UnicodeDecodeError as error:
-        raise ModelFormatError(path, file.name, f"not valid UTF-8: {error}") from None
+        raise ModelFormatError(path, name, f"not valid UTF-8: {error}") from None

@@ -6,7 +6,10 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +204,118 @@ def test_packing_outside(ops: CpuOps) -> None:
     for first, shape in ((2**64 - 1, (2, 64)), (0, (1, 63)), (0, (21, 64))):
         with pytest.raises(ValueError, match="shape"):
             weight.unpack(0, first, np.empty(shape, F32))
+
+
+def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:
+    """None is a null pointer to C++."""
+    rows = random_tensor("Q4_1", 4, 64).data
+    g, x = graph(ops)
+    for call in (
+        lambda: _C.pack(ops.machine, [(None, 0, rows, None, 0)]),
+        lambda: g.linear(x, None, None),
+        lambda: g.embed(None, 1.0),
+        lambda: g.store_kv(x, x, None),
+        lambda: g.attention(x, None, 1.0),
+        lambda: _C.Graph(None),
+        lambda: _C.pack(None, []),
+        lambda: g.run(None, None, *(None,) * 6, 3),
+        lambda: _C.row_draw(None, np.zeros(3, F32), 1.0, 0, 1.0, 0.0, 0, [], 0),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+def test_rows_that_are_not_numbers(ops: CpuOps) -> None:
+    """Guards against a token id past the end of the row."""
+    for row in (np.full(300, np.nan, F32), np.array([0.0, np.nan, 1.0], F32)):
+        for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
+            with pytest.raises(ValueError, match="NaN"):
+                _C.row_draw(ops.machine, row, 1.0, *filters, 1, [0], 5)
+        with pytest.raises(ValueError, match="NaN"):
+            _C.row_best(ops.machine, row, np.zeros(2, np.int32))
+    for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
+        assert 0 <= _C.row_draw(ops.machine, np.full(300, -np.inf, F32), 1.0, *filters, 1, [0], 5) < 300
+
+
+def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
+    """The metadata of a batch, the order of rows and rows of logits, while the kernels read them without the
+    interpreter: the result is of what was checked, and nothing is read or written outside."""
+    paged = Paged(ops, [20, 5])
+    batch = paged.batch([(0, 3, 20), (1, 4, 5)])
+    q = ops.from_numpy(array(18, 4, 16))
+    expected = ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes()
+    good = [getattr(batch, name).copy() for name in METADATA]
+    weight, rows = _C.Weight([("Q4_1", 400)], 64), random_tensor("Q4_1", 400, 64).data
+    order, row = np.arange(400), array(5000)
+    ends = threading.Event()
+
+    def change() -> None:
+        while not ends.is_set():
+            for name in METADATA:
+                getattr(batch, name)[...] = 2**31 - 1
+            order[...] = 2**60
+            row[...] = np.nan
+            for name, values in zip(METADATA, good, strict=True):
+                getattr(batch, name)[...] = values
+            order[...] = np.arange(400)
+            row[...] = array(5000)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    done = Counter[str]()
+    try:
+        while done["run"] < 200 or done["packed"] < 50 or done["drawn"] < 50:
+            with suppress(ValueError, IndexError):
+                assert ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes() == expected
+                done["run"] += 1
+            with suppress(ValueError, IndexError):
+                _C.pack(ops.machine, [(weight, 0, rows, order, 0)])
+                done["packed"] += 1
+            with suppress(ValueError, IndexError):
+                assert 0 <= _C.row_draw(ops.machine, row, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 5000
+                done["drawn"] += 1
+            done["all"] += 1
+    finally:
+        ends.set()
+        thread.join()
+
+
+METADATA = ("input_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping")
+
+
+def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
+    """Two threads run it, one after the other; a third records."""
+    g, x = graph(ops)
+    out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
+    for _ in range(200):
+        out = g.rms_norm((out, 0, 64), np.ones(64, F32), 1e-5, None)
+    values, none = array(300, 64), (None,) * 6
+    expected = np.zeros((300, 64), F32)
+    g.run([x[0], out], [values, expected], *none, 300)
+    failed: list[BaseException] = []
+    left = threading.Semaphore(2)
+
+    def run() -> None:
+        try:
+            for _ in range(20):
+                result = np.zeros((300, 64), F32)
+                g.run([x[0], out], [values, result], *none, 300)
+                assert result.tobytes() == expected.tobytes()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            left.acquire()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while left._value:
+        # What does not change what is run: views that are refused. While a run is under way even that is not looked at.
+        with pytest.raises((ValueError, RuntimeError)):
+            g.rms_norm((9999, 0, 64), np.ones(64, F32), 1e-5, None)
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_blocks_outside(ops: CpuOps) -> None:
