@@ -19,7 +19,7 @@ class InvalidRequestError(OctavoError, ValueError):
     """A request is malformed. `field` names the parameter at fault (for example ``"temperature"``)."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
+        super().__init__(_cut(f"{field}: {message}"))
         self.field = field
         self.problem = message
 
@@ -38,13 +38,16 @@ class ModelFormatError(OctavoError, ValueError):
     """
 
     def __init__(self, path: object, field: str, message: str) -> None:
-        super().__init__(f"{path}: {field}: {message}")
+        super().__init__(_cut(f"{path}: {field}: {message}"))
         self.path = str(path)
         self.field = field
 
 
 class UnsupportedModelError(OctavoError, ValueError):
     """The architecture, or a feature of it, is not implemented. The message lists what is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_cut(message))
 
 
 class DownloadError(OctavoError, RuntimeError):
@@ -61,6 +64,11 @@ class RequestFailedError(OctavoError, RuntimeError):
 
 class EngineClosedError(OctavoError, RuntimeError):
     """The engine was shut down, or died, before the request ended."""
+
+
+def _cut(message: str) -> str:
+    """What files and requests hold may be of any length, and errors go to logs and terminals."""
+    return message if len(message) <= 1000 else message[:997] + "..."
 
 
 def shown(value: object) -> str:
