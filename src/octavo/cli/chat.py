@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import add_sampling_arguments, refuse_logprobs, sampling_params
+from octavo.cli.streams import OutputError
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _talk(chat: Chat) -> None:
             note("Ctrl-D or /exit leaves")
         except UnicodeDecodeError:
             note("the line is not valid UTF-8")
-        except EngineClosedError:
+        except (EngineClosedError, OutputError):
             raise
         except OctavoError as error:
             note(str(error))
@@ -220,10 +221,17 @@ def _answer_lines(chat: Chat) -> None:
 def _piped_lines() -> Iterator[str]:
     if sys.stdin is None:
         return
-    while data := sys.stdin.buffer.readline(MAX_LINE_BYTES + 1):
+    while data := _line_of_stdin():
         if len(data) > MAX_LINE_BYTES:
             raise InvalidRequestError("stdin", f"has a line of more than {MAX_LINE_BYTES} bytes")
         try:
             yield data.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidRequestError("stdin", f"is not valid UTF-8 at byte {error.start} of a line") from None
+
+
+def _line_of_stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequestError("stdin", f"cannot be read: {error.strerror}") from None

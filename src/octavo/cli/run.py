@@ -89,7 +89,10 @@ def _piped_text() -> str | None:
     """What comes in through a pipe or file, without its last line end; None when stdin is a terminal or closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return None
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    try:
+        data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequestError("stdin", f"cannot be read: {error.strerror}") from None
     if len(data) > MAX_STDIN_BYTES:
         raise InvalidRequestError("stdin", f"holds more than {MAX_STDIN_BYTES} bytes")
     try:
