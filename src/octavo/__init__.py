@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from octavo.core.beam_params import BeamSearchParams
     from octavo.core.errors import OctavoError
     from octavo.core.outputs import CompletionOutput, RequestOutput
-    from octavo.core.params import SamplingParams
+    from octavo.core.params import RepetitionDetectionParams, SamplingParams
     from octavo.llm import LLM
     from octavo.session import Session
 
@@ -25,6 +25,7 @@ _PUBLIC = {
     "AsyncLLM": "octavo.async_llm",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.core.params",
+    "RepetitionDetectionParams": "octavo.core.params",
     "BeamSearchParams": "octavo.core.beam_params",
     "RequestOutput": "octavo.core.outputs",
     "CompletionOutput": "octavo.core.outputs",
@@ -39,6 +40,7 @@ __all__ = [
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "SamplingParams",
     "Session",

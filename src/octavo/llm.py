@@ -50,6 +50,17 @@ class LLM:
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
         self.system_fingerprint = built.system_fingerprint
+        self._generation_config = built.generation_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """What the model's files recommend for sampling, as fields of SamplingParams: those of temperature, top_p,
+        top_k, min_p and repetition_penalty that generation_config.json tells, or general.sampling.* in a GGUF file.
+        The command line follows it; in Python ``SamplingParams(**llm.generation_config, max_tokens=200)`` does.
+
+        A value that cannot be used is left out, with a warning. Raises ModelFormatError for a file that is not JSON.
+        """
+        return self._generation_config()
 
     # --- generating ---
 

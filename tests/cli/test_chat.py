@@ -27,7 +27,7 @@ from .conftest import Invoke
 
 SOURCE = Path(__file__).parents[2] / "src"
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-LIMIT = ("--max-tokens", "12")
+LIMIT = ("--temperature", "0", "--max-tokens", "12")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def conversation(llm: LLM, *questions: str, system: str | None = None) -> list[s
 def test_the_real_model_remembers(invoke: Invoke) -> None:
     """Guards the default model and template with a conversation; one short answer each."""
     stdin = b"What is the capital of France?\nWhat is the capital of Italy?\n"
-    code, out, err = invoke("chat", "--backend", "reference", "--max-model-len", 512, "--max-tokens", 10, stdin=stdin)
+    code, out, err = invoke("chat", "--backend", "reference", "--max-model-len", 512, *LIMIT, stdin=stdin)
     assert (code, err) == (0, "")
     assert out == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
 
@@ -273,7 +273,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tiny_llama_dir: Path) -> Iterator[Terminal]:
-    terminal = Terminal("--model", str(tiny_llama_dir), "--ignore-eos")
+    terminal = Terminal("--model", str(tiny_llama_dir), "--ignore-eos", "--no-repetition-detection")
     yield terminal
     terminal.end()
 

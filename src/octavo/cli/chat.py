@@ -1,7 +1,8 @@
 """Talk with a model in the terminal.
 
 Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help lists the commands. When stdin is
-not a terminal every line of it is one message; each is answered, and the program ends with the input.
+not a terminal every line of it is one message; each is answered, and the program ends with the input. Tokens are drawn
+as the model's files recommend, anew for each answer; --temperature 0 gives the most probable answers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_sampling_arguments, refuse_logprobs, sampling_params
+from octavo.cli.sampling_args import add_sampling_arguments, refuse_for_machines, sampling_params
 from octavo.cli.streams import OutputError
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError
 
@@ -43,20 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
-    params = sampling_params(args)
+    sampling_params(args)
     if not args.json:
-        refuse_logprobs(args)
+        refuse_for_machines(args)
+    if args.detokenize is False:
+        raise InvalidRequestError("--no-detokenize", "a conversation goes on from the text of its answers")
     config = engine_config(args)
-    from octavo.cli.answering import check_unicode, is_terminal, open_model
+    from octavo.cli.answering import check_system, is_terminal, log_sampling, open_model
 
-    if args.system is not None:
-        check_unicode("--system", args.system)
+    check_system(args.system, raw=False)
     interactive = is_terminal(sys.stdin)
     with open_model(config, args.verbose) as answerer:
         if answerer.llm.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 "model", f"{config.model} has no chat template and cannot chat; `octavo run` continues a text"
             )
+        params = sampling_params(args, answerer.llm.generation_config)
+        log_sampling(params)
         chat = Chat(answerer, params, args.system, as_json=args.json, show_speed=_shows_speed(args))
         if interactive:
             _talk(chat)
@@ -128,10 +132,11 @@ class Chat:
         return prompt, kept
 
     def _tell(self, output: RequestOutput) -> None:
-        from octavo.cli.answering import speed_line, to_json
+        from octavo.cli.answering import speed_line, tell_repetition, to_json
 
         if self._as_json:
-            print(json.dumps(to_json(output, self._answerer.model)), flush=True)
+            print(json.dumps(to_json(output, self._answerer.model, self._params)), flush=True)
+        tell_repetition(output)
         if output.outputs[0].finish_reason == "length" and self._params.max_tokens is None:
             note(f"the answer ends here: the context of {self._answerer.llm.max_model_len} tokens is full")
         if self._show_speed:

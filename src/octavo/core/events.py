@@ -34,6 +34,7 @@ class Reason(StrEnum):
     RESET = "reset"  # somebody asked for it
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
     ABORT = "abort"
     ERROR = "error"
     STEP_RAISED = "step_raised"

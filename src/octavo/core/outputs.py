@@ -23,8 +23,8 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None  # when logprobs were asked for, and in beam search, there as processed
     logprobs: list[dict[int, Logprob]] | None = None  # one dict per token of `token_ids`
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while running
-    stop_reason: int | str | None = None  # the stop string or stop token id; None for an end token or the length
+    finish_reason: str | None = None  # "stop", "length", "repetition", "abort" or "error"; None while running
+    stop_reason: int | str | None = None  # the stop string or stop token id; "repetition_detected"; else None
     score: float | None = None  # beam search: cumulative_logprob / length ** length_penalty
 
     @property
