@@ -1,8 +1,10 @@
 """Talk with a model in the terminal.
 
-Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help lists the commands. When stdin is
-not a terminal every line of it is one message; each is answered, and the program ends with the input. Tokens are drawn
-as the model's files recommend, anew for each answer; --temperature 0 gives the most probable answers.
+Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help lists the commands. What is
+pasted is one message, whatever lines it has; a line that ends with a backslash goes on in the next, and a message
+between \"\"\" and \"\"\" has as many as it likes. When stdin is not a terminal its lines are messages by the same
+rules; each is answered, and the program ends with the input. Tokens are drawn as the model's files recommend, anew for
+each answer; --temperature 0 gives the most probable answers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
+from octavo.cli.message_input import Message, read_message, terminal_reader
 from octavo.cli.sampling_args import add_sampling_arguments, refuse_for_machines, sampling_params
 from octavo.cli.streams import OutputError
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError
@@ -30,7 +33,9 @@ _HELP = """\
 /clear, /reset  forget the conversation
 /exit, /quit    leave (Ctrl-D does, too)
 /help           this list
-Ctrl-C          stop the answer"""
+Ctrl-C          stop the answer
+\\               at the end of a line: the message goes on
+\"\"\"             begins a message of several lines, and ends it"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,19 +157,13 @@ def note(text: str) -> None:
 
 
 def _talk(chat: Chat) -> None:
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines with it
-
     from octavo.cli.answering import AnswerInterrupted
 
+    read_line = terminal_reader()
     note("Ctrl-D leaves, /help lists the commands")
     while True:
         try:
-            line = _read_line().strip()
-            if not line or not _talk_about(chat, line):
-                continue
+            _talk_about(chat, read_message(read_line))
         except EOFError:
             sys.stderr.write("\n")
             return
@@ -181,21 +180,13 @@ def _talk(chat: Chat) -> None:
             note(str(error))
 
 
-def _read_line() -> str:
-    if sys.stdout.isatty():
-        return input("> ")
-    sys.stderr.write("> ")  # input() would write it into the file that stdout goes to
-    sys.stderr.flush()
-    return input()
-
-
-def _talk_about(chat: Chat, line: str) -> bool:
-    if line.startswith("/") and " " not in line:
-        if not _command(chat, line):
-            note(f"unknown command {line}; /help lists them")
-        return False
-    chat.answer(line)
-    return True
+def _talk_about(chat: Chat, message: Message) -> None:
+    text = message.text.strip()
+    if not message.is_quoted and text.startswith("/") and len(text.split()) == 1:
+        if not _command(chat, text):
+            note(f"unknown command {text}; /help lists them")
+    elif text:
+        chat.answer(text)
 
 
 def _command(chat: Chat, line: str) -> bool:
@@ -215,10 +206,19 @@ def _command(chat: Chat, line: str) -> bool:
 
 
 def _answer_lines(chat: Chat) -> None:
-    for line in _piped_lines():
+    lines = _piped_lines()
+
+    def read_line(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    while True:
         try:
-            if line.strip() and not _command(chat, line.strip()):
-                chat.answer(line)
+            message = read_message(read_line)
+            if message.text.strip() and (message.is_quoted or not _command(chat, message.text.strip())):
+                chat.answer(message.text)
         except EOFError:
             return
 
