@@ -14,7 +14,7 @@ import pytest
 from octavo import LLM, SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.session import Branch
+from octavo.session import Branch, Session
 from tests.invariance.harness import Counts, _Watched
 from tests.test_llm import check_idle, interrupt_at_step
 
@@ -222,6 +222,12 @@ def test_a_conversation(tiny: LLM) -> None:
 # --- misuse ---
 
 
+def dropped(session: Session) -> Branch:
+    (branch,) = session.fork()
+    branch.drop()
+    return branch
+
+
 @pytest.mark.parametrize(
     ("call", "field"),
     [
@@ -246,15 +252,20 @@ def test_a_conversation(tiny: LLM) -> None:
         (lambda s: s.generate(max_tokens=None, min_tokens=600), "min_tokens"),
         (lambda s: s.select([]), "choices"),
         (lambda s: s.select("yes"), "choices"),
-        (lambda s: s.select(["yes", ""]), "choices"),
+        (lambda s: s.select(["yes", ""]), "choices[1]"),
         (lambda s: s.select(["x"] * 2000), "choices"),
-        (lambda s: s.select([3]), "prompt"),
-        (lambda s: s.select([" x" * 600]), "choices"),
+        (lambda s: s.select([3]), "choices[0]"),
+        (lambda s: s.select(["yes", {"prompt_token_ids": [99999]}]), "choices[1].prompt_token_ids"),
+        (lambda s: s.select(["yes", " x" * 600]), "choices[1]"),
         (lambda s: s.select(["yes"], by="length"), "by"),
         (lambda s: s.generate_all([s, s]), "branches"),
         (lambda s: s.generate_all(s), "branches"),
         (lambda s: s.generate_all([s], [SamplingParams()] * 2), "sampling_params"),
         (lambda s: s.generate_all([s], max_token=1), "max_token"),
+        (lambda s: s.generate_all([s, dropped(s)]), "branches[1]"),
+        (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), SamplingParams(n=2)]), "sampling_params[1].n"),
+        (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), {"max_tokens": 3}]), "sampling_params[1]"),
+        (lambda s: s.generate_all([s, *s.fork()], n=2), "n"),
     ],
 )
 def test_bad_arguments_are_refused(tiny: LLM, call: Callable[[Any], Any], field: str) -> None:
