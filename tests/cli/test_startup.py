@@ -13,7 +13,17 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 ENV = {**os.environ, "PYTHONPATH": str(SOURCE)}
 # Each takes longer to load than all that --help may take, or belongs to an optional feature.
-HEAVY = ("torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "jinja2", "rich", "asyncio")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "huggingface_hub",
+    "tokenizers",
+    "jinja2",
+    "rich",
+    "asyncio",
+    "prompt_toolkit",
+)
 ATTEMPTS = 7
 
 
