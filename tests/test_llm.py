@@ -19,6 +19,7 @@ from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestErr
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
 from octavo.runner.weights import FileWeights
+from tests.pace import held
 
 PROMPT = "the quick brown fox"
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -463,10 +464,11 @@ def test_threads_share_a_batch(tiny: LLM) -> None:
             got[output.seed] = token_ids(output)
 
     threads = [threading.Thread(target=work, args=(seeds[n::4],)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with held(tiny._engine, lambda: tiny._engine.num_requests == len(seeds)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert got == expected
     assert tiny._engine.num_steps - steps < 12 * len(seeds) / 2, "requests of different threads ran together"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import pty
@@ -273,6 +274,8 @@ def test_help_names_every_flag(invoke: Invoke) -> None:
 
 # --- processes ---
 
+ENDLESS = ("--ignore-eos", "--no-repetition-detection")
+
 
 def program(tiny: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "octavo", "run", "--model", str(tiny), *arguments]
@@ -281,15 +284,16 @@ def program(tiny: Path, *arguments: str) -> list[str]:
 def test_a_pipe_in_and_a_reader_that_goes_away(tiny_llama_dir: Path) -> None:
     """`echo hi | octavo run | head -c 1` ends without a word."""
     child = subprocess.Popen(
-        program(tiny_llama_dir, "--ignore-eos"), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        program(tiny_llama_dir, *ENDLESS), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert child.stdin and child.stdout and child.stderr
+    fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)  # it cannot write all before we have gone
     child.stdin.write(b"hi\n")
     child.stdin.close()
     assert len(child.stdout.read(1)) == 1
     child.stdout.close()
-    assert child.wait(30) == 141
+    assert child.wait() == 141
     assert child.stderr.read() == b""
     child.stderr.close()
 
@@ -297,13 +301,14 @@ def test_a_pipe_in_and_a_reader_that_goes_away(tiny_llama_dir: Path) -> None:
 def test_interrupting_an_answer(tiny_llama_dir: Path) -> None:
     """Ctrl-C ends with 130, a line end after what was printed, and no traceback."""
     child = subprocess.Popen(
-        program(tiny_llama_dir, "hi", "--ignore-eos"), env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        program(tiny_llama_dir, "hi", *ENDLESS), env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert child.stdout
+    fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)  # it cannot be done before it is interrupted
     first = child.stdout.read(1)
     child.send_signal(signal.SIGINT)
-    rest, err = child.communicate(timeout=30)
+    rest, err = child.communicate()
     assert (child.returncode, err) == (130, b"")
     assert (first + rest).endswith(b"\n")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from octavo.core.errors import ConfigError
-from octavo.runner.block_files import BlockFiles
+from octavo.runner import block_files
+from octavo.runner.block_files import BlockFiles, loading_is_slower
 from tests.backends.cpu.test_processes import in_fork
 
 TOKENS = tuple(range(16))
@@ -139,14 +140,21 @@ def test_the_size_is_kept_and_what_was_used_longest_ago_goes(tmp_path: Path) -> 
     none.close()
 
 
-def test_slower_than_computing(files: BlockFiles) -> None:
+def test_slower_than_computing(files: BlockFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading that is predicted to take longer is left, but tried again now and then."""
     files.save(key(1), TOKENS, 1)
     files.flush()
-    assert files.load(key(1), TOKENS, 1e-9) is not None, "nothing is known of loading yet"
-    answers = [files.load(key(1), TOKENS, 1e-9) is not None for _ in range(100)]
-    assert 1 <= sum(answers) <= 5 and not answers[0]
-    assert files.load(key(1), TOKENS, 10.0) is not None
+    asked: list[tuple[float | None, float | None]] = []
+    monkeypatch.setattr(block_files, "loading_is_slower", lambda *seconds: asked.append(seconds) or len(asked) > 1)
+    assert files.load(key(1), TOKENS, 7.0) is not None
+    answers = [files.load(key(1), TOKENS, 7.0) is not None for _ in range(100)]
+    assert answers == ([False] * 32 + [True]) * 3 + [False]
+    assert asked[0] == (None, 7.0) and asked[1][0] is not None and asked[1][0] > 0, "measured when it was loaded"
+
+
+def test_what_is_slower() -> None:
+    assert loading_is_slower(2.0, 1.0) and not loading_is_slower(1.0, 2.0) and not loading_is_slower(1.0, 1.0)
+    assert not loading_is_slower(None, 1e-9) and not loading_is_slower(2.0, None), "nothing is known yet"
 
 
 def test_leftovers_of_a_program_that_ended_while_it_wrote(tmp_path: Path) -> None:
