@@ -16,6 +16,8 @@ from octavo.cli.main import COMMANDS, EXIT_BROKEN_PIPE, EXIT_OUTPUT, main
 
 from .conftest import Invoke
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 SOURCE = Path(__file__).parents[2] / "src"
 ENV = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1"}
 FULL = "octavo: error: stdout cannot be written: No space left on device\n"
