@@ -324,7 +324,17 @@ for part in llm(prompt, max_tokens=1, temperature=0, stream=True):
 
 def start_command(engine: str, python: str, model: str, threads: int) -> list[str]:
     if engine == "octavo":
-        settings = ["--model", model, "--threads", str(threads), "--max-tokens", "1", "--ignore-eos"]
+        settings = [
+            "--model",
+            model,
+            "--threads",
+            str(threads),
+            "--max-tokens",
+            "1",
+            "--ignore-eos",
+            "--temperature",
+            "0",
+        ]
         return [str(Path(python).with_name("octavo")), "run", "--raw", *settings, START_PROMPT]
     if engine == "llama.cpp":
         return [python, "-c", LLAMA_CPP_START, model, str(threads), START_PROMPT]

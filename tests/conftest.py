@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before NumPy loads: its threads wait for one another actively, which on a busy machine costs more than they bring.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Programs that tests start, dozens of them, and pytest itself would otherwise compile every module anew each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import json
 from collections.abc import Iterator
@@ -18,6 +22,8 @@ from octavo.hub import resolve_model
 
 if TYPE_CHECKING:
     from octavo import LLM
+
+sys.dont_write_bytecode = False  # as above
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

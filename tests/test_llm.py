@@ -20,6 +20,7 @@ from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestErr
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
 from octavo.runner.weights import FileWeights
+from tests.pace import held
 
 PROMPT = "the quick brown fox"
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -341,6 +342,29 @@ def test_bad_conversations_are_refused(tiny: LLM, messages: Any, options: dict[s
     with pytest.raises(InvalidRequestError) as caught:
         tiny.chat(messages, params(), **options)
     assert caught.value.field == field
+    if isinstance(messages, list):
+        good = [{"role": "user", "content": "x"}]
+        with pytest.raises(InvalidRequestError) as caught:
+            tiny.chat([[*good, {"role": "assistant", "content": "y"}], messages], params(), **options)
+        first = field if field.startswith("chat_template") else field.replace("messages", "messages[1]")
+        assert caught.value.field == ("continue_final_message" if field == "continue_final_message" else first)
+
+
+def test_which_conversation_is_too_long(tiny: LLM) -> None:
+    good, bad = ([{"role": "user", "content": text}] for text in ("x", "x " * 5000))
+    with pytest.raises(InvalidRequestError, match=r"^messages\[2\]: has 10\d+ tokens"):
+        tiny.chat([good, good, bad], params())
+    with pytest.raises(InvalidRequestError, match=r"^messages: has 10\d+ tokens"):
+        tiny.chat(bad, params())
+
+
+def test_which_prompt_leaves_no_room(tiny: LLM) -> None:
+    """The parameters are for all, and one prompt is too long for them."""
+    prompts = [PROMPT, {"prompt_token_ids": [5] * 4000}, {"prompt_token_ids": [5], "cache_salt": ""}]
+    with pytest.raises(InvalidRequestError, match=r"^min_tokens: 200 do not fit: prompts\[1\] has 4000 tokens"):
+        tiny.generate(prompts, params(min_tokens=200, max_tokens=None))
+    with pytest.raises(InvalidRequestError, match=r"^prompts\[2\]\.cache_salt: must be"):
+        tiny.generate(prompts, params())
 
 
 # --- bad input ---
@@ -353,8 +377,8 @@ def test_bad_conversations_are_refused(tiny: LLM, messages: Any, options: dict[s
         (5, "prompts"),
         (None, "prompts"),
         (b"bytes", "prompts"),
-        ([5], "prompt"),
-        ([None], "prompt"),
+        ([5], "prompts[0]"),
+        ([None], "prompts[0]"),
         ({}, "prompt"),
         ({"text": "x"}, "prompt"),
         ({"prompt": "x", 5: 6}, "prompt"),
@@ -379,8 +403,12 @@ def test_bad_prompts_are_refused(tiny: LLM, prompt: Any, field: str) -> None:
         tiny.generate(prompt, params())
     assert caught.value.field == field
     if not isinstance(prompt, list):
-        with pytest.raises(InvalidRequestError):
-            tiny.generate([PROMPT, prompt], params())
+        beams = BeamSearchParams(beam_width=2)
+        for batch in (lambda few: tiny.generate(few, params()), lambda few: tiny.beam_search(few, beams)):
+            with pytest.raises(InvalidRequestError) as caught:
+                batch([PROMPT] * 5 + [prompt] + [PROMPT] * 5)
+            part = ".prompt_token_ids" if field == "prompt_token_ids" else ""
+            assert caught.value.field == f"prompts[5]{part}", "which of the eleven"
         with pytest.raises(InvalidRequestError):
             tiny.stream(prompt, params())
 
@@ -389,7 +417,7 @@ def test_bad_prompts_are_refused(tiny: LLM, prompt: Any, field: str) -> None:
     ("given", "field"),
     [
         ({"sampling_params": [params()] * 3}, "sampling_params"),
-        ({"sampling_params": [params(), None]}, "sampling_params"),
+        ({"sampling_params": [params(), None]}, "sampling_params[1]"),
         ({"sampling_params": {"temperature": 0}}, "sampling_params"),
         ({"sampling_params": "ab"}, "sampling_params"),
         ({"priority": 1}, "priority"),
@@ -404,6 +432,9 @@ def test_bad_prompts_are_refused(tiny: LLM, prompt: Any, field: str) -> None:
         ({"sampling_params": params(min_tokens=4090, max_tokens=None)}, "min_tokens"),
         ({"sampling_params": params(stop=["\udcff"])}, "stop"),
         ({"sampling_params": params(bad_words=["\udcff"])}, "bad_words"),
+        ({"sampling_params": [params(), params(stop_token_ids=[10**8])]}, "sampling_params[1].stop_token_ids"),
+        ({"sampling_params": [params(), params(min_tokens=4090, max_tokens=None)]}, "sampling_params[1].min_tokens"),
+        ({"sampling_params": [params(), params(logprobs=21)]}, "sampling_params[1].logprobs"),
     ],
 )
 def test_bad_parameters_are_refused(tiny: LLM, given: dict[str, Any], field: str) -> None:
@@ -475,10 +506,11 @@ def test_threads_share_a_batch(tiny: LLM) -> None:
             got[output.seed] = token_ids(output)
 
     threads = [threading.Thread(target=work, args=(seeds[n::4],)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with held(tiny._engine, lambda: tiny._engine.num_requests == len(seeds)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert got == expected
     assert tiny._engine.num_steps - steps < 12 * len(seeds) / 2, "requests of different threads ran together"
 

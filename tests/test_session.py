@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 from octavo import LLM, SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.session import Branch
+from octavo.session import Branch, Session
 from tests.invariance.harness import Counts, _Watched
+from tests.pace import held
 from tests.test_llm import check_idle, interrupt_at_step
 
 TEXT = "the quick brown fox jumps over"
@@ -222,6 +224,12 @@ def test_a_conversation(tiny: LLM) -> None:
 # --- misuse ---
 
 
+def dropped(session: Session) -> Branch:
+    (branch,) = session.fork()
+    branch.drop()
+    return branch
+
+
 @pytest.mark.parametrize(
     ("call", "field"),
     [
@@ -246,15 +254,20 @@ def test_a_conversation(tiny: LLM) -> None:
         (lambda s: s.generate(max_tokens=None, min_tokens=600), "min_tokens"),
         (lambda s: s.select([]), "choices"),
         (lambda s: s.select("yes"), "choices"),
-        (lambda s: s.select(["yes", ""]), "choices"),
+        (lambda s: s.select(["yes", ""]), "choices[1]"),
         (lambda s: s.select(["x"] * 2000), "choices"),
-        (lambda s: s.select([3]), "prompt"),
-        (lambda s: s.select([" x" * 600]), "choices"),
+        (lambda s: s.select([3]), "choices[0]"),
+        (lambda s: s.select(["yes", {"prompt_token_ids": [99999]}]), "choices[1].prompt_token_ids"),
+        (lambda s: s.select(["yes", " x" * 600]), "choices[1]"),
         (lambda s: s.select(["yes"], by="length"), "by"),
         (lambda s: s.generate_all([s, s]), "branches"),
         (lambda s: s.generate_all(s), "branches"),
         (lambda s: s.generate_all([s], [SamplingParams()] * 2), "sampling_params"),
         (lambda s: s.generate_all([s], max_token=1), "max_token"),
+        (lambda s: s.generate_all([s, dropped(s)]), "branches[1]"),
+        (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), SamplingParams(n=2)]), "sampling_params[1].n"),
+        (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), {"max_tokens": 3}]), "sampling_params[1]"),
+        (lambda s: s.generate_all([s, *s.fork()], n=2), "n"),
     ],
 )
 def test_bad_arguments_are_refused(tiny: LLM, call: Callable[[Any], Any], field: str) -> None:
@@ -376,10 +389,11 @@ def test_threads_share_a_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> No
             texts[index] = branches[index].generate(**SAMPLED | {"max_tokens": 60}).text
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with held(tiny._engine, lambda: all(branch._state.task is not None for branch in branches)):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     assert texts == expected
     assert counts.shared > 0, "no step had two of them"
 
@@ -397,15 +411,16 @@ def test_one_branch_in_two_threads(tiny: LLM) -> None:
             failed.append(error)
 
     thread = threading.Thread(target=work)
-    thread.start()
-    while s._state.sequence.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
-        pass
-    assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)), "what is under way does not show"
-    for verb in (lambda: s.extend("x"), s.generate, s.fork):
-        with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
-            verb()
-    s.close()
-    thread.join()
+    with held(tiny._engine, lambda: False, after=20):
+        thread.start()
+        while s._state.sequence.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
+            time.sleep(0.001)
+        assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)), "what is under way does not show"
+        for verb in (lambda: s.extend("x"), s.generate, s.fork):
+            with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
+                verb()
+        s.close()
+        thread.join()
     assert len(failed) == 1 and "closed" in str(failed[0])
 
 
@@ -465,9 +480,7 @@ async def test_async_text_is_computed_ahead_and_then_nothing_runs(llm: AsyncLLM)
         await s.extend(TEXT)
         sequence = s._state.sequence
         assert sequence is not None
-        for _ in range(1000):
-            if not llm._loop.engine.has_unfinished_requests:
-                break
+        while llm._loop.engine.has_unfinished_requests:
             await asyncio.sleep(0.005)
         assert sequence.num_computed == s.num_tokens - 1
         step, calls = llm._loop.engine.step, []
@@ -481,15 +494,16 @@ async def test_async_cancelling_restores_the_branch(llm: AsyncLLM) -> None:
     async with llm.session() as s:
         await s.extend(TEXT)
         length = s.num_tokens
-        task = asyncio.create_task(s.generate(**SLOW))
-        while s._state.sequence.num_tokens == length:
-            await asyncio.sleep(0.001)
-        assert s.num_tokens == length, "what is under way does not show"
-        with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
-            await s.extend("x")
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with held(llm._loop.engine, lambda: False, after=20):
+            task = asyncio.create_task(s.generate(**SLOW))
+            while s._state.sequence.num_tokens == length:
+                await asyncio.sleep(0.001)
+            assert s.num_tokens == length, "what is under way does not show"
+            with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
+                await s.extend("x")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         assert (await s.generate(max_tokens=3, ignore_eos=True)).token_ids
         assert s.text.startswith(TEXT) and s.num_tokens == length + 3
 

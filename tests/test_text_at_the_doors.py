@@ -74,7 +74,7 @@ def test_a_prompt_with_a_token_without_a_row_is_refused_by_name(llm: LLM, door: 
     pad = llm.model_config.vocab_size
     with pytest.raises(InvalidRequestError, match=rf"'<pad>', token {pad}, .* end at {pad - 1}") as caught:
         prompts_with_pad(llm)[door]()
-    assert caught.value.field == ("messages" if door == "chat" else "prompt")
+    assert caught.value.field == {"chat": "messages", "generate": "prompts[1]"}.get(door, "prompt")
 
 
 def test_sessions_refuse_them_too(llm: LLM) -> None:
@@ -83,7 +83,7 @@ def test_sessions_refuse_them_too(llm: LLM) -> None:
             with pytest.raises(InvalidRequestError, match=r"^prompt: holds '<pad>'"):
                 s.extend("hello<pad>")
             s.extend("hello")
-        with pytest.raises(InvalidRequestError, match=r"^choices: holds '<pad>'"):
+        with pytest.raises(InvalidRequestError, match=r"^choices\[1\]: holds '<pad>'"):
             s.select([" fish", "<pad>"])
         assert s.generate(max_tokens=2).token_ids
 

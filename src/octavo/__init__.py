@@ -10,48 +10,118 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
+    from octavo.async_session import AsyncBranch, AsyncSession
     from octavo.config import EngineConfig
     from octavo.core.beam_params import BeamSearchParams
-    from octavo.core.errors import OctavoError
-    from octavo.core.outputs import CompletionOutput, RequestOutput
-    from octavo.core.params import SamplingParams
+    from octavo.core.errors import (
+        ConfigError,
+        DownloadError,
+        EngineClosedError,
+        InvalidRequestError,
+        ModelFormatError,
+        ModelNotFoundError,
+        OctavoError,
+        OutOfMemoryError,
+        RequestFailedError,
+        UnsupportedModelError,
+    )
+    from octavo.core.outputs import (
+        CacheExplanation,
+        CacheStats,
+        Choice,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        SelectResult,
+    )
+    from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
+    from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.llm import LLM
-    from octavo.session import Session
+    from octavo.session import Branch, Session
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "LLM": "octavo.llm",
-    "AsyncLLM": "octavo.async_llm",
-    "EngineConfig": "octavo.config",
-    "SamplingParams": "octavo.core.params",
-    "BeamSearchParams": "octavo.core.beam_params",
-    "RequestOutput": "octavo.core.outputs",
-    "CompletionOutput": "octavo.core.outputs",
-    "OctavoError": "octavo.core.errors",
-    "Session": "octavo.session",
+# module -> what is public of it
+_MODULES = {
+    "octavo.async_llm": ("AsyncLLM",),
+    "octavo.async_session": ("AsyncBranch", "AsyncSession"),
+    "octavo.config": ("EngineConfig",),
+    "octavo.core.beam_params": ("BeamSearchParams",),
+    "octavo.core.errors": (
+        "ConfigError",
+        "DownloadError",
+        "EngineClosedError",
+        "InvalidRequestError",
+        "ModelFormatError",
+        "ModelNotFoundError",
+        "OctavoError",
+        "OutOfMemoryError",
+        "RequestFailedError",
+        "UnsupportedModelError",
+    ),
+    "octavo.core.outputs": (
+        "CacheExplanation",
+        "CacheStats",
+        "Choice",
+        "CompletionOutput",
+        "Logprob",
+        "RequestMetrics",
+        "RequestOutput",
+        "SelectResult",
+    ),
+    "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
+    "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
+    "octavo.llm": ("LLM",),
+    "octavo.session": ("Branch", "Session"),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "AsyncBranch",
     "AsyncLLM",
+    "AsyncSession",
     "BeamSearchParams",
+    "Branch",
+    "CacheExplanation",
+    "CacheStats",
+    "ChatPrompt",
+    "Choice",
     "CompletionOutput",
+    "ConfigError",
+    "DownloadError",
+    "EngineClosedError",
     "EngineConfig",
+    "InvalidRequestError",
+    "Logprob",
+    "Messages",
+    "ModelFormatError",
+    "ModelNotFoundError",
     "OctavoError",
+    "OutOfMemoryError",
+    "OutputKind",
+    "Prompt",
+    "RepetitionDetectionParams",
+    "RequestFailedError",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "SelectResult",
     "Session",
+    "UnsupportedModelError",
     "__version__",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker is to know the names above and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -41,6 +41,7 @@ class AsyncLLM:
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
         self.system_fingerprint = built.system_fingerprint
+        self._generation_config = built.generation_config
         self._loop = built.start()
         # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
@@ -88,7 +89,7 @@ class AsyncLLM:
             async for output in answer:
                 yield output
 
-    async def _follow(self, coordinator: Coordinator, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
+    async def _follow(self, coordinator: Coordinator, kind: OutputKind | str) -> AsyncGenerator[RequestOutput, None]:
         """Run a request, yielding its outputs; if the caller goes away, it is ended."""
         import asyncio
 
@@ -165,6 +166,11 @@ class AsyncLLM:
         import asyncio
 
         return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.reset_prefix_cache()))
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """See `LLM.generation_config`."""
+        return self._generation_config()
 
     @property
     def cache_stats(self) -> CacheStats:

@@ -1,10 +1,13 @@
 """Engine settings: one flat set of names for keywords, flags (``--max-num-seqs``), variables (``OCTAVO_MAX_NUM_SEQS``).
 
-Precedence: keyword or flag, then environment, then default. An unknown name is an error.
+Precedence: keyword or flag, then environment, then default. An unknown keyword or flag is an error. An unknown variable
+is told and left alone: nobody may have meant it for us (Kubernetes sets OCTAVO_PORT for a service called octavo, and an
+image may set what another version knows).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,6 +20,8 @@ DEFAULT_MODEL = "smollm2"
 DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
 ENV_PREFIX = "OCTAVO_"
 
+OTHER_VARIABLES = ("HOME", "LOG_LEVEL")  # with the prefix: read elsewhere
+
 BACKENDS = ("auto", "cpu", "reference")
 KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")
@@ -24,6 +29,9 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 BLOCK_SIZES = (1, 16, 32, 64)
 MAX_TOKENS = 2**31 - 1
 _BOOLS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+
+
+log = logging.getLogger(__name__)
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:  # noqa: A002 - argparse's word
@@ -34,7 +42,9 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:  # noqa: A002 - arg
 class EngineConfig:
     """Settings of one engine; None means: chosen when the engine is built, and logged."""
 
-    model: str = _setting(DEFAULT_MODEL, "alias, Hugging Face name, .gguf file or model folder")
+    model: str = _setting(
+        DEFAULT_MODEL, "short name (octavo models lists them), Hugging Face name, .gguf file or folder"
+    )
     backend: str = _setting("auto", "what computes", choices=BACKENDS)
     instruction_set: str | None = _setting(None, "of the cpu backend", choices=INSTRUCTION_SETS)
     threads: int | None = _setting(
@@ -88,6 +98,7 @@ class EngineConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; settings are: {', '.join(sorted(known))}"
                 raise ConfigError(f"{name}: unknown setting{hint}")
+        warn_of_unknown_variables(environ)
         values = _from_environment(cls, os.environ if environ is None else environ)
         values.update({name: value for name, value in given.items() if value is not None})
         for name in ("model", "kv_offload_dir"):
@@ -114,6 +125,28 @@ def _from_environment(cls: type[EngineConfig], environ: Mapping[str, str]) -> di
         if text is not None and text != "":
             values[setting.name] = parse_setting(variable, text, hints[setting.name])
     return values
+
+
+_told: set[str] = set()  # unknown variables; once is enough
+
+
+def warn_of_unknown_variables(environ: Mapping[str, str] | None = None) -> None:
+    """A misspelt variable would otherwise be a setting that silently stays what it was."""
+    names = os.environ if environ is None else environ
+    unknown = [name for name in names if name.startswith(ENV_PREFIX) and name not in _told]
+    if not unknown:
+        return
+    known = [*(setting.name.upper() for setting in fields(EngineConfig)), *OTHER_VARIABLES]
+    for name in sorted(unknown):
+        bare = name.removeprefix(ENV_PREFIX)
+        if bare in known:
+            continue
+        import difflib
+
+        _told.add(name)
+        close = difflib.get_close_matches(bare, known, n=1)
+        hint = f"; did you mean {ENV_PREFIX}{close[0]}?" if close else ""
+        log.warning("%s: no such variable is known, and it has no effect%s", shown(name)[1:-1], hint)
 
 
 def parse_setting(name: str, text: str, hint: Any) -> Any:

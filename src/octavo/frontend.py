@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from operator import index
@@ -71,12 +72,17 @@ class Frontend:
         self._ids = count()
 
     def make(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        name: str = "prompt",
     ) -> GeneratingCoordinator:
-        """A coordinator for one prompt. Raises InvalidRequestError naming the field at fault."""
+        """A coordinator for one prompt; errors call it `name`. Raises InvalidRequestError naming the field."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
-        request = self._request(prompt, params, request_id, priority)
+        request = self._request(prompt, params, request_id, priority, name)
         metrics = RequestMetrics(arrival_time=self._clock())
         if params.n == 1:
             return SingleCoordinator(request, metrics)
@@ -85,9 +91,14 @@ class Frontend:
         return SamplesCoordinator(request, metrics)
 
     def make_beams(
-        self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        name: str = "prompt",
     ) -> BeamCoordinator:
-        """A beam search over one prompt. Raises InvalidRequestError naming the field at fault."""
+        """A beam search over one prompt; see `make`."""
         from octavo.coordinators.beams import BeamCoordinator
 
         if not isinstance(params, BeamSearchParams):
@@ -97,14 +108,10 @@ class Frontend:
                 "beam_width",
                 f"all beams run in one step, and max_num_seqs={self._limits.max_num_seqs} is less than {params.width}",
             )
-        request = self._request(prompt, params.sampling, request_id, priority)
+        request = self._request(prompt, params.sampling, request_id, priority, name)
         search = BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
-        least, blocks, size = (
-            search.least_blocks(self._limits.block_size),
-            self._limits.num_blocks,
-            self._limits.block_size,
-        )
-        if least > blocks:
+        blocks, size = self._limits.num_blocks, self._limits.block_size
+        if (least := search.least_blocks(size)) > blocks:
             raise InvalidRequestError(
                 "beam_width",
                 f"{params.width} beams of {len(request.prompt_token_ids)} + {request.max_tokens} tokens take at least "
@@ -114,22 +121,22 @@ class Frontend:
         return search
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, name: str
     ) -> CompletionRequest:
         """Checked against this model."""
         self._check_priority(priority)
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
-        text, token_ids = self.tokens_of(prompt)
+        text, token_ids = self.tokens_of(prompt, name)
         return CompletionRequest(
             request_id=request_id if request_id is not None else self._new_id(),
             prompt_token_ids=token_ids,
             params=params,
             seed=self._seed(params.seed),
-            max_tokens=self._max_tokens(len(token_ids), params),
+            max_tokens=self._max_tokens(len(token_ids), params, name),
             prompt=text,
             priority=priority,
-            cache_salt=cache_salt(prompt),
+            cache_salt=cache_salt(prompt, name),
             **self._checked_fields(params),
         )
 
@@ -163,11 +170,12 @@ class Frontend:
         """Token ids to append to those that are there. BOS and the like come only at the very start."""
         if isinstance(prompt, Mapping) and "cache_salt" in prompt:
             raise InvalidRequestError("cache_salt", "belongs to the whole session: LLM.session(cache_salt=...)")
-        text, given = self._form_of(prompt)
+        text, given = self._form_of(prompt, field)
         if given is not None:
-            token_ids = self._checked_ids(given) if len(given) else []
+            token_ids = self._checked_ids(given, field) if len(given) else []
         elif text:
-            token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
+            with _naming(field):
+                token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
             self._tokens.check_spelt(field, token_ids)
         else:
             token_ids = []
@@ -200,7 +208,7 @@ class Frontend:
                 prompt_token_ids=token_ids,
                 params=params,
                 seed=seed,
-                max_tokens=self._max_tokens(len(token_ids), params),
+                max_tokens=self._max_tokens(len(token_ids), params, "branch"),
                 priority=session.priority,
                 **fields,
             )
@@ -216,9 +224,9 @@ class Frontend:
         self._check_not_empty(before)
         found = []
         for number, choice in enumerate(choices):
-            token_ids = self.tokens_after(choice, before, "choices")
+            token_ids = self.tokens_after(choice, before, f"choices[{number}]")
             if not token_ids:
-                raise InvalidRequestError("choices", f"number {number} is empty: there is nothing to score")
+                raise InvalidRequestError(f"choices[{number}]", "is empty: there is nothing to score")
             text = choice if isinstance(choice, str) else self._codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
@@ -246,15 +254,25 @@ class Frontend:
         chat_template: str | None,
         options: Mapping[str, Any],
         variables: Mapping[str, Any] | None = None,
+        name: str = "messages",
     ) -> ChatPrompt:
-        """A conversation as a prompt, by the given template, the model's one of that name, or the model's own.
+        """A conversation, which errors call `name`, as a prompt, by the given template, the model's one of that name,
+        or the model's own.
 
         `options` are those of ChatTemplate.render, or variables of the template; `variables` only the latter.
         """
         arguments = _merged(options, variables)
-        text = self._templates.choose(chat_template, arguments.get("tools")).render(messages, **arguments)
-        token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
-        self._tokens.check_spelt("messages", token_ids)
+        template = self._templates.choose(chat_template, arguments.get("tools"))
+        try:
+            text = template.render(messages, **arguments)
+        except InvalidRequestError as error:
+            part = error.field.removeprefix("messages")
+            if part == error.field:
+                raise
+            raise InvalidRequestError(name + part, error.problem) from None
+        with _naming(name):
+            token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        self._tokens.check_spelt(name, token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
@@ -264,10 +282,10 @@ class Frontend:
         self._name(rows)
         return output
 
-    def reader(self, kind: OutputKind) -> Callable[[RequestOutput], RequestOutput]:
+    def reader(self, kind: OutputKind | str) -> Callable[[RequestOutput], RequestOutput]:
         """For one request: from what the engine gives, always what is new, to what its user asked for. Called where the
         user waits, so that the engine's thread copies nothing twice."""
-        if kind is not OutputKind.CUMULATIVE:
+        if OutputKind(kind) is not OutputKind.CUMULATIVE:
             return self.name_tokens
         so_far = OutputSoFar()
         return lambda output: so_far.take(self.name_tokens(output))
@@ -295,16 +313,17 @@ class Frontend:
         if priority and not self._limits.priority_allowed:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
 
-    def tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokens_of(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
-        text, given = self._form_of(prompt)
+        text, given = self._form_of(prompt, name)
         if given is not None:
-            return text, self._checked_ids(given)
-        token_ids = self._codec.encode(text or "")
+            return text, self._checked_ids(given, name)
+        with _naming(name):
+            token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
-            raise InvalidRequestError("prompt", "is empty")
-        self._tokens.check_spelt("prompt", token_ids)
-        self._check_length(len(token_ids))
+            raise InvalidRequestError(name, "is empty")
+        self._tokens.check_spelt(name, token_ids)
+        self._check_length(len(token_ids), name)
         return text, token_ids
 
     def cache_key(self, prompt: Prompt) -> tuple[list[int], str | None]:
@@ -312,7 +331,7 @@ class Frontend:
         _, token_ids = self.tokens_of(prompt)
         return token_ids, cache_salt(prompt)
 
-    def _form_of(self, prompt: Prompt) -> tuple[str | None, Any]:
+    def _form_of(self, prompt: Prompt, name: str) -> tuple[str | None, Any]:
         """(text, None), or the token ids that were given, with their text if that was given too."""
         text: Any = None
         if isinstance(prompt, str):
@@ -322,29 +341,30 @@ class Frontend:
             if unknown or not prompt:
                 keys = sorted(map(str, prompt))
                 allowed = '"prompt", "prompt_token_ids" and "cache_salt"'
-                raise InvalidRequestError("prompt", f"allowed keys are {allowed}, not {keys}")
+                raise InvalidRequestError(name, f"allowed keys are {allowed}, not {keys}")
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
-                return text, _list_of_ids(prompt["prompt_token_ids"])
+                return text, _list_of_ids(prompt["prompt_token_ids"], name)
         if not isinstance(text, str):
             kind = type(prompt).__name__
             raise InvalidRequestError(
-                "prompt", f'must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, not {kind}'
+                name, f'must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, not {kind}'
             )
         return text, None
 
-    def _checked_ids(self, value: Sequence[Any]) -> list[int]:
+    def _checked_ids(self, value: Sequence[Any], name: str) -> list[int]:
+        field = _key("prompt_token_ids", name)
         if not value:
-            raise InvalidRequestError("prompt_token_ids", "is empty")
-        self._check_length(len(value))
-        self._check_vocabulary("prompt_token_ids", value)
+            raise InvalidRequestError(field, "is empty")
+        self._check_length(len(value), name)
+        self._check_vocabulary(field, value)
         return [index(token_id) for token_id in value]
 
-    def _check_length(self, num_tokens: int) -> None:
+    def _check_length(self, num_tokens: int, name: str) -> None:
         most = self._limits.max_model_len
         if num_tokens >= most:
             raise InvalidRequestError(
-                "prompt",
+                name,
                 f"has {num_tokens} tokens; with max_model_len={most} at most {most - 1} leave room for an answer",
             )
 
@@ -373,12 +393,12 @@ class Frontend:
                     name, f"must be at most max_logprobs={self._limits.max_logprobs}, not {asked}"
                 )
 
-    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+    def _max_tokens(self, prompt_tokens: int, params: SamplingParams, name: str) -> int:
         room = self._limits.max_model_len - prompt_tokens
         if params.min_tokens > room:
             raise InvalidRequestError(
                 "min_tokens",
-                f"{params.min_tokens} do not fit: the prompt has {prompt_tokens} tokens and max_model_len is "
+                f"{params.min_tokens} do not fit: {name} has {prompt_tokens} tokens and max_model_len is "
                 f"{self._limits.max_model_len}, which leaves {room}",
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
@@ -389,11 +409,26 @@ class Frontend:
         return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
 
 
-def _list_of_ids(value: Any) -> Sequence[Any]:
+def _key(key: str, name: str) -> str:
+    """What errors call a key of a prompt: of one prompt its own name, of several which one's it is."""
+    return f"{name}.{key}" if name.endswith("]") else key
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """The tokenizer knows only that a prompt is at fault, not which."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(name, error.problem) from None
+
+
+def _list_of_ids(value: Any, name: str) -> Sequence[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()  # a NumPy array or a tensor
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise InvalidRequestError("prompt_token_ids", f"must be a list of token ids, not {type(value).__name__}")
+        field = _key("prompt_token_ids", name)
+        raise InvalidRequestError(field, f"must be a list of token ids, not {type(value).__name__}")
     return value
 
 
@@ -407,15 +442,15 @@ def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> 
     return {**options, **(variables or {})}
 
 
-def cache_salt(prompt: Prompt) -> str | None:
+def cache_salt(prompt: Prompt, name: str = "prompt") -> str | None:
     """A prompt's cache_salt: cached KV is shared among requests with the same one. Raises InvalidRequestError."""
-    return checked_salt(prompt.get("cache_salt") if isinstance(prompt, Mapping) else None)
+    return checked_salt(prompt.get("cache_salt") if isinstance(prompt, Mapping) else None, _key("cache_salt", name))
 
 
-def checked_salt(salt: Any) -> str | None:
+def checked_salt(salt: Any, field: str = "cache_salt") -> str | None:
     """Raises InvalidRequestError."""
     if salt is not None and (not isinstance(salt, str) or not salt):
-        raise InvalidRequestError("cache_salt", f"must be a string, not empty, not {shown(salt)}")
+        raise InvalidRequestError(field, f"must be a string, not empty, not {shown(salt)}")
     return salt
 
 

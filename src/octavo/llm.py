@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,6 +51,17 @@ class LLM:
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
         self.system_fingerprint = built.system_fingerprint
+        self._generation_config = built.generation_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """What the model's files recommend for sampling, as fields of SamplingParams: those of temperature, top_p,
+        top_k, min_p and repetition_penalty that generation_config.json tells, or general.sampling.* in a GGUF file.
+        The command line follows it; in Python ``SamplingParams(**llm.generation_config, max_tokens=200)`` does.
+
+        A value that cannot be used is left out, with a warning. Raises ModelFormatError for a file that is not JSON.
+        """
+        return self._generation_config()
 
     # --- generating ---
 
@@ -72,16 +84,28 @@ class LLM:
         Returns the finished outputs in the order of the prompts. A request that failed inside the engine has
         finish_reason "error" and says why in `error`; the others are not affected.
 
-        Raises InvalidRequestError naming the field at fault, and then no request was added.
+        Raises InvalidRequestError naming the field at fault, of a list which of its elements (``prompts[5]``), and then
+        no request was added.
         """
-        listed = _list_of_prompts(prompts)
+        listed, names = _list_of_prompts(prompts)
+        return self._generate(listed, names, sampling_params, use_tqdm, priority)
+
+    def _generate(
+        self,
+        listed: Sequence[Prompt],
+        names: Sequence[str],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool | None,
+        priority: int | Sequence[int] = 0,
+    ) -> list[RequestOutput]:
         given = SamplingParams() if sampling_params is None else sampling_params
         params = _one_each("sampling_params", given, SamplingParams, len(listed))
         priorities = _one_each("priority", priority, int, len(listed))
-        requests = [
-            self._frontend.make(prompt, one.but(output_kind=OutputKind.FINAL_ONLY), priority=order)
-            for prompt, one, order in zip(listed, params, priorities, strict=True)
-        ]
+        requests = []
+        for number, (prompt, one, order, name) in enumerate(zip(listed, params, priorities, names, strict=True)):
+            with _naming_element("sampling_params", given, number):
+                params_here = one.but(output_kind=OutputKind.FINAL_ONLY)
+                requests.append(self._frontend.make(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
 
     def beam_search(
@@ -101,14 +125,15 @@ class LLM:
         Returns one output a prompt; its `outputs` are the hypotheses, best `score` first. `token_ids` are those
         generated, without the prompt's. Errors are those of `generate`.
         """
-        listed = _list_of_prompts(prompts)
+        listed, names = _list_of_prompts(prompts)
         given = BeamSearchParams() if params is None else params
         each = _one_each("params", given, BeamSearchParams, len(listed))
         priorities = _one_each("priority", priority, int, len(listed))
-        requests = [
-            self._frontend.make_beams(prompt, one.but(output_kind=OutputKind.FINAL_ONLY), priority=order)
-            for prompt, one, order in zip(listed, each, priorities, strict=True)
-        ]
+        requests = []
+        for number, (prompt, one, order, name) in enumerate(zip(listed, each, priorities, names, strict=True)):
+            with _naming_element("params", given, number):
+                params_here = one.but(output_kind=OutputKind.FINAL_ONLY)
+                requests.append(self._frontend.make_beams(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
 
     def _run(self, requests: Sequence[Coordinator], use_tqdm: bool | None) -> list[RequestOutput]:
@@ -175,17 +200,19 @@ class LLM:
         """
         if not isinstance(messages, Sequence):
             raise InvalidRequestError("messages", f"expected a list, found {type(messages).__name__}")
-        conversations: Sequence[Any] = messages if messages and isinstance(messages[0], list | tuple) else [messages]
+        several = bool(messages) and isinstance(messages[0], list | tuple)
+        conversations: Sequence[Any] = messages if several else [messages]
+        names = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         options = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
         }
         prompts = [
-            self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs)
-            for conversation in conversations
+            self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs, name)
+            for conversation, name in zip(conversations, names, strict=True)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self._generate(prompts, names, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
         """The prompt that a chat template makes of a conversation, text and token ids; `chat` says which template.
@@ -242,11 +269,12 @@ class LLM:
         self.close()
 
 
-def _list_of_prompts(prompts: Any) -> list[Any]:
+def _list_of_prompts(prompts: Any) -> tuple[list[Any], list[str]]:
+    """The prompts, and what errors call them."""
     if isinstance(prompts, str | Mapping):
-        return [prompts]
+        return [prompts], ["prompt"]
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
-        return list(prompts)
+        return list(prompts), [f"prompts[{number}]" for number in range(len(prompts))]
     raise InvalidRequestError("prompts", f"must be a prompt or a list of prompts, not {type(prompts).__name__}")
 
 
@@ -258,10 +286,21 @@ def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
         got = f"{len(values)} of them" if values is not None else type(value).__name__
         wanted = f"must be one {kind.__name__} for all prompts or one for each of the {count}"
         raise InvalidRequestError(name, f"{wanted}, not {got}")
-    for one in values:
+    for number, one in enumerate(values):
         if not isinstance(one, kind):
-            raise InvalidRequestError(name, f"must be of type {kind.__name__}, not {type(one).__name__}")
+            raise InvalidRequestError(f"{name}[{number}]", f"must be a {kind.__name__}, not {type(one).__name__}")
     return values
+
+
+@contextmanager
+def _naming_element(name: str, given: Any, number: int) -> Iterator[None]:
+    """Of parameters given as a list, the element at fault is named: ``sampling_params[5].stop_token_ids``."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if not isinstance(given, Sequence) or error.field not in given[number].__dataclass_fields__:
+            raise
+        raise InvalidRequestError(f"{name}[{number}].{error.field}", error.problem) from None
 
 
 class _progress:  # noqa: N801 - used like a function

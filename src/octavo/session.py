@@ -308,7 +308,7 @@ class Session(Branch):
             each = [sampling(params, fields) for params in sampling_params]
         else:
             each = [sampling(sampling_params, fields)] * len(branches)
-        return _generate(branches, each)
+        return _generate(branches, each, listed=isinstance(sampling_params, Sequence))
 
     def close(self) -> None:
         """End all branches, and what other threads are doing on them. Idempotent."""
@@ -321,18 +321,36 @@ class Session(Branch):
         self.close()
 
 
-def _generate(branches: Sequence[Branch], params: Sequence[SamplingParams]) -> list[CompletionOutput]:
+def _generate(
+    branches: Sequence[Branch], params: Sequence[SamplingParams], *, listed: bool = False
+) -> list[CompletionOutput]:
     """All in one batch: none runs before every one was checked."""
     if not branches:
         return []
     link = branches[0]._link
     with ExitStack() as stack:
-        for branch in branches:
-            stack.enter_context(branch._alone())
-        outputs = _answers(
-            [(branch, branch._generating(one)) for branch, one in zip(branches, params, strict=True)],
-        )
+        asked = []
+        for number, (branch, one) in enumerate(zip(branches, params, strict=True)):
+            with _naming_branch(number, len(branches), listed):
+                stack.enter_context(branch._alone())
+                asked.append((branch, branch._generating(one)))
+        outputs = _answers(asked)
         return [link.frontend.name_completion(output) for output in outputs]
+
+
+@contextmanager
+def _naming_branch(number: int, count: int, listed: bool = False) -> Iterator[None]:
+    """Of several branches the one at fault is named, and of parameters in a list those that are."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if count > 1 and error.field == "branch":
+            raise InvalidRequestError(f"branches[{number}]", error.problem) from None
+        if listed and error.field == "sampling_params":
+            raise InvalidRequestError(f"sampling_params[{number}]", error.problem) from None
+        if listed and error.field in SamplingParams.__dataclass_fields__:
+            raise InvalidRequestError(f"sampling_params[{number}].{error.field}", error.problem) from None
+        raise
 
 
 def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answer]:
@@ -340,8 +358,16 @@ def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answe
     caller is interrupted, all branches are put back to what they were."""
     first = asked[0][0]
     calls = [branch._call(verb) for branch, verb in asked]
+
+    def begin() -> list[Future[Answer]]:
+        begun = []
+        for number, call in enumerate(calls):
+            with _naming_branch(number, len(calls)):
+                begun.append(call())
+        return begun
+
     try:
-        futures = first._link.door.ask(first._link.coordinator, lambda: [call() for call in calls]).result()
+        futures = first._link.door.ask(first._link.coordinator, begin).result()
         wait(futures)
     except BaseException:
         first._take_back(calls)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import octavo
 from octavo.engine import Engine, EngineLoop, SchedulerConfig
@@ -14,6 +16,7 @@ from octavo.frontend import Frontend, Limits
 from octavo.kv_cache import KVCacheManager
 from octavo.runner.block_files import BlockFiles
 from octavo.runner.fingerprint import fingerprint_of, versions_of
+from octavo.runner.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
 from octavo.text.tokenizer import Tokenizer
 
@@ -36,6 +39,7 @@ class BuiltEngine:
     memory_plan: MemoryPlan
     max_model_len: int
     system_fingerprint: str
+    generation_config: Callable[[], dict[str, Any]]  # read when somebody asks: it is advice, and may be unusable
 
     def start(self) -> EngineLoop:
         """A thread that owns the engine from now on."""
@@ -64,7 +68,15 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         loaded.memory_plan,
         loaded.max_model_len,
         fingerprint,
+        _generation_config(loaded),
     )
+
+
+def _generation_config(loaded: LoadedModel) -> Callable[[], dict[str, Any]]:
+    metadata = None
+    if isinstance(loaded.file, GGUFFile):  # all of it holds the vocabulary too
+        metadata = {key: loaded.file.metadata[key] for key in GGUF_KEYS.values() if key in loaded.file.metadata}
+    return partial(generation_config_of, loaded.path, metadata)
 
 
 def _tokenizer(loaded: LoadedModel) -> Tokenizer:

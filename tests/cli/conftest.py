@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from octavo import observe
 from octavo.cli.main import main
 
 
@@ -17,6 +18,13 @@ class Result(NamedTuple):
 
 
 Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits are measured for a moment only; tests/observe measures them as users do."""
+    measure = observe.measure_limits
+    monkeypatch.setattr(observe, "measure_limits", lambda *given: measure(*given[:3], 0.1))
 
 
 @pytest.fixture

@@ -122,6 +122,7 @@ def test_n_is_for_run_only(invoke: Invoke, tiny_llama_dir: Path) -> None:
         (["--max-model-len", "20", "hello hello hello hello"], b"", "with max_model_len=20 at most 19"),
         (["a", "--prompt", "b"], b"", "prompt: is given twice"),
         (["a", "--raw", "--system", "b"], b"", "--system: has no effect with --raw"),
+        (["a", "--no-detokenize"], b"", "--no-detokenize: leaves token ids, which are shown with --json only"),
     ],
 )
 def test_prompts(invoke: Invoke, tiny_llama_dir: Path, arguments: list[str], stdin: bytes, message: str) -> None:
@@ -142,6 +143,11 @@ class _Terminal:
         return True
 
 
+def test_a_conversation_without_text(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    result = invoke("chat", "--model", tiny_llama_dir, "--json", "--no-detokenize", stdin=b"hi\n")
+    assert_refused(result, "--no-detokenize: a conversation goes on from the text of its answers")
+
+
 def test_a_line_that_is_not_utf_8_in_chat(invoke: Invoke, tiny_llama_dir: Path) -> None:
     result = invoke("chat", "--model", tiny_llama_dir, stdin=b"\xff\n")
     assert_refused(result, "stdin: is not valid UTF-8 at byte 0 of a line")
@@ -156,11 +162,34 @@ def test_a_line_that_is_not_utf_8_in_chat(invoke: Invoke, tiny_llama_dir: Path) 
         ("OCTAVO_BACKEND", "abacus", "backend: must be one of"),
         ("OCTAVO_SEED", "-1", "seed: must be at least 0"),
         ("OCTAVO_MODEL", "smolm2", "Did you mean smollm2?"),
+        ("OCTAVO_LOG_LEVEL", "loud", "OCTAVO_LOG_LEVEL: must be one of debug, info, warning, error, critical"),
     ],
 )
 def test_variables(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str) -> None:
     monkeypatch.setenv(variable, value)
     assert_refused(invoke("run", "hi"), message)
+
+
+@pytest.mark.parametrize("command", ["models", "run"])
+def test_an_unknown_variable_is_told(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path, command: str
+) -> None:
+    """Whatever the command: a misspelt OCTAVO_HOME matters to those that need no engine."""
+    monkeypatch.setattr("octavo.config._told", set())
+    monkeypatch.setenv("OCTAVO_MAX_NUM_SEQ", "4")
+    rest = ["hi", "--model", tiny_llama_dir, "--max-tokens", 1] if command == "run" else []
+    result = invoke(command, *rest)
+    assert result.code == 0
+    hint = "no such variable is known, and it has no effect; did you mean OCTAVO_MAX_NUM_SEQS?"
+    assert result.err == f"octavo: OCTAVO_MAX_NUM_SEQ: {hint}\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["--threads=1", "--instruction-set=avx2", "--pin-threads=true", "--cascade-attention=off"]
+)
+def test_flags_of_another_backend(invoke: Invoke, tiny_llama_dir: Path, name: str) -> None:
+    result = invoke("run", "--model", tiny_llama_dir, "--backend", "reference", name, "hi")
+    assert_refused(result, f"{name.partition('=')[0]}: has no effect with the reference backend")
 
 
 # --- model files ---

@@ -21,6 +21,8 @@ from octavo.runner.trace import trace_step
 
 from .conftest import Invoke
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 SMALL = ("--max-model-len", 128, "--threads", 1)
 
 

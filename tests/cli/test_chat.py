@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import re
-import select
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +14,7 @@ from typing import Any
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.cli import answering
+from octavo.cli import answering, message_input
 from octavo.cli.answering import Answerer, AnswerInterrupted
 from octavo.cli.chat import Chat
 from octavo.core.errors import InvalidRequestError
@@ -27,7 +23,7 @@ from .conftest import Invoke
 
 SOURCE = Path(__file__).parents[2] / "src"
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-LIMIT = ("--max-tokens", "12")
+LIMIT = ("--temperature", "0", "--max-tokens", "12")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +48,7 @@ def conversation(llm: LLM, *questions: str, system: str | None = None) -> list[s
 def test_the_real_model_remembers(invoke: Invoke) -> None:
     """Guards the default model and template with a conversation; one short answer each."""
     stdin = b"What is the capital of France?\nWhat is the capital of Italy?\n"
-    code, out, err = invoke("chat", "--backend", "reference", "--max-model-len", 512, "--max-tokens", 10, stdin=stdin)
+    code, out, err = invoke("chat", "--backend", "reference", "--max-model-len", 512, *LIMIT, stdin=stdin)
     assert (code, err) == (0, "")
     assert out == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
 
@@ -69,6 +65,25 @@ def test_lines_are_turns(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> Non
     assert answers[0]["prompt_tokens"] < answers[1]["prompt_tokens"] < answers[2]["prompt_tokens"]
     texts = conversation(tiny, *questions)
     assert invoke("chat", "--model", tiny_llama_dir, *LIMIT, stdin=stdin).out == "".join(t + "\n" for t in texts)
+
+
+def test_messages_of_several_lines(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> None:
+    """In a pipe as at a terminal; commands in quotes are text."""
+    stdin = b'one \\\ntwo\n"""three\n\n/exit"""\n"""/clear"""\nfour\\'
+    code, out, err = invoke("chat", "--model", tiny_llama_dir, "--json", *LIMIT, stdin=stdin)
+    assert (code, err) == (0, "")
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert texts == conversation(tiny, "one \ntwo", "three\n\n/exit", "/clear", "four")
+
+
+def test_a_message_that_is_not_closed(invoke: Invoke, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = invoke("chat", "--model", tiny_llama_dir, "--json", *LIMIT, stdin=b'hi\n"""one\ntwo\n')
+    assert (code, out.count("\n")) == (2, 1)
+    assert err == 'octavo: error: stdin: ends inside a message that """ began\n'
+    monkeypatch.setattr(message_input, "MAX_MESSAGE_CHARS", 10)
+    for stdin in (b'"""' + b"123\n" * 10, b"123\\\n" * 10):
+        err = invoke("chat", "--model", tiny_llama_dir, *LIMIT, stdin=stdin).err
+        assert err == "octavo: error: stdin: has a message of more than 10 characters\n"
 
 
 def test_system_message_stays(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> None:
@@ -218,93 +233,3 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(chat: Chat) -> None
     with pytest.raises(InvalidRequestError):
         chat.answer("x" * 10_000)
     assert chat._turns == before
-
-
-# --- a terminal ---
-
-
-class Terminal:
-    """`octavo chat` in a pseudo-terminal of its own, where ^C makes a signal."""
-
-    def __init__(self, *arguments: str) -> None:
-        env = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", "TERM": "dumb"}
-        command = [sys.executable, "-m", "octavo", "chat", *arguments]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(command[0], command, env)
-        self.seen = ""
-
-    def expect(self, pattern: str, seconds: float = 30) -> str:
-        """Read up to `pattern`; what came before it."""
-        deadline = time.monotonic() + seconds
-        while (match := re.search(pattern, self.seen)) is None:
-            left = deadline - time.monotonic()
-            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {pattern!r} in {self.seen[-2000:]!r}"
-            try:
-                data = os.read(self.fd, 65536)
-            except OSError:
-                data = b""
-            assert data, f"ended without {pattern!r}: {self.seen[-2000:]!r}"
-            self.seen += data.decode("utf-8", "replace")
-        before, self.seen = self.seen[: match.start()], self.seen[match.end() :]
-        return before
-
-    def send(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def exit_code(self) -> int:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if select.select([self.fd], [], [], 0.05)[0]:
-                try:
-                    os.read(self.fd, 65536)
-                except OSError:
-                    break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def end(self) -> None:
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        os.close(self.fd)
-
-
-@pytest.fixture
-def terminal(tiny_llama_dir: Path) -> Iterator[Terminal]:
-    terminal = Terminal("--model", str(tiny_llama_dir), "--ignore-eos")
-    yield terminal
-    terminal.end()
-
-
-def test_a_session_in_the_terminal(terminal: Terminal) -> None:
-    """Ctrl-C at the prompt hints, during an answer stops it and not the program, and the next question is answered."""
-    terminal.expect("/help lists the commands")
-    terminal.expect("> ")
-    time.sleep(0.3)  # a signal between readline's prompt and its waiting is seen at the next key only
-    terminal.send("\x03")
-    terminal.expect("Ctrl-D or /exit leaves")
-    terminal.expect("> ")
-    for _ in range(2):
-        terminal.send("hello\r")
-        terminal.expect(r"hello\r\n")
-        terminal.expect(r"[^\r\n]{10}")  # the answer is under way
-        terminal.send("\x03")
-        rest = terminal.expect("octavo: stopped")
-        assert "Traceback" not in rest
-        tokens = re.search(r"; (\d+) generated tokens", rest)
-        assert tokens is not None and int(tokens[1]) < 3500, "stopped, not ended by the context"
-        terminal.expect("> ")
-    terminal.send("/what\r")
-    terminal.expect("unknown command /what")
-    terminal.send("/clear\r")
-    terminal.expect("> ")
-    terminal.send("\x04")
-    assert terminal.exit_code() == 0
-
-
-def test_leaving_by_command(terminal: Terminal) -> None:
-    terminal.expect("> ")
-    terminal.send("/exit\r")
-    assert terminal.exit_code() == 0

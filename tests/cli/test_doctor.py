@@ -14,6 +14,8 @@ from octavo.cli.machine import cgroup_limits, cpu_model
 
 from .conftest import Invoke
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -16,6 +16,7 @@ import pytest
 
 from octavo.cli import main as cli
 from octavo.core.errors import ConfigError
+from octavo.hub import ALIASES
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -115,8 +116,12 @@ def test_pull_of_a_local_file_prints_its_path(home: Path) -> None:
 def test_models_of_an_empty_home(home: Path) -> None:
     returncode, out, err = octavo("models")
     assert (returncode, err) == (0, "")
-    assert "octavo pull smollm2" in out
-    assert json.loads(octavo("models", "--json")[1]) == []
+    first, _, *rows = out.splitlines()
+    assert first.startswith(f"no models in {home} yet")
+    assert {row.split()[0] for row in rows} == set(ALIASES) >= {"smollm2", "gemma3-270m"}
+    assert all(f"`octavo pull {row.split()[0]}`" in row for row in rows)
+    listed = json.loads(octavo("models", "--json")[1])
+    assert {entry["name"] for entry in listed} == set(ALIASES) and {entry["path"] for entry in listed} == {None}
     assert not home.exists(), "listing creates nothing"
 
 
@@ -124,7 +129,8 @@ def test_models_are_described(home: Path) -> None:
     path = add_gguf(home, "mine", "llama")
     returncode, out, err = octavo("models")
     assert (returncode, err) == (0, "")
-    header, row = out.splitlines()
+    header, row, *others = out.splitlines()
+    assert [other.split()[0] for other in others] == [*ALIASES], "those that can be fetched"
     assert header.split() == ["NAME", "SIZE", "FORMAT", "ARCHITECTURE", "QUANTIZATION", "PATH"]
     assert row.index("llama") == header.index("ARCHITECTURE")
     entry = json.loads(octavo("models", "--json")[1])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import pty
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, EngineConfig, SamplingParams
+from octavo import LLM, EngineConfig, RepetitionDetectionParams, SamplingParams
 from octavo.cli.answering import harmless
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
@@ -28,7 +29,7 @@ from .conftest import Invoke
 SOURCE = Path(__file__).parents[2] / "src"
 ENV = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1"}
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-LIMIT = ("--max-tokens", "12")
+LIMIT = ("--temperature", "0", "--max-tokens", "12")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,9 @@ def chat_text(llm: LLM, content: str, system: str | None = None) -> str:
 
 @pytest.mark.usefixtures("smollm2_path")
 def test_the_real_model_answers(invoke: Invoke) -> None:
-    """Guards the README's first command: alias, template, greedy by default, no limit needed."""
-    code, out, err = invoke("run", "What is the capital of France?", "--backend", "reference", "--max-model-len", 512)
+    """Guards the README's first command: alias, template, no limit needed."""
+    arguments = ("--backend", "reference", "--max-model-len", 512, "--temperature", 0)
+    code, out, err = invoke("run", "What is the capital of France?", *arguments)
     assert (code, out, err) == (0, "The capital of France is Paris.\n", "")
 
 
@@ -118,7 +120,8 @@ def test_speed_is_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> N
     """On stderr, so that the answer can be piped on; the memory plan as well."""
     code, out, err = invoke("run", "--model", tiny_llama_dir, "hello", *LIMIT, "-v")
     assert code == 0
-    backend, plan, speed = err.splitlines()
+    backend, plan, sampling, speed = err.splitlines()
+    assert sampling == "octavo: sampling: temperature 0, top_p 1, top_k 0, min_p 0, repetition_penalty 1"
     assert backend.startswith("octavo: backend ")
     assert plan.startswith("octavo: memory plan: weights")
     assert " prompt tokens (" in speed and "12 generated tokens (" in speed and "first token after" in speed
@@ -129,13 +132,13 @@ def test_speed_is_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> N
 
 
 def test_json(invoke: Invoke, tiny: LLM, tiny_llama_dir: Path) -> None:
-    code, out, err = invoke("run", "--model", tiny_llama_dir, "hello", "--json", *LIMIT, "--seed", 5)
+    code, out, err = invoke("run", "--model", tiny_llama_dir, "hello", "--json", *LIMIT)
     assert (code, err, out.count("\n")) == (0, "", 1)
     answer = json.loads(out)
     assert answer["text"] == chat_text(tiny, "hello")
     assert tiny.tokenizer.decode(answer["token_ids"]) == answer["text"]
     assert (answer["finish_reason"], answer["stop_reason"]) == ("length", None)
-    assert (answer["completion_tokens"], answer["seed"]) == (12, 5)
+    assert (answer["completion_tokens"], answer["seed"]) == (12, None), "nothing is drawn"
     assert (answer["model"], answer["system_fingerprint"]) == (str(tiny_llama_dir), tiny.system_fingerprint)
     assert answer["request_id"]
     assert "logprobs" not in answer and "prompt_logprobs" not in answer and "outputs" not in answer
@@ -189,7 +192,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "temperature": (["--temperature", "0.7"], 0.7),
     "top_p": (["--top-p", ".9"], 0.9),
     "top_k": (["--top-k", "-1"], -1),
-    "min_p": (["--min-p", "0.05"], 0.05),
+    "min_p": (["--min-p", "0.1"], 0.1),
     "seed": (["--seed", "18446744073709551615"], 2**64 - 1),
     "stop": (["--stop", "a, b", "--stop", "c"], ("a, b", "c")),
     "stop_token_ids": (["--stop-token-ids", "5,6", "--stop-token-ids", "7"], (5, 6, 7)),
@@ -205,6 +208,10 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "allowed_token_ids": (["--allowed-token-ids", "7,5"], (5, 7)),
     "bad_words": (["--bad-words", "x y"], ("x y",)),
     "skip_reading_prefix_cache": (["--skip-reading-prefix-cache"], True),
+    "repetition_detection": (
+        ["--repetition-detection", '{"max_pattern_size": 5, "min_count": 3}'],
+        RepetitionDetectionParams(5, 0, 3),
+    ),
 }
 
 
@@ -216,12 +223,11 @@ def test_every_sampling_parameter_has_a_flag() -> None:
     apart = {"detokenize", "output_kind"}  # the first excludes stop strings; the second is the command's own
     assert set(SAMPLING) == {field.name for field in fields(SamplingParams)} - apart
     assert sampling_params(parsed("--no-detokenize")).detokenize is False
-    assert sampling_params(parsed()) == SamplingParams(temperature=0, max_tokens=None)
 
 
 def test_every_engine_setting_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flag over variable over default."""
-    values = {"backend": "reference", "scheduling_policy": "priority", "kv_cache_dtype": "float16", "model": "x",
+    values = {"backend": "cpu", "scheduling_policy": "priority", "kv_cache_dtype": "float16", "model": "x",
               "compute_dtype": "float64", "max_num_seqs": 16, "block_size": 32, "instruction_set": "avx2",
               "enable_prefix_caching": True, "cascade_attention": False, "pin_threads": True,
               "kv_offload_dir": "/x"}  # fmt: skip
@@ -268,6 +274,8 @@ def test_help_names_every_flag(invoke: Invoke) -> None:
 
 # --- processes ---
 
+ENDLESS = ("--ignore-eos", "--no-repetition-detection")
+
 
 def program(tiny: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "octavo", "run", "--model", str(tiny), *arguments]
@@ -276,15 +284,16 @@ def program(tiny: Path, *arguments: str) -> list[str]:
 def test_a_pipe_in_and_a_reader_that_goes_away(tiny_llama_dir: Path) -> None:
     """`echo hi | octavo run | head -c 1` ends without a word."""
     child = subprocess.Popen(
-        program(tiny_llama_dir, "--ignore-eos"), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        program(tiny_llama_dir, *ENDLESS), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert child.stdin and child.stdout and child.stderr
+    fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)  # it cannot write all before we have gone
     child.stdin.write(b"hi\n")
     child.stdin.close()
     assert len(child.stdout.read(1)) == 1
     child.stdout.close()
-    assert child.wait(30) == 141
+    assert child.wait() == 141
     assert child.stderr.read() == b""
     child.stderr.close()
 
@@ -292,13 +301,14 @@ def test_a_pipe_in_and_a_reader_that_goes_away(tiny_llama_dir: Path) -> None:
 def test_interrupting_an_answer(tiny_llama_dir: Path) -> None:
     """Ctrl-C ends with 130, a line end after what was printed, and no traceback."""
     child = subprocess.Popen(
-        program(tiny_llama_dir, "hi", "--ignore-eos"), env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        program(tiny_llama_dir, "hi", *ENDLESS), env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert child.stdout
+    fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)  # it cannot be done before it is interrupted
     first = child.stdout.read(1)
     child.send_signal(signal.SIGINT)
-    rest, err = child.communicate(timeout=30)
+    rest, err = child.communicate()
     assert (child.returncode, err) == (130, b"")
     assert (first + rest).endswith(b"\n")
 

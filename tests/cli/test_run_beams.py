@@ -97,6 +97,7 @@ def test_every_field_has_a_flag() -> None:
         "allowed_token_ids": ["1,2"],
         "bad_words": ["y"],
         "temperature": ["1"],
+        "repetition_detection": ['{"max_pattern_size": 5, "min_count": 3}'],
     }
     flags = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"}
     not_flags = {"output_kind", "sampling", "num_beams", "detokenize", "spaces_between_special_tokens"}

@@ -156,6 +156,28 @@ def test_logprobs_hold_the_token_and_the_best() -> None:
     assert (row[1].rank, row[3].rank) == (2, 1)
 
 
+LOOPS = {"max_pattern_size": 4, "min_pattern_size": 2, "min_count": 3}
+
+
+def test_repetition() -> None:
+    """The output ends with the token that completes the loop, and has it; what else ends it there comes first."""
+    tokens = [3, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2]
+    end = ("repetition", "repetition_detected")
+    assert last(tokens, repetition_detection=LOOPS) == ("cababab", tokens[:7], *end)
+    assert last(tokens) == ("cababababab", tokens, "length", None)
+    assert last(tokens, repetition_detection=LOOPS, max_tokens=7)[2:] == ("length", None)
+    assert last(tokens, repetition_detection=LOOPS, stop="abab")[2:] == ("stop", "abab")
+    assert last(tokens, repetition_detection=LOOPS, detokenize=False) == ("", tokens[:7], *end)
+    assert last(tokens, repetition_detection=LOOPS, min_tokens=9) == ("cabababab", tokens[:9], *end)
+    prompt_is_ones = last([1, 1, 1, 1, 1, 1, 1], repetition_detection=LOOPS)
+    assert prompt_is_ones == ("aaaaaa", [1] * 6, *end), "the prompt's tokens do not count"
+
+
+def test_repetition_of_samples() -> None:
+    got = outputs([1, 2] * 5, n=2, repetition_detection=LOOPS)[-1]
+    assert [(output.finish_reason, len(output.token_ids)) for output in got.outputs] == [("repetition", 6)] * 2
+
+
 def test_samples_end_one_by_one() -> None:
     got = outputs([1, 2, 3], n=3, output_kind="delta")
     assert all(len(output.outputs) == 3 for output in got)

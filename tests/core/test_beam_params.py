@@ -45,6 +45,7 @@ BAD: list[tuple[str, Any]] = [
         )
     ),
     ("output_kind", "sometimes"),
+    ("repetition_detection", 3),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -504,20 +504,26 @@ def test_smollm2_truncated_at_every_section(smollm2_path: Path, tmp_path: Path) 
         GGUFFile(cut)
 
 
-def best_time(path: Path) -> float:
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        GGUFFile(path).close()
-        best = min(best, time.perf_counter() - start)
-    return best
+def num_calls(action: Callable[[], object]) -> int:
+    """How many functions it calls, those written in C too."""
+    count = 0
+
+    def profile(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
-@pytest.mark.smollm2
-def test_smollm2_opens_fast(smollm2_path: Path) -> None:
-    assert best_time(smollm2_path) <= 0.06
-
-
-@pytest.mark.gemma3
-def test_gemma3_opens_fast(gemma3_path: Path) -> None:
-    assert best_time(gemma3_path) <= 0.25
+@pytest.mark.parametrize("path", ["smollm2_path", "gemma3_path"])
+def test_opening_looks_at_no_string_by_itself(request: pytest.FixtureRequest, path: str) -> None:
+    """Guards the start-up: a vocabulary of 49,000 or 262,000 strings costs calls for its tensors and keys only."""
+    file: Path = request.getfixturevalue(path)
+    with GGUFFile(file) as opened:
+        names = len(opened.tensors) + len(opened.metadata)
+    assert num_calls(lambda: GGUFFile(file).close()) < 100 * names < 49_000

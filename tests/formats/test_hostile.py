@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -70,22 +69,20 @@ CORPUS = {
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_mutated_files(tmp_path: Path, name: str) -> None:
-    """Guards against crashes, wrong errors, huge allocations and long loops on damaged or crafted files."""
+    """Guards against crashes, wrong errors, huge allocations, and loops so long that the suite's limit for a test ends
+    them, on damaged or crafted files."""
     reader, content = CORPUS[name]
     path = tmp_path / "file"
     path.write_bytes(content)
     assert opens(reader, path)
     rng = random.Random(20)
-    accepted, slowest = 0, 0.0
-    for _ in range(2500):
+    accepted = 0
+    for _ in range(800):
         path.write_bytes(mutate(content, rng))
-        start = time.perf_counter()
         good, peak = measured(lambda: opens(reader, path))
-        slowest = max(slowest, time.perf_counter() - start)
         accepted += good
         assert peak < MEMORY
-    assert slowest < 2.0  # a loop over a hostile count would take minutes
-    assert 0 < accepted < 2500  # both outcomes were met
+    assert 0 < accepted < 800  # both outcomes were met
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -267,7 +264,6 @@ def test_counts_that_a_large_file_could_hold(tmp_path: Path) -> None:
     }
     for name, head in heads.items():
         path = sparse(tmp_path / "sparse", head, size)
-        start = time.perf_counter()
 
         def attempt(path: Path = path) -> None:
             with pytest.raises(ModelFormatError):
@@ -275,7 +271,6 @@ def test_counts_that_a_large_file_could_hold(tmp_path: Path) -> None:
 
         _, peak = measured(attempt)
         assert peak < MEMORY, name
-        assert time.perf_counter() - start < 5, name
 
 
 def test_large_tensors_are_mapped_not_read(tmp_path: Path) -> None:

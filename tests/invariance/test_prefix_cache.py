@@ -11,7 +11,7 @@ import pytest
 
 from octavo import LLM, RequestOutput, SamplingParams
 from octavo.core.events import EventKind, Reason
-from octavo.engine import Engine
+from octavo.runner import block_files
 from tests.invariance.harness import Request, prompt, run
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3, detokenize=False)
@@ -64,10 +64,14 @@ def test_cold_warm_and_after_eviction(cold: LLM, tiny_gemma3_dir: Path) -> None:
         assert {event.reason for event in evicted} == {Reason.CAPACITY} and len(evicted) == stats.evicted_blocks
 
 
-def test_restored_from_files_and_after_a_restart(
-    cold: LLM, tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Engine, "_learn_speed", lambda *_: None)  # a model so small may be computed faster than read
+@pytest.fixture
+def _files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model so small may be computed faster than read; which it is must not decide what these tests see."""
+    monkeypatch.setattr(block_files, "loading_is_slower", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_files_are_read")
+def test_restored_from_files_and_after_a_restart(cold: LLM, tiny_gemma3_dir: Path, tmp_path: Path) -> None:
     asked = requests(cold.model_config.vocab_size)
     expected = [bits(run(cold, [request])) for request in asked]
     for restart in range(3):
@@ -83,11 +87,9 @@ def test_restored_from_files_and_after_a_restart(
         assert llm.cache_stats.loaded_blocks == 0, "of other settings"
 
 
-def test_many_at_once_with_files(
-    cold: LLM, tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("_files_are_read")
+def test_many_at_once_with_files(cold: LLM, tiny_gemma3_dir: Path, tmp_path: Path) -> None:
     """Loads, copies, preemptions and evictions in the same steps."""
-    monkeypatch.setattr(Engine, "_learn_speed", lambda *_: None)
     asked = requests(cold.model_config.vocab_size) * 2
     expected = [bits(run(cold, [request])) for request in asked]
     with open_llm(tiny_gemma3_dir, 400, kv_offload_dir=tmp_path) as llm:
@@ -153,6 +155,7 @@ def test_explanations_of_what_fills_no_block(tiny_gemma3_dir: Path, tmp_path: Pa
         assert llm.explain_cache({"prompt_token_ids": token_ids[:31], "cache_salt": "x"}).first_difference is None
 
 
+@pytest.mark.usefixtures("_files_are_read")
 def test_explanations_know_what_is_in_files(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
     with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv") as llm:
         vocab_size = llm.model_config.vocab_size

@@ -27,6 +27,7 @@ def _check(probe: Probe, number: int) -> None:
     assert tally.tokens == NUM_TOKENS and not tally.excused
 
 
+@pytest.mark.slow  # tests/models compares a tiny one beyond its window, and tests/backends/cpu the first tokens of this
 def test_recorded_answer_beyond_the_window(gemma3_probe: Probe) -> None:
     """Guards against windows, rope bases and norms that are right on tiny models only."""
     assert len(read(FILE)[1][BEYOND_THE_WINDOW].prompt_token_ids) == 700

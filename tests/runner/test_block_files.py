@@ -14,6 +14,7 @@ import pytest
 
 from octavo.core.errors import ConfigError
 from octavo.runner.block_files import BlockFiles as Files
+from octavo.runner.block_files import loading_is_slower
 from tests.backends.cpu.test_processes import in_fork
 
 TOKENS = tuple(range(16))
@@ -216,6 +217,11 @@ def test_slower_than_computing(tmp_path: Path) -> None:
     assert [at for at, answer in enumerate(answers) if answer] == [32, 65]
     assert read(files, key(1), TOKENS, 2.0) is not None
     files.close()
+
+
+def test_what_is_slower() -> None:
+    assert loading_is_slower(2.0, 1.0) and not loading_is_slower(1.0, 2.0) and not loading_is_slower(1.0, 1.0)
+    assert not loading_is_slower(None, 1e-9) and not loading_is_slower(2.0, None), "nothing is known yet"
 
 
 def test_what_is_forgotten_is_gone(files: BlockFiles, tmp_path: Path) -> None:

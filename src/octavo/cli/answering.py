@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from octavo.config import EngineConfig
     from octavo.frontend import Prompt
     from octavo.llm import LLM
+
+
+log = logging.getLogger(__name__)
 
 
 class Answerer:
@@ -51,6 +55,16 @@ class Answerer:
         except KeyboardInterrupt:
             raise AnswerInterrupted(_combined(outputs, "abort") if outputs else None) from None
         return _combined(outputs)
+
+    def prompt_of(self, text: str, system: str | None = None, *, raw: bool = False) -> Prompt:
+        """A text as the user's message in the model's chat template; as it is where there is none, or with `raw`.
+
+        Raises InvalidRequestError for a system message without a template.
+        """
+        if raw or (self.llm.tokenizer.chat_template is None and system is None):
+            return text
+        before = [] if system is None else [{"role": "system", "content": system}]
+        return self.llm.chat_prompt([*before, {"role": "user", "content": text}])
 
     def close(self) -> None:
         self.llm.close()
@@ -128,7 +142,29 @@ def check_unicode(field: str, text: str) -> str:
     return text
 
 
+def check_system(text: str | None, *, raw: bool) -> None:
+    """Of --system. Raises InvalidRequestError."""
+    if text is None:
+        return
+    check_unicode("--system", text)
+    if raw:
+        raise InvalidRequestError("--system", "has no effect with --raw")
+
+
 # --- output ---
+
+
+def tell_repetition(output: RequestOutput) -> None:
+    """On stderr, that an answer ends before the model would have ended it."""
+    if any(completion.finish_reason == "repetition" for completion in output.outputs):
+        sys.stderr.write("octavo: the answer ends here: it repeats itself; --no-repetition-detection lets it go on\n")
+        sys.stderr.flush()
+
+
+def log_sampling(params: SamplingParams | BeamSearchParams) -> None:
+    """With -v: what was decided, by flags, the model's files or default."""
+    if isinstance(params, SamplingParams):
+        log.info("sampling: %s", ", ".join(f"{name} {value:g}" for name, value in _sampling_json(params).items()))
 
 
 class TextWriter:
@@ -137,8 +173,6 @@ class TextWriter:
     def __init__(self) -> None:
         self._terminal = is_terminal(sys.stdout)
         self._last = ""
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? and not an exception
 
     @property
     def started(self) -> bool:
@@ -208,8 +242,10 @@ def _per_second(count: int, seconds: float | None) -> float | None:
     return count / seconds if seconds and count > 0 else None
 
 
-def to_json(output: RequestOutput, model: str) -> dict[str, Any]:
-    """An answer for machines. One output stands in the object itself, several in a list under "outputs"."""
+def to_json(output: RequestOutput, model: str, params: SamplingParams | BeamSearchParams) -> dict[str, Any]:
+    """An answer for machines. One output stands in the object itself, several in a list under "outputs". Where tokens
+    were drawn, "seed" and "sampling" are what it takes to draw them again."""
+    draws = isinstance(params, SamplingParams) and not params.greedy
     completions = [_completion_json(completion) for completion in output.outputs]
     several = {"outputs": [{"index": index, **c} for index, c in enumerate(completions)]}
     result = {
@@ -218,7 +254,8 @@ def to_json(output: RequestOutput, model: str) -> dict[str, Any]:
         **(completions[0] if len(completions) == 1 else several),
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": output.metrics.num_generated_tokens,
-        "seed": output.seed,
+        "seed": output.seed if draws else None,
+        "sampling": _sampling_json(params) if isinstance(params, SamplingParams) else None,
         "timings": timings(output),
         "system_fingerprint": output.system_fingerprint,
     }
@@ -226,6 +263,10 @@ def to_json(output: RequestOutput, model: str) -> dict[str, Any]:
         pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
         result["prompt_logprobs"] = [None if row is None else _logprobs_json(token, row) for token, row in pairs]
     return result
+
+
+def _sampling_json(params: SamplingParams) -> dict[str, float]:
+    return {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
 
 
 def _completion_json(completion: CompletionOutput) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def start(flags: list[str], prompt: str) -> dict[str, Any]:
     """One start: seconds by phase, and until the first byte of the answer was read."""
     notes, child_end = os.pipe()
     command = [sys.executable, "-m", "octavo.cli.startup_child", str(child_end)]
-    command += ["run", "--raw", "--max-tokens=1", "--ignore-eos", *flags, f"--prompt={prompt}"]
+    command += ["run", "--raw", "--max-tokens=1", "--temperature=0", "--ignore-eos", *flags, f"--prompt={prompt}"]
     began = time.monotonic()
     with (
         os.fdopen(notes) as note_file,

@@ -15,12 +15,13 @@ from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from octavo.core.outputs import CacheExplanation
+    from octavo.frontend import Prompt
     from octavo.llm import LLM
 
 EXIT_USAGE = 2
 _EXPLAIN = """Answer the earlier prompts one by one (a single token each), then say how much of PROMPT would be taken
-from the cache, where it first differs from an earlier one, and what was evicted. Prompts are taken as they are, without
-a chat template."""
+from the cache, where it first differs from an earlier one, and what was evicted. Prompts are taken as `octavo run`
+takes them: as a user's message in the model's chat template where there is one, and as they are with --raw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     explain = kinds.add_parser(
         "explain", help="what the cache has of a prompt, and why not more", description=_EXPLAIN, allow_abbrev=False
     )
-    explain.usage = "octavo cache explain [-h] [--model MODEL] [--after EARLIER]… [--json] [flags] PROMPT"
+    explain.usage = "octavo cache explain [-h] [--model MODEL] [--after EARLIER]… [--raw] [--json] [flags] PROMPT"
     explain.add_argument("prompt", metavar="PROMPT", help="the prompt to explain")
     explain.add_argument(
         "--after", action="append", default=[], metavar="EARLIER", help="a prompt answered before; may be repeated"
     )
+    explain.add_argument("--system", metavar="TEXT", help="system message, before each prompt")
+    explain.add_argument("--raw", action="store_true", help="no chat template: take the prompts as they are")
     explain.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     add_engine_arguments(explain)
 
@@ -54,26 +57,28 @@ def run(args: argparse.Namespace) -> int:
         args.print_help(sys.stderr)
         return EXIT_USAGE
     config = engine_config(args)
-    from octavo.cli.answering import check_unicode, open_model
+    from octavo.cli.answering import check_system, check_unicode, open_model
 
     for field, text in [("prompt", args.prompt), *(("--after", text) for text in args.after)]:
         if not check_unicode(field, text):
             raise InvalidRequestError(field, "is empty")
+    check_system(args.system, raw=args.raw)
     with open_model(config, args.verbose) as answerer:
-        earlier, explanation = _explain(answerer.llm, args.prompt, args.after)
+        prompt, *after = (answerer.prompt_of(text, args.system, raw=args.raw) for text in (args.prompt, *args.after))
+        earlier, explanation = _explain(answerer.llm, prompt, after)
         report = _report(answerer.llm, answerer.model, earlier, explanation)
     print(json.dumps(report) if args.json else _text(report))
     return 0
 
 
-def _explain(llm: LLM, prompt: str, after: list[str]) -> tuple[list[_Earlier], CacheExplanation]:
+def _explain(llm: LLM, prompt: Prompt, after: list[Prompt]) -> tuple[list[_Earlier], CacheExplanation]:
     from octavo.core.params import SamplingParams
 
-    params = SamplingParams(max_tokens=1, temperature=0, output_kind="final_only", detokenize=False)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=1, temperature=0, output_kind="final_only", detokenize=False)
     earlier = []
-    for number, text in enumerate(after, 1):
+    for number, before in enumerate(after, 1):
         evicted = llm.cache_stats.evicted_blocks
-        for output in llm.stream(text, params, _name(number)):
+        for output in llm.stream(before, params, _name(number)):
             tokens, cached = len(output.prompt_token_ids), output.num_cached_tokens
         earlier.append(_Earlier(tokens, cached, llm.cache_stats.evicted_blocks - evicted))
     return earlier, llm.explain_cache(prompt)

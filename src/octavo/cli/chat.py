@@ -1,7 +1,10 @@
 """Talk with a model in the terminal.
 
-Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help lists the commands. When stdin is
-not a terminal every line of it is one message; each is answered, and the program ends with the input.
+Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help lists the commands. What is
+pasted is one message, whatever lines it has; a line that ends with a backslash goes on in the next, and a message
+between \"\"\" and \"\"\" has as many as it likes. When stdin is not a terminal its lines are messages by the same
+rules; each is answered, and the program ends with the input. Tokens are drawn as the model's files recommend, anew for
+each answer; --temperature 0 gives the most probable answers.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_sampling_arguments, refuse_logprobs, sampling_params
+from octavo.cli.message_input import Message, read_message, terminal_reader
+from octavo.cli.sampling_args import add_sampling_arguments, refuse_for_machines, sampling_params
+from octavo.cli.streams import OutputError
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError
 
 if TYPE_CHECKING:
@@ -28,7 +33,9 @@ _HELP = """\
 /clear, /reset  forget the conversation
 /exit, /quit    leave (Ctrl-D does, too)
 /help           this list
-Ctrl-C          stop the answer"""
+Ctrl-C          stop the answer
+\\               at the end of a line: the message goes on
+\"\"\"             begins a message of several lines, and ends it"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,20 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
-    params = sampling_params(args)
+    sampling_params(args)
     if not args.json:
-        refuse_logprobs(args)
+        refuse_for_machines(args)
+    if args.detokenize is False:
+        raise InvalidRequestError("--no-detokenize", "a conversation goes on from the text of its answers")
     config = engine_config(args)
-    from octavo.cli.answering import check_unicode, is_terminal, open_model
+    from octavo.cli.answering import check_system, is_terminal, log_sampling, open_model
 
-    if args.system is not None:
-        check_unicode("--system", args.system)
+    check_system(args.system, raw=False)
     interactive = is_terminal(sys.stdin)
     with open_model(config, args.verbose) as answerer:
         if answerer.llm.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 "model", f"{config.model} has no chat template and cannot chat; `octavo run` continues a text"
             )
+        params = sampling_params(args, answerer.llm.generation_config)
+        log_sampling(params)
         chat = Chat(answerer, params, args.system, as_json=args.json, show_speed=_shows_speed(args))
         if interactive:
             _talk(chat)
@@ -127,10 +137,11 @@ class Chat:
         return prompt, kept
 
     def _tell(self, output: RequestOutput) -> None:
-        from octavo.cli.answering import speed_line, to_json
+        from octavo.cli.answering import speed_line, tell_repetition, to_json
 
         if self._as_json:
-            print(json.dumps(to_json(output, self._answerer.model)), flush=True)
+            print(json.dumps(to_json(output, self._answerer.model, self._params)), flush=True)
+        tell_repetition(output)
         if output.outputs[0].finish_reason == "length" and self._params.max_tokens is None:
             note(f"the answer ends here: the context of {self._answerer.llm.max_model_len} tokens is full")
         if self._show_speed:
@@ -146,19 +157,13 @@ def note(text: str) -> None:
 
 
 def _talk(chat: Chat) -> None:
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines with it
-
     from octavo.cli.answering import AnswerInterrupted
 
+    read_line = terminal_reader()
     note("Ctrl-D leaves, /help lists the commands")
     while True:
         try:
-            line = _read_line().strip()
-            if not line or not _talk_about(chat, line):
-                continue
+            _talk_about(chat, read_message(read_line))
         except EOFError:
             sys.stderr.write("\n")
             return
@@ -169,27 +174,19 @@ def _talk(chat: Chat) -> None:
             note("Ctrl-D or /exit leaves")
         except UnicodeDecodeError:
             note("the line is not valid UTF-8")
-        except EngineClosedError:
+        except (EngineClosedError, OutputError):
             raise
         except OctavoError as error:
             note(str(error))
 
 
-def _read_line() -> str:
-    if sys.stdout.isatty():
-        return input("> ")
-    sys.stderr.write("> ")  # input() would write it into the file that stdout goes to
-    sys.stderr.flush()
-    return input()
-
-
-def _talk_about(chat: Chat, line: str) -> bool:
-    if line.startswith("/") and " " not in line:
-        if not _command(chat, line):
-            note(f"unknown command {line}; /help lists them")
-        return False
-    chat.answer(line)
-    return True
+def _talk_about(chat: Chat, message: Message) -> None:
+    text = message.text.strip()
+    if not message.is_quoted and text.startswith("/") and len(text.split()) == 1:
+        if not _command(chat, text):
+            note(f"unknown command {text}; /help lists them")
+    elif text:
+        chat.answer(text)
 
 
 def _command(chat: Chat, line: str) -> bool:
@@ -209,10 +206,19 @@ def _command(chat: Chat, line: str) -> bool:
 
 
 def _answer_lines(chat: Chat) -> None:
-    for line in _piped_lines():
+    lines = _piped_lines()
+
+    def read_line(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    while True:
         try:
-            if line.strip() and not _command(chat, line.strip()):
-                chat.answer(line)
+            message = read_message(read_line)
+            if message.text.strip() and (message.is_quoted or not _command(chat, message.text.strip())):
+                chat.answer(message.text)
         except EOFError:
             return
 
@@ -220,10 +226,17 @@ def _answer_lines(chat: Chat) -> None:
 def _piped_lines() -> Iterator[str]:
     if sys.stdin is None:
         return
-    while data := sys.stdin.buffer.readline(MAX_LINE_BYTES + 1):
+    while data := _line_of_stdin():
         if len(data) > MAX_LINE_BYTES:
             raise InvalidRequestError("stdin", f"has a line of more than {MAX_LINE_BYTES} bytes")
         try:
             yield data.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidRequestError("stdin", f"is not valid UTF-8 at byte {error.start} of a line") from None
+
+
+def _line_of_stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequestError("stdin", f"cannot be read: {error.strerror}") from None

@@ -123,7 +123,7 @@ def _bytes(count: int) -> str:
 
 def _model_line(model: dict[str, Any] | None) -> str:
     if model is None:
-        return "no models yet; fetch one with `octavo pull smollm2`"
+        return "no models yet; `octavo models` lists those to fetch"
     return f"{model['name']}, {model['bytes'] / 1e6:,.1f} MB, {model['problem'] or model['format']}"
 
 

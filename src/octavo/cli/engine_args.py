@@ -10,6 +10,7 @@ from typing import Any
 from octavo.config import ENV_PREFIX, EngineConfig, parse_setting, type_hints
 from octavo.core.errors import ConfigError
 
+_OF_CPU = ("instruction_set", "threads", "pin_threads", "cascade_attention")
 _ALIASES = {"model": ("-m", "-hf")}
 
 
@@ -61,11 +62,16 @@ def _default(value: object) -> str:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """Settings from flags over environment over defaults. Raises ConfigError."""
+    """Settings from flags over environment over defaults. Raises ConfigError, also for a flag without effect."""
     hints = type_hints(EngineConfig)
     given = {
         setting.name: parse_setting(flag(setting.name), text, hints[setting.name])
         for setting in fields(EngineConfig)
         if (text := getattr(args, setting.name, None)) is not None
     }
-    return EngineConfig.resolve(given)
+    config = EngineConfig.resolve(given)
+    if config.backend == "reference":
+        for name in _OF_CPU:
+            if name in given:
+                raise ConfigError(f"{flag(name)}: has no effect with the reference backend")
+    return config

@@ -1,7 +1,7 @@
 """The program `octavo`: finds the command, runs it, and turns errors into exit codes.
 
 Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 3 `verify` found a check that failed;
-130 interrupted; 141 the reader of our output went away.
+74 stdout cannot be written; 130 interrupted; 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from octavo import __version__
-from octavo.core.errors import OctavoError
+from octavo.cli.streams import OutputError, checked_streams
+from octavo.config import warn_of_unknown_variables
+from octavo.core.errors import ConfigError, OctavoError, shown
 
-EXIT_BUG, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+EXIT_BUG, EXIT_USAGE, EXIT_OUTPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 74, 130, 141
 
 # Name -> (module, help). The module is imported when the command is chosen, so `octavo --help` stays fast.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -30,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("octavo.cli.cache", "explain what of a prompt the prefix cache has, and why not more"),
     "verify": ("octavo.cli.verify", "check a model against transformers and against itself"),
 }
+
+LOG_LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 
 logger = logging.getLogger("octavo.cli")
 
@@ -49,19 +53,23 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _guarded(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits; give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    with checked_streams():
+        try:
+            code = _guarded(arguments)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            return EXIT_BROKEN_PIPE
+        except OutputError as error:
+            _print_error(str(error))
+            return EXIT_OUTPUT
 
 
 def _guarded(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
+    except OutputError:
+        raise
     except SystemExit as stop:  # argparse: --help, --version and usage errors.
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_USAGE
     except OctavoError as error:
@@ -90,6 +98,7 @@ def _dispatch(arguments: list[str]) -> int:
     if top.command not in COMMANDS:
         parser.error(_unknown_command(top.command))
     _set_up_logging(top.verbose)
+    warn_of_unknown_variables()
     module, summary = COMMANDS[top.command]
     command = cast("Command", importlib.import_module(module))
     command_parser = argparse.ArgumentParser(
@@ -152,9 +161,11 @@ def _unknown_command(name: str) -> str:
 def _set_up_logging(verbose: int) -> None:
     """Records go to stderr: warnings, with -v information, with -vv all. OCTAVO_LOG_LEVEL sets the level by name."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    named = logging.getLevelName(os.environ.get("OCTAVO_LOG_LEVEL", "").upper())
-    if not verbose and isinstance(named, int):
-        level = named
+    name = os.environ.get("OCTAVO_LOG_LEVEL", "")
+    if name and name.upper() not in LOG_LEVELS:
+        raise ConfigError(f"OCTAVO_LOG_LEVEL: must be one of {', '.join(LOG_LEVELS).lower()}, not {shown(name)}")
+    if name and not verbose:
+        level = LOG_LEVELS[name.upper()]
     root = logging.getLogger("octavo")
     root.setLevel(level)
     handler = logging.StreamHandler()  # stderr as it is now, not as it was at an earlier call of main().

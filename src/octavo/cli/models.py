@@ -1,4 +1,6 @@
-"""List the models on this machine: those in $OCTAVO_HOME and those in the cache of huggingface_hub."""
+"""List the models on this machine, those in $OCTAVO_HOME and those in the cache of huggingface_hub, and the short names
+of models that `octavo pull` can fetch.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from octavo.core.model_folder import read_file
 
 if TYPE_CHECKING:
     from octavo.hub import LocalModel
+    from octavo.hub.aliases import Alias
 
 _COLUMNS = ("NAME", "SIZE", "FORMAT", "ARCHITECTURE", "QUANTIZATION", "PATH")
 # general.file_type of GGUF metadata: what the file as a whole is called. Types of single tensors may differ.
@@ -41,7 +44,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `octavo models`."""
-    parser.add_argument("--json", action="store_true", help="print a JSON list, sizes in bytes")
+    parser.add_argument("--json", action="store_true", help="print a JSON list; sizes in bytes, path null: not here")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,11 +52,14 @@ def run(args: argparse.Namespace) -> int:
     from octavo import hub
 
     entries = [_describe(model) for model in hub.list_models()]
+    here = {entry["name"] for entry in entries}
+    entries += [_not_here(alias) for alias in hub.ALIASES.values() if alias.name not in here]
     if args.json:
         print(json.dumps(entries, indent=2))
-    elif not entries:
-        print(f"no models in {hub.octavo_home(writable=False)} yet; fetch one with `octavo pull smollm2`")
-    elif sys.stdout.isatty():
+        return 0
+    if not here:
+        print(f"no models in {hub.octavo_home(writable=False)} yet; these have a short name:")
+    if sys.stdout.isatty():
         _print_table(entries)
     else:
         _print_aligned(entries)
@@ -76,7 +82,22 @@ def _describe(model: LocalModel) -> dict[str, Any]:
         "architecture": architecture,
         "quantization": quantization,
         "source": model.source,
+        "description": None,
         "problem": problem,
+    }
+
+
+def _not_here(alias: Alias) -> dict[str, Any]:
+    return {
+        "name": alias.name,
+        "path": None,
+        "size": alias.num_bytes,
+        "format": "gguf",
+        "architecture": None,
+        "quantization": None,
+        "source": "alias",
+        "description": alias.description,
+        "problem": None,
     }
 
 
@@ -108,8 +129,11 @@ def _inspect_folder(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
-    architecture = entry["architecture"] or ("unreadable" if entry["problem"] else "?")
     size = f"{entry['size'] / 1e6:,.1f} MB"
+    if entry["path"] is None:
+        told = f"{entry['description']}; not here yet: `octavo pull {entry['name']}`"
+        return [entry["name"], size, entry["format"], "-", "-", told]
+    architecture = entry["architecture"] or ("unreadable" if entry["problem"] else "?")
     return [entry["name"], size, entry["format"], architecture, entry["quantization"] or "?", entry["path"]]
 
 

@@ -1,7 +1,8 @@
 """Answer one prompt; the answer goes to stdout as it comes.
 
 The prompt is the argument, or what comes in through a pipe, or both: the argument, an empty line, then the pipe's text.
-It becomes a user's message in the model's chat template where there is one.
+It becomes a user's message in the model's chat template where there is one. Tokens are drawn as the model's files
+recommend, anew each time; --temperature 0 gives the most probable answer, which is always the same.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
-from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, refuse_logprobs, request_params
+from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, refuse_for_machines, request_params
 from octavo.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from octavo.core.outputs import RequestOutput
-    from octavo.frontend import Prompt
-    from octavo.llm import LLM
 
 MAX_STDIN_BYTES = 64 << 20
 
@@ -37,25 +36,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
-    params = request_params(args)
+    request_params(args)
     if not args.json:
-        refuse_logprobs(args)
+        refuse_for_machines(args)
     config = engine_config(args)
     text = _text_of(args)
-    from octavo.cli.answering import AnswerInterrupted, TextWriter, check_unicode, open_model, spinner, to_json
+    from octavo.cli.answering import (
+        AnswerInterrupted,
+        TextWriter,
+        check_system,
+        check_unicode,
+        log_sampling,
+        open_model,
+        spinner,
+        tell_repetition,
+        to_json,
+    )
 
     check_unicode("prompt", text)
-    if args.system is not None:
-        check_unicode("--system", args.system)
-        if args.raw:
-            raise InvalidRequestError("--system", "has no effect with --raw")
+    check_system(args.system, raw=args.raw)
     with open_model(config, args.verbose) as answerer:
-        prompt = _prompt_of(answerer.llm, text, args)
+        params = request_params(args, answerer.llm.generation_config)
+        log_sampling(params)
+        prompt = answerer.prompt_of(text, args.system, raw=args.raw)
         if args.json:
             import json
 
             output = answerer.ask(prompt, params)
-            print(json.dumps(to_json(output, answerer.model)))
+            print(json.dumps(to_json(output, answerer.model, params)))
         elif params.num_outputs > 1:
             with spinner("generating"):
                 output = answerer.ask(prompt, params)
@@ -68,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 writer.end_line()
                 raise
             writer.end_line()
+        tell_repetition(output)
         _report(output, args.verbose)
     return 0
 
@@ -89,7 +98,10 @@ def _piped_text() -> str | None:
     """What comes in through a pipe or file, without its last line end; None when stdin is a terminal or closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return None
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    try:
+        data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequestError("stdin", f"cannot be read: {error.strerror}") from None
     if len(data) > MAX_STDIN_BYTES:
         raise InvalidRequestError("stdin", f"holds more than {MAX_STDIN_BYTES} bytes")
     try:
@@ -97,13 +109,6 @@ def _piped_text() -> str | None:
     except UnicodeDecodeError as error:
         raise InvalidRequestError("stdin", f"is not valid UTF-8 at byte {error.start}") from None
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def _prompt_of(llm: LLM, text: str, args: argparse.Namespace) -> Prompt:
-    if args.raw or (llm.tokenizer.chat_template is None and args.system is None):
-        return text
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.chat_prompt([*system, {"role": "user", "content": text}])
 
 
 def _print_outputs(output: RequestOutput) -> None:

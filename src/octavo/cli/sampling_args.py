@@ -12,23 +12,39 @@ from octavo.cli.engine_args import flag
 from octavo.config import type_hints
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError
-from octavo.core.params import SamplingParams
+from octavo.core.params import RepetitionDetectionParams, SamplingParams
 
-# On the command line one answer, as long as it takes, the same every time, is the likeliest wish.
-_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": None}
-_BEAM_DEFAULTS: dict[str, Any] = {"max_tokens": None, "num_return_sequences": 1}
+# On the command line one answer, as long as it takes, is the likeliest wish, and that it goes in circles nobody's.
+# Sixteen tokens: rulers of tables, and "ha ha ha", are shorter.
+_REPETITION = RepetitionDetectionParams(max_pattern_size=256, min_pattern_size=16, min_count=4)
+_DEFAULTS: dict[str, Any] = {"max_tokens": None, "repetition_detection": _REPETITION}
+_BEAM_DEFAULTS: dict[str, Any] = {**_DEFAULTS, "num_return_sequences": 1}
+# Where neither a flag nor the model's files say otherwise.
+_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
+# Without effect where nothing is drawn, with the value that says so.
+_OF_DRAWING: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
 _DECIDED_BY_COMMAND = frozenset(["output_kind"])
+_OFF = "off"
 
 # field -> (metavar, help)
 _TEXTS: dict[str, tuple[str, str]] = {
     "n": ("N", "number of outputs (default 1)"),
     "presence_penalty": ("X", "subtract from the logits of tokens already generated, -2 to 2 (default 0)"),
     "frequency_penalty": ("X", "the same for each time they were generated, -2 to 2 (default 0)"),
-    "repetition_penalty": ("X", "divide the logits of tokens in prompt or output, more than 0 (default 1)"),
-    "temperature": ("X", "0 takes the most probable token always, 1 samples as the model says (default 0)"),
-    "top_p": ("P", "sample from the most probable tokens that make up P of the probability (default 1)"),
-    "top_k": ("K", "sample from the K most probable tokens; 0 or -1 is off (default 0)"),
-    "min_p": ("P", "sample from tokens at least P times as probable as the most probable (default 0)"),
+    "repetition_penalty": ("X", "divide the logits of tokens in prompt or output (default: the model's, else 1)"),
+    "temperature": (
+        "X",
+        "0 takes the most probable token always (default: what the model's files say, else 0.7)",
+    ),
+    "top_p": (
+        "P",
+        "sample from the most probable tokens that make up P (default: the model's, else 0.95)",
+    ),
+    "top_k": ("K", "sample from the K most probable tokens; 0 or -1 is off (default: the model's, else 0)"),
+    "min_p": (
+        "P",
+        "sample from tokens at least P times as probable as the best (default: the model's, else 0.05)",
+    ),
     "seed": ("N", "make sampling repeatable (default: drawn, and reported by --json)"),
     "stop": ("TEXT", "end the output before TEXT; may be repeated"),
     "stop_token_ids": ("ID,…", "end the output at these tokens; may be repeated"),
@@ -44,6 +60,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "logit_bias": ("JSON", 'add to logits, as in {"15": -100}, by token id'),
     "allowed_token_ids": ("ID,…", "draw no other tokens; may be repeated"),
     "skip_reading_prefix_cache": ("", "compute the whole prompt, whatever of it is cached"),
+    "repetition_detection": (
+        "JSON",
+        'end an output that repeats itself: {"max_pattern_size": 256, "min_pattern_size": 16, "min_count": 4} (the '
+        "default) finds 16 to 256 tokens that come four times in a row; --no-repetition-detection is off",
+    ),
     "bad_words": ("TEXT", "never complete the tokens that spell TEXT; may be repeated"),
 }
 
@@ -81,6 +102,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: Collec
         if hints[field.name] is bool:
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
         else:
+            if field.name == "repetition_detection":
+                off: dict[str, Any] = {"action": "store_const", "const": _OFF, "help": argparse.SUPPRESS}
+                group.add_argument(flag(f"no_{field.name}"), dest=field.name, **off)
             action = "append" if _READERS[hints[field.name]] in (_strings, _integers) else "store"
             group.add_argument(flag(field.name), action=action, metavar=metavar, **options)
 
@@ -93,33 +117,51 @@ def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*names, dest=name, metavar=metavar, help=text, default=None)
 
 
-def request_params(args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
-    """What the flags ask for. Raises InvalidRequestError naming the flag or field at fault."""
+def request_params(
+    args: argparse.Namespace, recommended: Mapping[str, Any] | None = None
+) -> SamplingParams | BeamSearchParams:
+    """What the flags ask for, over what the model's files recommend (LLM.generation_config; None: not known yet).
+
+    Raises InvalidRequestError naming the flag or field at fault.
+    """
     given = [name for name in _BEAM_TEXTS if getattr(args, name) is not None]
     if "beam_width" in given:
-        return _beam_search_params(args)
+        return _beam_search_params(args, recommended or {})
     if given:
         raise InvalidRequestError(flag(given[0]), "needs --beam-width")
-    return sampling_params(args)
+    return sampling_params(args, recommended)
 
 
-def refuse_logprobs(args: argparse.Namespace) -> None:
-    """Where they would not be shown. Raises InvalidRequestError."""
+def refuse_for_machines(args: argparse.Namespace) -> None:
+    """What is asked for and would not be shown. Raises InvalidRequestError."""
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(args, name) is not None:
             raise InvalidRequestError(flag(name), "is shown with --json only")
+    if getattr(args, "detokenize", None) is False:
+        raise InvalidRequestError("--no-detokenize", "leaves token ids, which are shown with --json only")
 
 
-def _beam_search_params(args: argparse.Namespace) -> BeamSearchParams:
+def _beam_search_params(args: argparse.Namespace, recommended: Mapping[str, Any]) -> BeamSearchParams:
     for name, reason in _NOT_IN_BEAM_SEARCH.items():
         if getattr(args, name, None) is not None:
             raise InvalidRequestError(flag(name), f"has no meaning with --beam-width: {reason}")
-    return BeamSearchParams(**_BEAM_DEFAULTS | _given(args, BeamSearchParams))
+    of_model = {name: value for name, value in recommended.items() if name == "repetition_penalty"}
+    return BeamSearchParams(**_BEAM_DEFAULTS | of_model | _given(args, BeamSearchParams))
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """Raises InvalidRequestError naming the flag or field at fault."""
-    return SamplingParams(**_DEFAULTS | _given(args, SamplingParams))
+def sampling_params(args: argparse.Namespace, recommended: Mapping[str, Any] | None = None) -> SamplingParams:
+    """See `request_params`. A flag that the temperature leaves without effect is refused."""
+    given = _given(args, SamplingParams)
+    params = SamplingParams(**_DEFAULTS | _SAMPLING | dict(recommended or {}) | given)
+    if not params.greedy:
+        return params
+    zero = "temperature 0" if "temperature" in given else "temperature 0, which the model's files ask for"
+    for name in _OF_DRAWING:
+        if name in given:
+            raise InvalidRequestError(flag(name), f"has no effect at {zero}")
+    if params.n > 1:
+        raise InvalidRequestError("--n", f"all {params.n} outputs would be the same at {zero}")
+    return params.but(**_OF_DRAWING)
 
 
 def _given(args: argparse.Namespace, kind: type[SamplingParams | BeamSearchParams]) -> dict[str, Any]:
@@ -148,6 +190,10 @@ def _number(name: str, text: str) -> float:
         raise InvalidRequestError(name, f"must be a number, not {text!r}") from None
 
 
+def _repetition(name: str, text: str) -> dict[str, Any] | None:
+    return None if text == _OFF else _json_object(name, text)
+
+
 def _early_stopping(name: str, text: str) -> bool | str:
     values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
     if text.lower() not in values:
@@ -169,7 +215,7 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(name, f"is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InvalidRequestError(name, 'must be a JSON object such as {"15": -100}')
+        raise InvalidRequestError(name, "must be a JSON object, which --help shows")
     return value
 
 
@@ -182,4 +228,5 @@ _READERS: dict[Any, Callable[[str, Any], Any]] = {
     Sequence[str] | None: _strings,
     Sequence[int] | None: _integers,
     Mapping[int, float] | None: _json_object,
+    RepetitionDetectionParams | Mapping[str, int] | None: _repetition,
 }

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from octavo.config import EngineConfig
 
     parser.usage = "octavo verify [-h] [-v] [--json] [--quick] [--skip PART] [flags] MODEL"
-    parser.add_argument("model", metavar="MODEL", help="alias, Hugging Face name, .gguf file or model folder")
+    parser.add_argument("model", metavar="MODEL", help="short name, Hugging Face name, .gguf file or model folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="fewer cells of exactness")
     parser.add_argument("--skip", action="append", default=[], choices=PARTS, help="leave a part out; may be repeated")

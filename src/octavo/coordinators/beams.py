@@ -17,6 +17,7 @@ from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, Reque
 from octavo.core.params import OutputKind
 from octavo.core.plan import GrantResult, TokenLogprobs
 from octavo.core.protocols import TextStream
+from octavo.core.repetition import repeats
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import Draw, TopK
@@ -183,7 +184,16 @@ class BeamCoordinator(Coordinator):
             text.advance((token_id,))
             if text.stop_reason is not None:
                 return "stop", text.stop_reason
-        return ("length", None) if length >= self.request.max_tokens else None
+        if length >= self.request.max_tokens:
+            return "length", None
+        repetition = self.request.params.repetition
+        if repetition is not None and length >= self.params.min_tokens:
+            token_ids = beam.sequence.token_ids
+            # The end of the output that a pattern of any size may reach over, and not all of it: beams are many.
+            reach = min(repetition.max_pattern_size * repetition.min_count, length) - 1
+            if repeats([*token_ids[len(token_ids) - reach :], token_id], repetition):
+                return "repetition", "repetition_detected"
+        return None
 
     def _chain(self, beam: _Beam, candidate: Candidate, answers: dict[int, GrantResult]) -> _Chain | None:
         if self.params.logprobs is None:
@@ -247,7 +257,7 @@ class BeamCoordinator(Coordinator):
     def take_output(self, now: float) -> RequestOutput | None:
         if self.metrics.first_token_time is None and self.metrics.num_generated_tokens:
             self.metrics.first_token_time = now
-        kind = self.params.output_kind
+        kind = OutputKind(self.params.output_kind)
         if self.finished:
             outputs = [self._output(index, finished) for index, finished in enumerate(self._best())]
             if not outputs:

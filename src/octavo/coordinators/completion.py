@@ -9,6 +9,7 @@ from octavo.core.outputs import CompletionOutput, Logprob
 from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, TokenLogprobs
 from octavo.core.protocols import TextCodec, TextStream
+from octavo.core.repetition import repeats
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import Draw, NextLogprobs, Sample
@@ -147,9 +148,19 @@ class Completion:
             self.finish("stop", self.text_stream.stop_reason)
         elif len(self.token_ids) >= self.request.max_tokens:
             self.finish("length")
+        elif self._repeats():
+            self.finish("repetition", "repetition_detected")
 
     def _ends_at(self, token_id: int) -> bool:
         return len(self.token_ids) >= self.request.params.min_tokens and token_id in self.request.end_token_ids
+
+    def _repeats(self) -> bool:
+        params = self.request.params
+        return (
+            params.repetition is not None
+            and len(self.token_ids) >= params.min_tokens
+            and repeats(self.token_ids, params.repetition)
+        )
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         if self.finish_reason is None:

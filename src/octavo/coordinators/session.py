@@ -325,7 +325,7 @@ class _Generating(_Task):
 
     def _kept(self, output: CompletionOutput) -> list[int]:
         request = self.completion.request
-        if isinstance(output.stop_reason, str):
+        if output.finish_reason == "stop" and isinstance(output.stop_reason, str):
             return self._tokens_of(output.text, output.token_ids)
         if output.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             return output.token_ids[:-1]  # an end token is not part of the text

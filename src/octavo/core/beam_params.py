@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.params import OutputKind, SamplingParams, integer, number
+from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams, integer, number
 
 MAX_BEAM_WIDTH = 1024
 DEFAULT_BEAM_WIDTH = 4
@@ -38,6 +38,7 @@ class BeamSearchParams:
         no_repeat_ngram_size: no n-gram of this many tokens comes twice, the prompt's included; 0 is off.
         temperature: nothing is drawn: 0 and 1 are accepted and mean the same.
         logprobs: per token, its log-probability and those of this many best tokens; of the raw logits.
+        repetition_detection: a hypothesis that repeats itself is finished, as by an end token.
     """
 
     beam_width: int | None = None
@@ -65,8 +66,9 @@ class BeamSearchParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    output_kind: OutputKind = OutputKind.CUMULATIVE
+    output_kind: OutputKind | Literal["cumulative", "delta", "final_only"] = OutputKind.CUMULATIVE
     skip_reading_prefix_cache: bool = False
+    repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
     sampling: SamplingParams = field(init=False, repr=False, compare=False)  # what the two kinds of request share
 
     def __post_init__(self) -> None:

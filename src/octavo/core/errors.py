@@ -67,8 +67,9 @@ class EngineClosedError(OctavoError, RuntimeError):
 
 
 def _cut(message: str) -> str:
-    """What files and requests hold may be of any length, and errors go to logs and terminals."""
-    return message if len(message) <= 1000 else message[:997] + "..."
+    """What files and requests hold may be of any length, and errors go to logs and terminals. Who is at fault stands at
+    the beginning, what is allowed at the end."""
+    return message if len(message) <= 1000 else f"{message[:600]} ... {message[-395:]}"
 
 
 def shown(value: object) -> str:

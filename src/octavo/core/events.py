@@ -38,6 +38,7 @@ class Reason(StrEnum):
     RESET = "reset"  # somebody asked for it
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
     ABORT = "abort"
     ERROR = "error"
     STEP_RAISED = "step_raised"

@@ -24,8 +24,8 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None  # when logprobs were asked for, and in beam search, there as processed
     logprobs: list[dict[int, Logprob]] | None = None  # one dict per token of `token_ids`
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while running
-    stop_reason: int | str | None = None  # the stop string or stop token id; None for an end token or the length
+    finish_reason: str | None = None  # "stop", "length", "repetition", "abort" or "error"; None while running
+    stop_reason: int | str | None = None  # the stop string or stop token id; "repetition_detected"; else None
     score: float | None = None  # beam search: cumulative_logprob / length ** length_penalty
 
     @property
@@ -48,8 +48,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """State of one request: final from `generate`, or one of several when streaming. From the engine comes what is new
-    since the last one; `OutputSoFar` puts that together."""
+    """State of one request: final from `generate`, or one of several when streaming."""
 
     request_id: str
     prompt: str | None
@@ -65,7 +64,10 @@ class RequestOutput:
 
 
 class OutputSoFar:
-    """All of a request's outputs up to now, put together from what the engine gives: what is new in each step."""
+    """All of a request's outputs up to now, put together from what comes from the engine: what is new since the last.
+
+    Not for users, who say by `output_kind` what they want to see.
+    """
 
     def __init__(self) -> None:
         self._outputs: dict[int, CompletionOutput] = {}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 
@@ -21,6 +21,7 @@ MAX_SEED = 2**64 - 1
 REPETITION_PENALTY = (1e-3, 1e3)
 MAX_LOGIT_BIAS = 1e6
 GREEDY_TEMPERATURE = 1e-5  # below this the best token's probability is 1 in any arithmetic
+MAX_PATTERN_SIZE = 4096  # it is looked for after every token
 
 
 class OutputKind(StrEnum):
@@ -29,6 +30,34 @@ class OutputKind(StrEnum):
     CUMULATIVE = "cumulative"
     DELTA = "delta"
     FINAL_ONLY = "final_only"
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDetectionParams:
+    """When an output repeats itself: it ends with one pattern of tokens, so many times in a row. Names are vLLM's.
+
+    Every field is checked on construction; a bad one raises InvalidRequestError naming it.
+
+    Attributes:
+        max_pattern_size: most tokens of a pattern, at most 4096; 0 looks for none.
+        min_pattern_size: fewest tokens of a pattern; 0 is 1. A shorter one is found as a longer one that holds it
+            several times.
+        min_count: how many times in a row it must stand there, at least 2.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        name = "repetition_detection"
+        most = integer(f"{name}.max_pattern_size", self.max_pattern_size, 0, MAX_PATTERN_SIZE)
+        least = integer(f"{name}.min_pattern_size", self.min_pattern_size, 0, MAX_PATTERN_SIZE)
+        if least > most:
+            raise InvalidRequestError(f"{name}.min_pattern_size", f"{least} is more than max_pattern_size={most}")
+        count = integer(f"{name}.min_count", self.min_count, 2 if most else 0, 2**31 - 1)
+        for field, value in (("max_pattern_size", most), ("min_pattern_size", least), ("min_count", count)):
+            _set(self, field, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +93,8 @@ class SamplingParams:
         bad_words: strings whose tokens may not be completed in the output.
         output_kind: what streamed outputs carry.
         skip_reading_prefix_cache: compute the whole prompt, whatever of it is cached.
+        repetition_detection: end an output that repeats itself, with finish_reason "repetition"; None never does. A
+            mapping of RepetitionDetectionParams' fields will do. Not before min_tokens.
     """
 
     n: int = 1
@@ -89,8 +120,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    output_kind: OutputKind = OutputKind.CUMULATIVE
+    output_kind: OutputKind | Literal["cumulative", "delta", "final_only"] = OutputKind.CUMULATIVE
     skip_reading_prefix_cache: bool = False
+    repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -104,6 +136,7 @@ class SamplingParams:
                 raise InvalidRequestError("allowed_token_ids", "is empty: no token could be drawn")
             _set(self, "allowed_token_ids", tuple(sorted(set(allowed))))
         _set(self, "logit_bias", _logit_bias(self.logit_bias))
+        _set(self, "repetition_detection", _repetition_detection(self.repetition_detection))
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop", "stop strings need detokenize=True")
         try:
@@ -145,6 +178,12 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, f"must be true or false, not {shown(getattr(self, name))}")
+
+    @property
+    def repetition(self) -> RepetitionDetectionParams | None:
+        """`repetition_detection`, as which a mapping is kept too; None when it looks for nothing."""
+        found = self.repetition_detection
+        return found if isinstance(found, RepetitionDetectionParams) and found.max_pattern_size else None
 
     @property
     def greedy(self) -> bool:
@@ -221,6 +260,19 @@ def _token_id(name: str, value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
         raise InvalidRequestError(name, f"a token id must be an integer of at least 0, not {shown(value)}")
     return index(value)
+
+
+def _repetition_detection(value: object) -> RepetitionDetectionParams | None:
+    if value is None or isinstance(value, RepetitionDetectionParams):
+        return value
+    name = "repetition_detection"
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(name, f"must be RepetitionDetectionParams or a mapping, not {shown(value)}")
+    allowed = [field.name for field in fields(RepetitionDetectionParams)]
+    for key in value:
+        if key not in allowed:
+            raise InvalidRequestError(f"{name}.{key}", f"is not a field; allowed are {', '.join(allowed)}")
+    return RepetitionDetectionParams(**value)
 
 
 def _logit_bias(value: object) -> dict[int, float]:

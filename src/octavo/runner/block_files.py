@@ -39,6 +39,11 @@ _TRY_AGAIN = 32  # lookups after which a tier that was slower than computing is 
 ReadBlock = Callable[[int], bytes]
 
 
+def loading_is_slower(load_seconds: float | None, compute_seconds: float | None) -> bool:
+    """The decision, from what was measured of a block so far; None: nothing was."""
+    return load_seconds is not None and compute_seconds is not None and load_seconds > compute_seconds
+
+
 class BlockFiles:
     """See octavo.core.protocols.BlockTier.
 
@@ -134,7 +139,7 @@ class BlockFiles:
         with self._lock:
             if name not in self._known:
                 return None
-            slower = compute_seconds is not None and (self._load_seconds or 0.0) > compute_seconds
+            slower = loading_is_slower(self._load_seconds, compute_seconds)
             if slower and self._refused < _TRY_AGAIN:
                 self._refused += 1
                 return None
