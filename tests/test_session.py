@@ -264,7 +264,7 @@ def dropped(session: Session) -> Branch:
         (lambda s: s.generate_all(s), "branches"),
         (lambda s: s.generate_all([s], [SamplingParams()] * 2), "sampling_params"),
         (lambda s: s.generate_all([s], max_token=1), "max_token"),
-        (lambda s: s.generate_all([s, dropped(s)]), "branches[1]"),
+        (lambda s: s.generate_all([dropped(s), s]), "branches[0]"),
         (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), SamplingParams(n=2)]), "sampling_params[1].n"),
         (lambda s: s.generate_all([s, *s.fork()], [SamplingParams(), {"max_tokens": 3}]), "sampling_params[1]"),
         (lambda s: s.generate_all([s, *s.fork()], n=2), "n"),

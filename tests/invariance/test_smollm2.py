@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from octavo import LLM
 from tests.invariance.harness import Counts, mixed_requests, run, run_alone, same
 
 
+@pytest.mark.slow  # test_tiny has tiny models on this backend, tests/backends/cpu this model on its own
 def test_alone_is_in_a_crowd(smollm2_path: Path, smollm2_llm: LLM) -> None:
     """Guards against what shows with real weights only: rounding that adds up over 30 layers, and near ties."""
     requests = [mixed_requests(49152, max_tokens=20)[i] for i in (1, 2, 6)]

@@ -44,7 +44,7 @@ def last_rows(counts: list[int]) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("block_size", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_shared_prefixes(instruction_set: str, kv_dtype: str, shape: Shape, block_size: int) -> None:
     """Decoding, drafts and prompts over a tree of prefixes: each row as alone, with any number of threads."""
     alone = machine(instruction_set, 1, kv_dtype=kv_dtype, share_prefixes=False)

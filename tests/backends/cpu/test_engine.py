@@ -149,7 +149,7 @@ def test_first_tokens(request: pytest.FixtureRequest, fixture: str, text: str, a
     ("fixture", "settings"),
     [
         ("smollm2_path", {}),
-        ("smollm2_path", {"kv_cache_dtype": "int8"}),
+        pytest.param("smollm2_path", {"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
         pytest.param("smollm2_path", {"compute_dtype": "float32", "kv_cache_dtype": "float32"}, marks=pytest.mark.slow),
         ("gemma3_path", {}),
     ],

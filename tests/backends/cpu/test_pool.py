@@ -41,4 +41,4 @@ def test_every_item_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_no_data_race(tmp_path: Path, threads: int) -> None:
     """Under ThreadSanitizer."""
-    stress(build(tmp_path, "-g", "-fsanitize=thread"), threads, 500)
+    stress(build(tmp_path, "-g", "-fsanitize=thread"), threads, 50)
