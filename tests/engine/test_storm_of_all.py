@@ -319,7 +319,7 @@ def seen() -> Iterator[Counter[str]]:
         assert not (missing := {name for name in wanted if counts[name] < 5}), (missing, counts)
 
 
-SEEDS = 24
+SEEDS = 48
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

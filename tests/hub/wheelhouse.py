@@ -109,7 +109,6 @@ class Index:
         self.held: str | None = None  # begin of the name of the wheel to delay
         self.reached = threading.Event()  # set when the held wheel is asked for
         self.release = threading.Event()
-        self.piece_delay = 0.0  # seconds between pieces of 256 KiB
         self.url = ""
 
     def hold(self, name: str) -> None:
@@ -139,8 +138,6 @@ class Index:
                 held = False
             request.wfile.write(data[start : start + (1 << 18)])
             request.wfile.flush()
-            if self.piece_delay:
-                threading.Event().wait(self.piece_delay)
 
 
 def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, kind: str) -> None:

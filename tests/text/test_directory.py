@@ -70,8 +70,7 @@ def test_sentencepiece_style_equals_transformers(scored: Path) -> None:
     assert stream.text == "hello"
 
 
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True)])
 def test_the_post_processor_decides_on_bos_and_eos(scored: Path, bos: bool, eos: bool) -> None:
     config = json.loads((scored / "tokenizer_config.json").read_text())
     write(scored, "tokenizer_config.json", {**config, "add_bos_token": bos, "add_eos_token": eos})

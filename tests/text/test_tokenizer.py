@@ -39,6 +39,7 @@ def special_ids(theirs: PreTrainedTokenizerBase) -> set[int]:
     return {token_id for token_id, token in theirs.added_tokens_decoder.items() if token.special}
 
 
+@pytest.mark.slow  # the tiny vocabularies above have the same pre-tokenizers
 @pytest.mark.smollm2
 def test_smollm2_equals_transformers(smollm2: Tokenizer, smollm2_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)

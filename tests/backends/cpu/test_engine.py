@@ -50,7 +50,7 @@ def known(request: pytest.FixtureRequest) -> Known:
     return folder, requests, {kv: alone(folder, MAX_MODEL_LEN, requests, kv_cache_dtype=kv) for kv in KV_DTYPES}
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", ["float16", *(pytest.param(t, marks=pytest.mark.slow) for t in KV_DTYPES[1:])])
 def test_pairwise(known: Known, kv_dtype: str) -> None:
     check_combinations(known, kv_dtype, PAIRWISE)
 
@@ -151,7 +151,7 @@ def test_first_tokens(request: pytest.FixtureRequest, fixture: str, text: str, a
         ("smollm2_path", {}),
         pytest.param("smollm2_path", {"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
         pytest.param("smollm2_path", {"compute_dtype": "float32", "kv_cache_dtype": "float32"}, marks=pytest.mark.slow),
-        ("gemma3_path", {}),
+        pytest.param("gemma3_path", {}, marks=pytest.mark.slow),
     ],
 )
 def test_real_models(request: pytest.FixtureRequest, fixture: str, settings: dict[str, Any]) -> None:
