@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
+from octavo.core.model_folder import read_file
 from octavo.core.params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -50,17 +51,16 @@ def generation_config_of(path: Path, metadata: Mapping[str, Any] | None) -> dict
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
+    name = "generation_config.json"
+    data = read_file(folder, name, _MAX_BYTES)
+    if data is None:
         return {}
-    if file.stat().st_size > _MAX_BYTES:
-        raise ModelFormatError(folder, file.name, f"larger than {_MAX_BYTES} bytes")
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ModelFormatError(folder, file.name, f"not valid JSON: {error}") from None
+        raise ModelFormatError(folder, name, f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ModelFormatError(folder, file.name, f"expected a JSON object, found {type(value).__name__}")
+        raise ModelFormatError(folder, name, f"expected a JSON object, found {type(value).__name__}")
     return value
 
 
