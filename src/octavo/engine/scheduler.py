@@ -257,12 +257,14 @@ class Scheduler:
         loaded."""
         if sequence.num_pending < 2:
             return False
-        if self.kv.awaits_load(sequence.block_table) and (
-            self.kv.num_available or self._reclaim(step, entry, sequence)  # it takes a block like one that is computed
-        ):
-            self.waits_for_loads = True
-            self._wait_for(step, entry, sequence, Reason.LOADING, "waits for a block that is being read")
-            return True
+        if self.kv.awaits_load(sequence.block_table):
+            # It takes a block, like one that is computed: whoever waits for it makes room.
+            if self.kv.num_available or self._reclaim(step, entry, sequence):
+                self.waits_for_loads = True
+                self._wait_for(step, entry, sequence, Reason.LOADING, "waits for a block that is being read")
+                return True
+            if not entry.running:  # what gave way was the request itself
+                return True
         target = sequence.target if sequence.each_row is None else min(sequence.target, sequence.each_row.start)
         block = self.kv.pending_block(sequence.block_table, sequence.token_ids, target)
         if block is None:
