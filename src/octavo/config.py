@@ -63,7 +63,9 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = _setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
     enable_prefix_caching: bool = _setting(True, "let requests use KV that earlier ones computed")
     kv_offload_dir: str | None = _setting(None, "folder of your own for KV blocks that leave memory")
-    kv_offload_bytes: int = _setting(DEFAULT_KV_OFFLOAD_BYTES, "most bytes of blocks in that folder, of all processes", low=1, high=2**63 - 1)
+    kv_offload_bytes: int = _setting(
+        DEFAULT_KV_OFFLOAD_BYTES, "most bytes of blocks in that folder, of all processes", low=1, high=2**63 - 1
+    )
     max_cache_overtakes: int = _setting(
         16, "how often requests with more of their prompt cached may pass a waiting one", low=0, high=MAX_TOKENS
     )

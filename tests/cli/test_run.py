@@ -298,6 +298,19 @@ def test_a_pipe_in_and_a_reader_that_goes_away(tiny_llama_dir: Path) -> None:
     child.stderr.close()
 
 
+def test_a_folder_for_blocks(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    """What was in memory when the program ended is there for the next one, and nothing of the engine outlives its end:
+    the extension tells of what does."""
+    for hit in (0, 176):
+        done = subprocess.run(
+            [*program(tiny_gemma3_dir, "again " * 30, "--raw", "--max-tokens", "2", "--temperature", "0", "--json"),
+             "--kv-offload-dir", str(tmp_path / "kv")],
+            env=ENV, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=120,
+        )  # fmt: skip
+        assert done.stderr == b""
+        assert json.loads(done.stdout)["cached_tokens"] == hit
+
+
 def test_interrupting_an_answer(tiny_llama_dir: Path) -> None:
     """Ctrl-C ends with 130, a line end after what was printed, and no traceback."""
     child = subprocess.Popen(

@@ -253,6 +253,7 @@ def to_json(output: RequestOutput, model: str, params: SamplingParams | BeamSear
         "model": model,
         **(completions[0] if len(completions) == 1 else several),
         "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": output.num_cached_tokens,
         "completion_tokens": output.metrics.num_generated_tokens,
         "seed": output.seed if draws else None,
         "sampling": _sampling_json(params) if isinstance(params, SamplingParams) else None,
