@@ -16,6 +16,7 @@ from octavo import LLM, SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.session import Branch, Session
+from tests.backends.cpu.test_processes import in_fork
 from tests.invariance.harness import Counts, _Watched
 from tests.pace import held
 from tests.test_llm import check_idle, interrupt_at_step
@@ -536,3 +537,23 @@ async def test_async_endings(llm: AsyncLLM) -> None:
 def test_a_branch_is_a_branch(tiny: LLM) -> None:
     with tiny.session() as s:
         assert isinstance(s, Branch) and type(s.fork()[0]) is Branch
+
+
+def test_a_fork_of_the_process_frees_branches(tiny: LLM) -> None:
+    """In the child, where nobody is at work on them; the parent's goes on."""
+    with tiny.session(seed=1) as s, tiny.session(seed=1) as other:
+        for one in (s, other):
+            one.extend(TEXT)
+        (expected,) = other.generate_all([other], **SAMPLED)
+        thread = threading.Thread(target=lambda: s.generate(**SLOW))
+        thread.start()
+        while s._state.task is None or not s._in_use.locked():
+            time.sleep(0.001)
+
+        def work() -> None:
+            assert s.num_tokens == len(tiny.tokenizer.encode(TEXT))
+            assert s.generate(**SAMPLED).token_ids == expected.token_ids
+
+        in_fork(work)
+        thread.join()
+        assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)) + SLOW["max_tokens"]

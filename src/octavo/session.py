@@ -11,6 +11,7 @@ A session is itself its first branch. What branches have in common is computed a
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,20 @@ class Link:
         weakref.finalize(self, door.forget, coordinator, None).atexit = False
 
 
+_branches: weakref.WeakSet[BaseBranch] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Whoever was using a branch is in the parent."""
+    for branch in tuple(_branches):
+        branch._in_use = threading.Lock()
+        branch._undoing = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class BaseBranch:
     """What blocking and asynchronous branches share: their state, and the checks of what they are asked."""
 
@@ -107,6 +122,7 @@ class BaseBranch:
         self._state = state
         self._in_use = threading.Lock()
         self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
+        _branches.add(self)
         weakref.finalize(self, link.door.forget, link.coordinator, state).atexit = False
 
     @property
@@ -269,9 +285,12 @@ class Branch(BaseBranch):
             self._take_back([call])
             raise
 
-    def _take_back(self, calls: Sequence[Call[Any]]) -> None:
+    def _take_back(self, calls: Sequence[Call[Any]], others: Sequence[Branch] = ()) -> None:
         with suppress(EngineClosedError):
-            self._taking_back(calls).result()
+            undoing = self._taking_back(calls)
+            for branch in others:
+                branch._undoing = undoing
+            undoing.result()
 
 
 class Session(Branch):
@@ -370,6 +389,6 @@ def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answe
         futures = first._link.door.ask(first._link.coordinator, begin).result()
         wait(futures)
     except BaseException:
-        first._take_back(calls)
+        first._take_back(calls, [branch for branch, _ in asked])
         raise
     return [future.result() for future in futures]

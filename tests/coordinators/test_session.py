@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators.completion import CompletionRequest
+from octavo.coordinators.completion import Completion, CompletionRequest
 from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
@@ -443,6 +443,41 @@ def test_an_error_ends_the_call_and_not_the_session() -> None:
     assert output.token_ids == drawn([*prompt, 49], 4, (0, 0)), "what failed does not count"
     user.close()
     assert idle(harness)
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemError, type("Panic", (BaseException,), {})])
+def test_an_error_at_the_end_of_a_call_reaches_the_caller(error: type[BaseException]) -> None:
+    """Guards somebody who waits for ever: what a stop string cuts is encoded anew, and that may raise."""
+    prompt = [1, 2, 3]
+    tokens = drawn(prompt, 12, (0,))
+    cut = next(i for i, token_id in enumerate(tokens) if token_id >= 26 and i > 1)
+    user = User(Harness())
+
+    def encode(*_: Any) -> list[int]:
+        raise error("the tokenizer fell over")
+
+    user.coordinator._encode = encode
+    user.extend(user.root, prompt)
+    future = user.generate(user.root, 12, ByteCodec(), stop=SPELLING[tokens[cut]][1:2])
+    with pytest.raises(RequestFailedError, match="the tokenizer fell over"):
+        user.run(future)
+    assert user.root.token_ids == prompt
+    (output,) = user.run(user.generate(user.root, 3))
+    assert output.token_ids == drawn(prompt, 3, (0,))
+    user.close()
+    assert idle(user.harness)
+
+
+def test_a_call_that_cannot_begin_leaves_the_branch_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = User(Harness())
+    user.extend(user.root, [1, 2, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(Completion, "attach_to", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            user.generate(user.root)
+    (output,) = user.run(user.generate(user.root))
+    assert output.token_ids == drawn([1, 2, 3], 4, (0,))
+    user.close()
 
 
 def test_computing_ahead_may_fail_unheard() -> None:

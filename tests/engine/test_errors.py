@@ -85,6 +85,7 @@ def test_copies_that_fail_are_done_without(caching: bool) -> None:
     harness.executor.fail_copies = False
     harness.run()
     assert harness.tokens("other") == expected([6] * 6, 6)
+    assert harness.outputs["forks"].num_cached_tokens <= 6 and harness.outputs["other"].num_cached_tokens <= 6
     for index in range(4):
         assert harness.tokens("forks", index) == expected([5] * 6, 6, index)
 

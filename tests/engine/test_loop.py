@@ -128,17 +128,20 @@ def test_a_delivery_that_raises_ends_its_request(loop: EngineLoop) -> None:
     assert len(got) == 1
 
 
-def test_a_step_that_fails_as_a_whole(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AssertionError, Panic])
+def test_a_step_that_fails_as_a_whole(
+    loop: EngineLoop, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     """It is nobody's fault alone: all requests end with an error, the engine does not."""
 
     def failing() -> None:
-        raise AssertionError("a block is lost")
+        raise error("a block is lost")
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.engine.scheduler, "schedule", failing)
         outputs = list(loop.run([request("a", [1, 2]), request("b", [3, 4])]))
         assert [(output.finished, output.error) for output in outputs] == [
-            (True, "AssertionError: a block is lost")
+            (True, f"{error.__name__}: a block is lost")
         ] * 2
     assert works(loop)
 
@@ -151,6 +154,7 @@ def test_a_thread_that_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         raise Panic("nothing works")
 
     monkeypatch.setattr(loop.engine, "step", failing)
+    monkeypatch.setattr(loop.engine, "end_all", lambda error: failing())
     with pytest.raises(EngineClosedError, match="the engine died: Panic"):
         answer(loop, "a", [1, 2])
     assert loop.thread is not None

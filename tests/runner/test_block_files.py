@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import stat
@@ -184,6 +185,64 @@ def test_engines_share_one_limit(tmp_path: Path) -> None:
     again = BlockFiles(tmp_path, limit, 1000, content)
     assert read(again, key(1019), TOKENS, None) == content(19) and len(again) >= 5
     again.close()
+
+
+def test_a_forked_child_does_not_keep_the_lock(files: BlockFiles, tmp_path: Path) -> None:
+    """Guards a parent that waits for a lock which its child has a copy of, as long as that lives."""
+    read_end, write_end = os.pipe()
+    with files._folder._locked():
+        child = os.fork()
+        if not child:
+            os.close(write_end)
+            os.read(read_end, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        with (tmp_path / "octavo-kv.usage").open("rb") as usage:
+            fcntl.flock(usage, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(write_end)
+        os.waitpid(child, 0)
+        os.close(read_end)
+
+
+def test_the_limit_holds_after_a_file_was_grown(tmp_path: Path) -> None:
+    """Guards against counting what it claimed to be when it is removed."""
+    files = BlockFiles(tmp_path, 10 * 1136, 1000, content)
+    for block in range(9):
+        files.save(key(block), TOKENS, block)
+    files.flush()
+    os.truncate(blocks_in(tmp_path)[0], 200 << 30)
+    assert sorted(read(files, key(block), TOKENS, None) is None for block in range(9)) == [False] * 8 + [True]
+    for block in range(20, 40):
+        files.save(key(block), TOKENS, block)
+        files.flush()
+        assert len(blocks_in(tmp_path)) <= 10
+    os.truncate(blocks_in(tmp_path)[0], 200 << 30)
+    files.save(key(50), TOKENS, 50)
+    files.flush()
+    assert len(blocks_in(tmp_path)) >= 6, "it counts for the disk that it takes"
+    files.close()
+
+
+def test_what_another_engine_removed_is_kept_at_the_end(files: BlockFiles, tmp_path: Path) -> None:
+    for block in range(4):
+        files.save(key(block), TOKENS, block)
+    files.flush()
+    for path in blocks_in(tmp_path)[:2]:
+        path.unlink()
+    files.keep([(key(block), TOKENS, block) for block in range(4)])
+    assert len(blocks_in(tmp_path)) == 4
+
+
+def test_a_file_that_cannot_be_read_now_is_not_damaged(
+    files: BlockFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.save(key(1), TOKENS, 1)
+    files.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(files._folder, "read", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        assert read(files, key(1), TOKENS, None) is None
+    assert read(files, key(1), TOKENS, None) == content(1)
 
 
 def test_removed_by_another_engine(files: BlockFiles, tmp_path: Path) -> None:

@@ -83,9 +83,11 @@ class BeamCoordinator(Coordinator):
         return sum(group.search.width for group in self._groups if not group.search.ended)
 
     def least_blocks(self, block_size: int) -> int:
-        """At its full length: beams can share all blocks but the last, which no two of them have in common."""
-        longest = len(self.request.prompt_token_ids) + self.request.max_tokens - 1
-        return -(-longest // block_size) + (self.width - 1 if self.request.max_tokens > 1 else 0)
+        """At the length asked for, or, if none was, of two tokens: beams can share all blocks but the last, which no
+        two of them have in common."""
+        asked = self.request.max_tokens if self.params.max_tokens is not None else min(self.request.max_tokens, 2)
+        longest = len(self.request.prompt_token_ids) + asked - 1
+        return -(-longest // block_size) + (self.width - 1 if asked > 1 else 0)
 
     def start(self, new_sequence: NewSequence) -> None:
         prompt = new_sequence(())

@@ -8,6 +8,7 @@ on.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -22,6 +23,8 @@ from octavo.core.events import Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
 from octavo.core.want import NextLogprobs, Sample, Score
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[SequenceOf[int], str], list[int]]  # token ids of text that follows these tokens
 
@@ -50,10 +53,11 @@ class BranchState:
 
     @property
     def num_tokens(self) -> int:
-        task, sequence = self.task, self.sequence
-        if task is not None:
-            return task.start
-        return 0 if sequence is None else sequence.num_tokens
+        while True:
+            task, sequence = self.task, self.sequence
+            num_tokens = 0 if sequence is None else sequence.num_tokens
+            if self.task is task:
+                return num_tokens if task is None else task.start
 
 
 class SessionCoordinator(Coordinator):
@@ -184,7 +188,11 @@ class SessionCoordinator(Coordinator):
                 task.undo()
 
         task.branch.undo = undo
-        task.begin()
+        try:
+            task.begin()
+        except BaseException as error:
+            self._stop(task, RequestFailedError(f"{type(error).__name__}: {error}"))
+            raise
         return task
 
     def work_for(self, task: _Task, sequence: Sequence) -> None:
@@ -200,13 +208,32 @@ class SessionCoordinator(Coordinator):
         return self._encode(before, text)
 
     def _end_task(self, task: _Task) -> None:
-        del self._tasks[task.sequence.id]
+        """The branch is as it is to be: from here on its tokens show."""
+        self._tasks.pop(task.sequence.id, None)
         task.branch.task = None
 
     def _stop(self, task: _Task, error: Exception) -> None:
-        self._end_task(task)
-        task.undo()
-        task.future.set_exception(error)
+        """Whatever undoing raises, whoever waits hears of it."""
+        try:
+            task.undo()
+        finally:
+            self._end_task(task)
+            task.future.set_exception(error)
+
+    def _take(self, task: _Task, result: SequenceResult) -> None:
+        """One result of a task's. What its bookkeeping raises ends this task alone."""
+        try:
+            if not task.take(result):
+                return
+            answer = task.end()
+        except Exception as error:
+            log.exception("a task of session %s failed on its results", self.request_id)
+            self._stop(task, RequestFailedError(f"{type(error).__name__}: {error}"))
+        except BaseException as error:  # a panic of Rust code
+            self._stop(task, RequestFailedError(f"{type(error).__name__}: {error}"))
+        else:
+            self._end_task(task)
+            task.future.set_result(answer)
 
     # --- a step ---
 
@@ -217,9 +244,8 @@ class SessionCoordinator(Coordinator):
                 self._stop(task, RequestFailedError(error))
         for result in results:
             working = self._tasks.get(result.sequence.id)
-            if working is not None and working.take(result):
-                self._end_task(working)
-                working.future.set_result(working.end())
+            if working is not None:
+                self._take(working, result)
 
     def contain(self, sequence: Sequence, error: str) -> bool:
         task = self._tasks.get(sequence.id)
@@ -230,6 +256,12 @@ class SessionCoordinator(Coordinator):
         return True
 
     # --- ending ---
+
+    def begin_in_fork(self) -> None:
+        """Branches are free again. Futures are left alone: threads of the parent may have had their locks."""
+        for task in {id(task): task for task in self._tasks.values()}.values():
+            task.undo()
+            self._end_task(task)
 
     def finish(self, reason: str, error: str | None = None) -> None:
         if self._reason is not None:

@@ -59,6 +59,10 @@ class Coordinator(ABC):
         does next; the request goes on. False: the request ends with this error."""
         return False
 
+    def begin_in_fork(self) -> None:  # noqa: B027 - most have nothing to do
+        """The process is a forked child: whoever waits for something is in the parent. A request as a whole is ended by
+        whoever delivers its outputs."""
+
     @abstractmethod
     def finish(self, reason: str, error: str | None = None) -> None:
         """End now, with this finish reason for all outputs still running ("abort" or "error")."""

@@ -92,9 +92,12 @@ class Engine:
         """Whether a request waits for steps. One that nothing is asked of (a session between two calls) does not."""
         return bool(self.scheduler.num_waiting or self.scheduler.num_running)
 
-    def forget_loads(self) -> None:
-        """In a forked child: nobody reads blocks for it."""
+    def begin_in_fork(self) -> None:
+        """In a forked child: nobody reads blocks for it, and who waits for a session's answers is in the parent."""
         self.kv.forget_loads()
+        for coordinator in tuple(self._coordinators.values()):
+            coordinator.begin_in_fork()
+            self.scheduler.settle(coordinator)
 
     @property
     def num_requests(self) -> int:
@@ -194,6 +197,8 @@ class Engine:
         withheld: set[int] = set()
         for coordinator in self._coordinators.values() if lost else ():
             broken = [one for one in coordinator.sequences if not lost.isdisjoint(one.block_table)]
+            if broken and not coordinator.metrics.num_generated_tokens:
+                coordinator.metrics.num_cached_tokens = 0  # counted when it is found again
             for sequence in broken:
                 sequence.evict()
                 detail = f"sequence {sequence.id}"

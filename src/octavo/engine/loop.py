@@ -198,7 +198,7 @@ class EngineLoop:
         """A step. One that raises ends the requests there are, since it is nobody's fault alone, but not the engine."""
         try:
             return self.engine.step()
-        except Exception as failure:
+        except BaseException as failure:
             log.exception("a step failed as a whole; all requests end")
             return self.engine.end_all(f"{type(failure).__name__}: {failure}")
 
@@ -268,7 +268,7 @@ class EngineLoop:
     def _after_fork_in_child(self) -> None:
         """It has none of the parent's threads, and perhaps locks that nobody will open."""
         self._begin()
-        self.engine.forget_loads()
+        self.engine.begin_in_fork()
         for request_id, deliver in self._deliver.items():
             self.engine.abort(request_id)
             self._tell(deliver, EngineClosedError("the process forked, and this request runs in the parent"))

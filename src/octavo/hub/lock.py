@@ -36,4 +36,6 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             raise DownloadError(f"cannot lock {path}: {error.strerror}; put OCTAVO_HOME on a local disk") from error
         yield
     finally:
+        # Closing is not enough: a process that was forked meanwhile has the file open as well.
+        fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)

@@ -5,7 +5,8 @@ salt and all tokens up to its end. The file repeats that, holds the block's own 
 in every part is no hit, and is removed. Files appear under their name when they are whole. Reading and writing happen
 on threads of their own; when writing falls behind, blocks are not kept rather than waited for.
 
-Several engines, of one process or of many, may share a folder and its limit. What is in it must be trusted like the
+Several engines, of one process or of many, may share a folder and its limit; what others write an engine finds when it
+starts. What is in it must be trusted like the
 model itself: the checksum finds damage, and is no signature.
 """
 
@@ -157,8 +158,7 @@ class BlockFiles:
         self.flush()
         for key, token_ids, block in blocks[-(self._max_bytes // self._file_bytes) :]:
             name = self._name(key)
-            if name in self._known:
-                self._folder.touch(name)
+            if name in self._known and self._folder.touch(name):  # else another engine has removed it
                 continue
             try:
                 kept = self._write(name, key, token_ids, self._read_block(block), self._generation)
@@ -233,7 +233,11 @@ class BlockFiles:
 
     def _load(self, name: str, key: bytes, token_ids: tuple[int, ...]) -> bytes | None:
         started = self._timer()
-        data = self._folder.read(name, self._file_bytes)
+        try:
+            data = self._folder.read(name, self._file_bytes)
+        except OSError as error:
+            log.warning("kv_offload_dir: a block was not read: %s", error)
+            return None
         kv = None if data is None else self._checked(data, key, token_ids)
         if kv is None:
             with self._lock:

@@ -2,11 +2,13 @@
 
 It touches only names of its own form, follows no links, and reads regular files of the expected size only. A folder
 that others could write to is refused. The bytes in use stand in a small file that is locked while somebody adds or
-removes blocks, so that several processes share one limit; it is counted anew when it seems to be reached.
+removes blocks, so that several processes share one limit; they are counted anew when it seems to be reached, and after
+anything unexpected.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -73,23 +75,23 @@ class BlockFolder:
         return sum(size for _, _, size in self._scan())
 
     def read(self, name: str, size: int) -> bytes | None:
-        """The whole of a regular file of exactly this size, else None."""
+        """The whole of a regular file of exactly this size; None if there is no such file. Raises OSError if it cannot
+        be read now."""
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
-        except OSError:
-            return None
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            try:
-                found = os.fstat(fd)
-                if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-                    return None
-                parts = []
-                left = size
-                while left and (part := file.read(left)):
-                    parts.append(part)
-                    left -= len(part)
-            except OSError:
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
                 return None
+            raise
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+                return None
+            parts = []
+            left = size
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
         return b"".join(parts) if not left else None
 
     # --- changing it ---
@@ -116,24 +118,26 @@ class BlockFolder:
                 with suppress(OSError):
                     os.unlink(unfinished, dir_fd=self._fd)
                 raise
-            usage.total += size - before
+            usage.total = usage.total + size - before if before in (0, size) else None
         self.touch(name)
         return removed
 
-    def touch(self, name: str) -> None:
-        """It is the one used last."""
+    def touch(self, name: str) -> bool:
+        """It is the one used last. Whether it is there."""
         with self._lock:
             # Two files are never of the same moment, though clocks may go back, and those of file systems are coarse.
             now = self._last_time = max(time.time_ns(), self._last_time + 1)
-        with suppress(OSError):
+        try:
             os.utime(name, ns=(now, now), dir_fd=self._fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         """Raises OSError."""
         with self._locked() as usage:
-            size = self._unlink(name)
-            if usage.total is not None:
-                usage.total -= size
+            self._unlink(name)
+            usage.total = None  # it was damaged: what it counted for is not known
 
     def remove_all(self, prefix: str) -> None:
         """Raises OSError."""
@@ -167,7 +171,8 @@ class BlockFolder:
                 if _BLOCK.fullmatch(name):
                     status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
-                        found.append((status.st_mtime_ns, name, status.st_size))
+                        on_disk = min(status.st_size, 512 * status.st_blocks)  # one that was grown has holes
+                        found.append((status.st_mtime_ns, name, on_disk))
                 elif clean and _UNFINISHED.fullmatch(name):
                     status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
                     if time.time() - status.st_mtime > _LEFT_OVER_SECONDS:
@@ -197,10 +202,14 @@ class BlockFolder:
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 usage = _Usage(os.pread(fd, 32, 0))
                 yield usage
-                if usage.total is not None:
-                    os.pwrite(fd, b"%020d\n" % max(usage.total, 0), 0)
+                if usage.total is None or usage.total < 0:
+                    os.ftruncate(fd, 0)
+                else:
+                    os.pwrite(fd, b"%020d\n" % usage.total, 0)
             finally:
-                os.close(fd)  # and with it the lock
+                # Closing is not enough: a process that was forked meanwhile has the file open as well.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+                os.close(fd)
 
 
 class _Usage:
