@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         check_unicode("--system", args.system)
         if args.raw:
             raise InvalidRequestError("--system", "has no effect with --raw")
-    with open_model(config, args.verbose) as answerer:
+    with open_model(config, args.verbose, chats=not args.raw) as answerer:
         prompt = _prompt_of(answerer.llm, text, args)
         if args.json:
             import json

@@ -41,6 +41,7 @@ class ModelFormatError(OctavoError, ValueError):
         super().__init__(f"{path}: {field}: {message}")
         self.path = str(path)
         self.field = field
+        self.problem = message
 
 
 class UnsupportedModelError(OctavoError, ValueError):
@@ -68,5 +69,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
-        text = "an integer of very many digits"
+        text = "an integer of very many digits" if isinstance(value, int) else type(value).__name__
+    except Exception:  # of a class of the caller's
+        text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
