@@ -254,7 +254,10 @@ class Frontend:
         """
         arguments = _merged(options, variables)
         text = self._templates.choose(chat_template, arguments.get("tools")).render(messages, **arguments)
-        token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        try:
+            token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        except InvalidRequestError as error:
+            raise InvalidRequestError("messages", error.problem) from None
         self._tokens.check_spelt("messages", token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
 

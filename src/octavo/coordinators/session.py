@@ -17,7 +17,7 @@ from typing import Any
 
 from octavo.coordinators.completion import Completion, CompletionRequest
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
-from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.events import Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
@@ -218,8 +218,19 @@ class SessionCoordinator(Coordinator):
         for result in results:
             working = self._tasks.get(result.sequence.id)
             if working is not None and working.take(result):
-                self._end_task(working)
-                working.future.set_result(working.end())
+                self._finish_task(working)
+
+    def _finish_task(self, task: _Task) -> None:
+        """Its answer, or what making it raises, which ends the task alone: whoever waits must hear of it."""
+        try:
+            answer = task.end()
+        except OctavoError as error:
+            self._stop(task, error)
+        except Exception as error:
+            self._stop(task, RequestFailedError(f"{type(error).__name__}: {error}"))
+        else:
+            self._end_task(task)
+            task.future.set_result(answer)
 
     def contain(self, sequence: Sequence, error: str) -> bool:
         task = self._tasks.get(sequence.id)
