@@ -6,6 +6,8 @@ the command line exits with code 2, the server answers 4xx. Anything else that e
 
 from __future__ import annotations
 
+from reprlib import Repr
+
 
 class OctavoError(Exception):
     """Base of all deliberate errors."""
@@ -64,10 +66,16 @@ class EngineClosedError(OctavoError, RuntimeError):
     """The engine was shut down, or died, before the request ended."""
 
 
+_short = Repr()  # a value whose parts are shared may be small, and its text endless
+_short.maxlevel = 3
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 20
+
+
 def shown(value: object) -> str:
     """A value for an error message: its repr, cut to a length that does not flood a log."""
     try:
-        text = repr(value)
+        text = _short.repr(value)
     except ValueError:  # an integer of more digits than Python prints
         text = "an integer of very many digits" if isinstance(value, int) else type(value).__name__
     except Exception:  # of a class of the caller's

@@ -16,7 +16,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 4096
 MAX_BAD_WORDS = 1024
 MAX_SEED = 2**64 - 1
-_MAX_ID_DIGITS = 20
+_MAX_TOKEN_ID, _MAX_ID_DIGITS = 2**31 - 1, 10
 # Further out, a logit would overflow float32 and one token decide everything.
 REPETITION_PENALTY = (1e-3, 1e3)
 MAX_LOGIT_BIAS = 1e6
@@ -106,11 +106,11 @@ class SamplingParams:
         _set(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop", "stop strings need detokenize=True")
-        try:
-            _set(self, "output_kind", OutputKind(self.output_kind))
-        except Exception:  # a ValueError, or what comparing the value raises
-            kinds = ", ".join(kind.value for kind in OutputKind)
-            raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {shown(self.output_kind)}") from None
+        what = f"must be one of {', '.join(kind.value for kind in OutputKind)}"
+        kind = exact_str("output_kind", self.output_kind, what)
+        if kind not in list(OutputKind):
+            raise InvalidRequestError("output_kind", f"{what}, not {shown(kind)}")
+        _set(self, "output_kind", OutputKind(kind))
 
     def _check_numbers(self) -> None:
         _set(self, "n", integer("n", self.n, 1, MAX_N))
@@ -214,7 +214,7 @@ def token_id(name: str, value: object) -> int:
     """`value` as an int that some vocabulary may have."""
     what = "a token id must be an integer of at least 0"
     number = exact_int(name, value, what)
-    if number < 0:
+    if not 0 <= number <= _MAX_TOKEN_ID:
         raise InvalidRequestError(name, f"{what}, not {shown(number)}")
     return number
 
