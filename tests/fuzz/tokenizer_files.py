@@ -80,7 +80,7 @@ def make(rng: random.Random) -> bytes:
                 "behavior": "Isolated",
                 "invert": False,
             }
-            spec["pre_tokenizer"] = rng.choice([step, {"type": rng.choice(_TYPES)}, spec["pre_tokenizer"]])
+            spec["pre_tokenizer"] = rng.choice([step, {"type": rng.choice(_TYPES)}, spec.get("pre_tokenizer")])
         else:
             spec[rng.choice(list(spec))] = rng.choice([spec[rng.choice(list(spec))], *_JUNK])
     data = json.dumps(spec).encode()

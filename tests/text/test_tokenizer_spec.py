@@ -128,7 +128,7 @@ def test_expressions_that_may_take_for_ever(pattern: str) -> None:
         check_pattern(pattern)
 
 
-@pytest.mark.parametrize("pattern", [r"\s*\s*(?=[^\s\x01-\x7f])", r"a*a*a*(?=b)", r"[^x]*\w*\W*(?!.)", "(?:"])
+@pytest.mark.parametrize("pattern", [r"\s*\s*(?=x)", r"a*a*a*(?=b)", "a+a+", "(?:"])
 def test_expressions_that_fail_on_trial(valid: Spec, tmp_path: Path, pattern: str) -> None:
     """Some that share a run of characters out in many ways are found by trying, and what the library cannot read."""
     refused(valid | {"pre_tokenizer": split(pattern)}, tmp_path)
@@ -225,7 +225,7 @@ def test_texts_that_would_grow_too_long(valid: Spec, tmp_path: Path) -> None:
 # --- what no check foresees ---
 
 # It shares a run of Thai letters out in many ways; the texts that are tried have none.
-PANICS = r"\p{Thai}*\p{Thai}*(?=\d)|\s+"
+PANICS = r"\p{Thai}*[\p{Thai}]*(?=\d)|\s+"
 HARMFUL = "\u0e05" * 4600 + "!1"
 
 

@@ -37,13 +37,18 @@ def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, bool]:
     """Where what begins at `at` ends, and whether it matches in one way only: one sequence without choices."""
     if depth > _MAX_DEPTH:
         raise UnsafePatternError(f"groups nested more than {_MAX_DEPTH} deep")
-    fixed = True
+    fixed, before = True, ""
     while at < len(pattern) and pattern[at] != ")":
         if pattern[at] == "|":
-            at, fixed = at + 1, False
+            at, fixed, before = at + 1, False, ""
             continue
+        start = at
         at, plain = _atom(pattern, at, depth)
+        atom = pattern[start:at]
         at, least, most = _quantifier(pattern, at)
+        if most > 1 and least < most and atom == before:
+            raise UnsafePatternError(f"two repetitions of {atom[:40]} in a row")
+        before = atom if most > 1 and least < most else ""
         if not plain and most != 1:
             raise UnsafePatternError("repetition of a group that has repetitions or alternatives in it")
         fixed = fixed and plain and least == most
@@ -142,4 +147,4 @@ def _char_of(code: re.Match[str]) -> str:
 
 
 _CODE = re.compile(r"\\(?:x\{([0-9a-fA-F]{1,6})\}|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))")
-_RUN = 4600  # so many can be shared out in two in 10 million ways, which is where the library's search gives up
+_RUN = 600  # so many can be shared out in three in 10 million ways, which is where the library's search gives up
