@@ -150,6 +150,7 @@ PARTS: dict[str, tuple[str, Callable[[Spec], Spec]]] = {
     "dropout NaN": ("model.dropout", lambda s: changed(s, "model", dropout=float("nan"))),
     "a flag": ("model.ignore_merges", lambda s: changed(s, "model", ignore_merges=1)),
     "a prefix": ("model.continuing_subword_prefix", lambda s: changed(s, "model", continuing_subword_prefix="#" * 999)),
+    "merges without the prefix": ("model.merges", lambda s: changed(s, "model", continuing_subword_prefix="a")),
     "merges": ("model.merges", lambda s: changed(s, "model", merges={})),
     "words": ("model.max_input", lambda s: s | {"model": {"type": "WordPiece", "vocab": {}, "unk_token": "u",
         "continuing_subword_prefix": "#", "max_input_chars_per_word": 10**9}}),

@@ -167,6 +167,14 @@ class TokenizerSpec:
         self.max_token_id = max(vocab.values(), default=-1)
         if kind == "BPE" and not isinstance(spec.get("merges"), list):
             raise self._error("model.merges", f"expected a list, found {shown(spec.get('merges'))}")
+        prefix = spec.get("continuing_subword_prefix")
+        if kind == "BPE" and prefix:  # the library cuts it off without looking, and may end the process
+            for merge in spec["merges"]:
+                parts = merge.split(" ") if isinstance(merge, str) else merge
+                whole = isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], str)
+                if not whole or not parts[1].startswith(prefix):
+                    message = f"{shown(merge)}: the second must begin with the prefix {prefix!r}"
+                    raise self._error("model.merges", message)
 
     def _scored(self, vocab: Any) -> int:
         """How many tokens there are."""
