@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -61,10 +62,12 @@ def _places(value: Any, skip: int = 12) -> list[tuple[Any, Any]]:
 def make(rng: random.Random) -> bytes:
     spec = json.loads(json.dumps(rng.choice(_valid())))
     for _ in range(rng.randint(1, 3)):
+        if not spec:
+            break
         container, key = rng.choice(_places(spec))
         change = rng.randrange(6)
         if change == 0:
-            container[key] = rng.choice(_JUNK)
+            container[key] = copy.deepcopy(rng.choice(_JUNK))
         elif change == 1 and isinstance(container, dict):
             del container[key]
         elif change == 2 and isinstance(container, dict):
@@ -80,9 +83,11 @@ def make(rng: random.Random) -> bytes:
                 "behavior": "Isolated",
                 "invert": False,
             }
-            spec["pre_tokenizer"] = rng.choice([step, {"type": rng.choice(_TYPES)}, spec.get("pre_tokenizer")])
+            spec["pre_tokenizer"] = rng.choice(
+                [step, {"type": rng.choice(_TYPES)}, copy.deepcopy(spec.get("pre_tokenizer"))]
+            )
         else:
-            spec[rng.choice(list(spec))] = rng.choice([spec[rng.choice(list(spec))], *_JUNK])
+            spec[rng.choice(list(spec))] = copy.deepcopy(rng.choice([spec[rng.choice(list(spec))], *_JUNK]))
     data = json.dumps(spec).encode()
     if rng.random() < 0.1:
         at = rng.randrange(len(data))
