@@ -7,6 +7,7 @@ VENV ?= .venv
 MODEL ?= smollm2
 PROMPT ?= Name three primary colors.
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 3600
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -17,7 +18,7 @@ EXTRA = $(BIN)/python -c 'import sys, tomllib; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-slow test-gpu lint format clean
+.PHONY: help install run test test-slow test-gpu fuzz lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -51,6 +52,9 @@ test-slow: $(VENV)/.test ## Run the slow tests; they re-make the oracle files
 
 test-gpu: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test ## Try random input from strangers for FUZZ_SECONDS (an hour)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "llm": {"build", "config", "core", "engine", "frontend", "session"},
     "async_llm": {"async_session", "build", "config", "core", "engine", "frontend", "session"},
     # `pull` and `models` work on files alone and must start fast, without an engine. See also BELOW_THE_DOORS.
-    "cli": {"llm", "frontend", "config", "observe", "core", "hub", "formats"},
+    "cli": {"llm", "frontend", "config", "observe", "core", "hub", "formats", "text"},
     "server": {"llm", "async_llm", "config", "observe", "core"},
     "__init__": None,
     "__main__": {"cli"},

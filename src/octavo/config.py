@@ -77,7 +77,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         hints = type_hints(EngineConfig)
         for setting in fields(self):
-            _check(setting.name, getattr(self, setting.name), hints[setting.name], setting.metadata)
+            value = _checked(setting.name, getattr(self, setting.name), hints[setting.name], setting.metadata)
+            object.__setattr__(self, setting.name, value)
         tokens = self.max_num_batched_tokens
         if tokens is not None and tokens < self.max_num_seqs:
             raise ConfigError(
@@ -165,20 +166,25 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
         raise ConfigError(f"{name}: must be an integer, not {shown(text)}") from None
 
 
-def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
+def _checked(name: str, given: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
+    """The value, of a subclass of its type what it holds."""
     optional = hint in (str | None, int | None)
-    if value is None and optional:
-        return
+    if given is None and optional:
+        return None
     if hint is bool:
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name}: must be true or false, not {shown(value)}")
-        return
+        if not isinstance(given, bool):
+            raise ConfigError(f"{name}: must be true or false, not {shown(given)}")
+        return given
     kind = str if hint in (str, str | None) else int
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(value)}")
+    if isinstance(given, bool) or not isinstance(given, kind):
+        raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(given)}")
+    value = str.__str__(given) if isinstance(given, str) else int.__int__(given)
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {shown(value)}")
+    if isinstance(value, str):
+        return value
     if "low" in limits and value < limits["low"]:
         raise ConfigError(f"{name}: must be at least {limits['low']}, not {shown(value)}")
     if "high" in limits and value > limits["high"]:
         raise ConfigError(f"{name}: must be at most {limits['high']}, not {shown(value)}")
+    return value

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from octavo.coordinators.completion import CompletionRequest
@@ -17,6 +16,7 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
+from octavo.core.values import exact_dict, exact_int, exact_list, exact_str
 from octavo.text.model_tokens import ModelTokens
 from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ class ChatPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
+_MAX_NAME = 4096  # characters of an id or a salt
 # Names of ChatTemplate.render that a template's variables cannot have.
 _RENDER_ARGUMENTS = frozenset(
     ["self", "messages", "add_generation_prompt", "continue_final_message", "tools", "documents"]
@@ -124,9 +125,9 @@ class Frontend:
         self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, name: str
     ) -> CompletionRequest:
         """Checked against this model."""
-        self._check_priority(priority)
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InvalidRequestError("request_id", f"must be a string, not empty, not {request_id!r}")
+        priority = self._priority(priority)
+        if request_id is not None:
+            request_id = _filled("request_id", request_id)
         text, token_ids = self.tokens_of(prompt, name)
         return CompletionRequest(
             request_id=request_id if request_id is not None else self._new_id(),
@@ -156,10 +157,9 @@ class Frontend:
         """Raises InvalidRequestError naming the field at fault."""
         from octavo.coordinators.session import SessionCoordinator
 
-        self._check_priority(priority)
         return SessionCoordinator(
             self._new_id("session"),
-            priority,
+            self._priority(priority),
             RequestMetrics(arrival_time=self._clock()),
             seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
             encode=self._tokens.encode_rest,
@@ -219,6 +219,7 @@ class Frontend:
         """Text and token ids of what `select` compares, after these tokens. Raises InvalidRequestError."""
         if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
             raise InvalidRequestError("choices", f"must be a list of prompts, not {type(choices).__name__}")
+        choices = exact_list("choices", choices)
         if not 1 <= len(choices) <= MAX_N:
             raise InvalidRequestError("choices", f"must be from 1 to {MAX_N}, not {len(choices)}")
         self._check_not_empty(before)
@@ -227,7 +228,7 @@ class Frontend:
             token_ids = self.tokens_after(choice, before, f"choices[{number}]")
             if not token_ids:
                 raise InvalidRequestError(f"choices[{number}]", "is empty: there is nothing to score")
-            text = choice if isinstance(choice, str) else self._codec.spelling(token_ids)
+            text = exact_str("choices", choice) if isinstance(choice, str) else self._codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
 
@@ -307,11 +308,11 @@ class Frontend:
     def _new_id(self, kind: str = "request") -> str:
         return f"{kind}-{self._id_prefix}-{next(self._ids)}"
 
-    def _check_priority(self, priority: int) -> None:
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError("priority", f"must be an integer, not {shown(priority)}")
+    def _priority(self, given: int) -> int:
+        priority = integer("priority", given, -(2**63), 2**63 - 1)
         if priority and not self._limits.priority_allowed:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
+        return priority
 
     def tokens_of(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
@@ -335,16 +336,17 @@ class Frontend:
         """(text, None), or the token ids that were given, with their text if that was given too."""
         text: Any = None
         if isinstance(prompt, str):
-            text = prompt
+            text = exact_str(name, prompt)
         elif isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not prompt:
-                keys = sorted(map(str, prompt))
+            given = exact_dict(name, prompt)
+            if not given or set(given) - {"prompt", "prompt_token_ids", "cache_salt"}:
                 allowed = '"prompt", "prompt_token_ids" and "cache_salt"'
-                raise InvalidRequestError(name, f"allowed keys are {allowed}, not {keys}")
-            text = prompt.get("prompt")
-            if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
-                return text, _list_of_ids(prompt["prompt_token_ids"], name)
+                raise InvalidRequestError(name, f"allowed keys are {allowed}, not {shown(list(given))}")
+            text = given.get("prompt")
+            if isinstance(text, str):
+                text = exact_str(name, text)
+            if "prompt_token_ids" in given and (text is None or isinstance(text, str)):
+                return text, _list_of_ids(given["prompt_token_ids"], name)
         if not isinstance(text, str):
             kind = type(prompt).__name__
             raise InvalidRequestError(
@@ -352,13 +354,12 @@ class Frontend:
             )
         return text, None
 
-    def _checked_ids(self, value: Sequence[Any], name: str) -> list[int]:
+    def _checked_ids(self, value: list[Any], name: str) -> list[int]:
         field = _key("prompt_token_ids", name)
         if not value:
             raise InvalidRequestError(field, "is empty")
         self._check_length(len(value), name)
-        self._check_vocabulary(field, value)
-        return [index(token_id) for token_id in value]
+        return self._in_vocabulary(field, value)
 
     def _check_length(self, num_tokens: int, name: str) -> None:
         most = self._limits.max_model_len
@@ -368,13 +369,15 @@ class Frontend:
                 f"has {num_tokens} tokens; with max_model_len={most} at most {most - 1} leave room for an answer",
             )
 
-    def _check_vocabulary(self, field: str, token_ids: Sequence[Any]) -> None:
+    def _in_vocabulary(self, field: str, token_ids: Iterable[Any]) -> list[int]:
+        """Each read once: what is checked is what is used."""
         vocab_size = self._limits.vocab_size
-        for token_id in token_ids:
-            is_integer = hasattr(token_id, "__index__") and not isinstance(token_id, bool)
-            if not is_integer or not 0 <= index(token_id) < vocab_size:
-                allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
+        allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
+        read = [exact_int(field, token_id, allowed) for token_id in token_ids]
+        for token_id in read:
+            if not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(field, f"{allowed}, not {shown(token_id)}")
+        return read
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
@@ -383,9 +386,8 @@ class Frontend:
         if params.skip_special_tokens:
             for text in params.stop or ():
                 self._tokens.check_stop(text)
-        self._check_vocabulary("stop_token_ids", tuple(params.stop_token_ids or ()))
-        self._check_vocabulary("allowed_token_ids", tuple(params.allowed_token_ids or ()))
-        self._check_vocabulary("logit_bias", tuple(params.logit_bias or ()))
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._in_vocabulary(name, getattr(params, name) or ())
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
             if asked is not None and asked > self._limits.max_logprobs:
@@ -423,35 +425,44 @@ def _naming(name: str) -> Iterator[None]:
         raise InvalidRequestError(name, error.problem) from None
 
 
-def _list_of_ids(value: Any, name: str) -> Sequence[Any]:
+def _list_of_ids(value: Any, name: str) -> list[Any]:
+    field, what = _key("prompt_token_ids", name), "must be a list of token ids"
+    if isinstance(value, str | bytes) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+        raise InvalidRequestError(field, f"{what}, not {type(value).__name__}")
     if hasattr(value, "tolist"):
         value = value.tolist()  # a NumPy array or a tensor
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        field = _key("prompt_token_ids", name)
-        raise InvalidRequestError(field, f"must be a list of token ids, not {type(value).__name__}")
-    return value
+    return exact_list(field, value, what)
 
 
 def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments of ChatTemplate.render; it checks the rest of the names itself."""
-    if not isinstance(variables, Mapping | None):
-        raise InvalidRequestError("chat_template_kwargs", f"must be a mapping, not {type(variables).__name__}")
-    for key in variables or ():
-        if not isinstance(key, str) or key in options or key in _RENDER_ARGUMENTS:
+    taken = {}
+    for given, value in ({} if variables is None else exact_dict("chat_template_kwargs", variables)).items():
+        key = exact_str("chat_template_kwargs", given, "every name must be a string")
+        if key in options or key in _RENDER_ARGUMENTS:
             raise InvalidRequestError(f"chat_template_kwargs.{key}", "this name is reserved")
-    return {**options, **(variables or {})}
+        taken[key] = value
+    return {**options, **taken}
 
 
 def cache_salt(prompt: Prompt, name: str = "prompt") -> str | None:
     """A prompt's cache_salt: cached KV is shared among requests with the same one. Raises InvalidRequestError."""
-    return checked_salt(prompt.get("cache_salt") if isinstance(prompt, Mapping) else None, _key("cache_salt", name))
+    found = exact_dict(name, prompt).get("cache_salt") if isinstance(prompt, Mapping) else None
+    return checked_salt(found, _key("cache_salt", name))
 
 
 def checked_salt(salt: Any, field: str = "cache_salt") -> str | None:
     """Raises InvalidRequestError."""
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise InvalidRequestError(field, f"must be a string, not empty, not {shown(salt)}")
-    return salt
+    return None if salt is None else _filled(field, salt)
+
+
+def _filled(field: str, value: Any) -> str:
+    text = exact_str(field, value, "must be a string, not empty")
+    if not text:
+        raise InvalidRequestError(field, "must be a string, not empty, not ''")
+    if len(text) > _MAX_NAME:
+        raise InvalidRequestError(field, f"may have at most {_MAX_NAME} characters, not {len(text)}")
+    return text
 
 
 def _check_unicode(field: str, text: str) -> None:

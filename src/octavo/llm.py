@@ -15,6 +15,7 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
+from octavo.core.values import exact_list
 
 if TYPE_CHECKING:
     from octavo.core.coordinator import Coordinator
@@ -274,18 +275,20 @@ def _list_of_prompts(prompts: Any) -> tuple[list[Any], list[str]]:
     if isinstance(prompts, str | Mapping):
         return [prompts], ["prompt"]
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
-        return list(prompts), [f"prompts[{number}]" for number in range(len(prompts))]
+        listed = exact_list("prompts", prompts)
+        return listed, [f"prompts[{number}]" for number in range(len(listed))]
     raise InvalidRequestError("prompts", f"must be a prompt or a list of prompts, not {type(prompts).__name__}")
 
 
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
     if isinstance(value, kind):
         return [value] * count
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
-    if values is None or len(values) != count:
-        got = f"{len(values)} of them" if values is not None else type(value).__name__
-        wanted = f"must be one {kind.__name__} for all prompts or one for each of the {count}"
-        raise InvalidRequestError(name, f"{wanted}, not {got}")
+    wanted = f"must be one {kind.__name__} for all prompts or one for each of the {count}"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequestError(name, f"{wanted}, not {type(value).__name__}")
+    if len(value) != count:
+        raise InvalidRequestError(name, f"{wanted}, not {len(value)} of them")
+    values = exact_list(name, value, wanted)
     for number, one in enumerate(values):
         if not isinstance(one, kind):
             raise InvalidRequestError(f"{name}[{number}]", f"must be a {kind.__name__}, not {type(one).__name__}")

@@ -23,6 +23,7 @@ from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
 from octavo.core.outputs import Choice, CompletionOutput, SelectResult
 from octavo.core.params import MAX_N, SamplingParams, integer
+from octavo.core.values import exact_str
 from octavo.engine import Engine, EngineLoop
 from octavo.frontend import Frontend, Prompt
 
@@ -173,6 +174,7 @@ class BaseBranch:
         self, choices: Sequence[Prompt], by: str
     ) -> tuple[Verb[Future[list[list[float]]]], Callable[[list[list[float]]], SelectResult]]:
         """What to ask, and what to make of the answer."""
+        by = exact_str("by", by, "must be 'mean' or 'total'")
         if by not in ("mean", "total"):
             raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
         found = self._link.frontend.choices(choices, self.token_ids)

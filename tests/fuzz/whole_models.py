@@ -6,16 +6,21 @@ Whatever is wrong, there is an answer, or an error that names what is at fault. 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
 import struct
-from collections.abc import Callable
+import tempfile
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from octavo import LLM, SamplingParams
+from octavo.core.errors import OctavoError
 from tests.formats.builder import (
     ARRAY,
     BOOL,
@@ -34,9 +39,6 @@ from tests.formats.builder import (
     gguf_file,
     safetensors_file,
 )
-
-from octavo import LLM, SamplingParams
-from octavo.core.errors import OctavoError
 
 Pairs = list[tuple[str | bytes, int, Any]]
 
@@ -68,8 +70,9 @@ PARAMS = [
 ]
 
 
-def run(path: Path, rng: random.Random) -> bool:
-    """Open a model and ask it something; whether it answered."""
+def run(path: Path, data: bytes) -> bool:
+    """Open a model and ask it something, what depends on `data`; whether it answered."""
+    rng = random.Random(data)
     backend = rng.choice(["cpu", "reference"])
     try:
         with LLM(str(path), backend=backend, threads=1, max_model_len=32, max_num_seqs=4) as llm:
@@ -227,15 +230,23 @@ def change_tensors(made: list[Tensor], rng: random.Random) -> None:
             made.append(Tensor(name, [size], 0, bytes(4 * size)))
 
 
-def gguf(rng: random.Random, folder: Path) -> bool:
-    """One changed GGUF file; whether it answered."""
+def make_gguf(rng: random.Random) -> bytes:
+    """One changed GGUF file."""
     pairs, made = gguf_parts()
     for _ in range(rng.choice([0, 1, 1, 2, 4])):
-        change = rng.choice([change_pairs, change_pairs, change_tensors])
-        change(pairs, rng) if change is change_pairs else change(made, rng)  # type: ignore[arg-type]
-    path = folder / "model.gguf"
-    path.write_bytes(gguf_file(pairs, made))
-    return run(path, rng)
+        if rng.random() < 0.67 and pairs:
+            change_pairs(pairs, rng)
+        elif made:
+            change_tensors(made, rng)
+    return gguf_file(pairs, made)
+
+
+def check_gguf(data: bytes) -> bool:
+    """Whether it answered."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        path.write_bytes(data)
+        return run(path, data)
 
 
 # --- folders ---
@@ -312,8 +323,8 @@ def change_json(value: Any, rng: random.Random) -> Any:
     return any_json(rng)
 
 
-def folder(rng: random.Random, where: Path) -> bool:
-    """One changed Hugging Face folder; whether it answered."""
+def make_folder(rng: random.Random) -> bytes:
+    """One changed Hugging Face folder, as a ZIP archive."""
     files = folder_files()
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         name = rng.choice(["config.json", "config.json", "generation_config.json", "tokenizer_config.json",
@@ -325,15 +336,22 @@ def folder(rng: random.Random, where: Path) -> bool:
             files[name] = (change_json(header, rng), data)
         elif name in files:
             files[name] = change_json(files[name], rng)
-    for name, content in files.items():
-        (where / name).write_bytes(encoded(content))
-    return run(where, rng)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), encoded(content))
+    return out.getvalue()
+
+
+def check_folder(data: bytes) -> bool:
+    """Whether it answered."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            archive.extractall(folder)
+        return run(Path(folder), data)
 
 
 def encoded(content: Any) -> bytes:
     if isinstance(content, tuple):
         return safetensors_file(*content)
     return (content if isinstance(content, str) else json.dumps(content)).encode("utf-8", "surrogatepass")
-
-
-FUZZERS: dict[str, Callable[[random.Random, Path], bool]] = {"gguf": gguf, "folder": folder}

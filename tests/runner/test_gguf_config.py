@@ -138,6 +138,19 @@ def test_other_patterns_of_windows() -> None:
         config_of("gemma3", SOUND | {"attention.sliding_window_pattern": 0})
 
 
+@pytest.mark.parametrize("value", [[0, 1], np.zeros(3), np.zeros(0), "0", True, 8])
+def test_what_is_not_built_is_refused_whatever_its_type(value: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"llama\.expert_count"):
+        config_of("llama", SOUND | {"expert_count": value})
+
+
+@pytest.mark.parametrize("value", [-1, 2**31, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("key", ["attention.sliding_window", "block_count", "context_length", "embedding_length"])
+def test_integers_beyond_all_reason(key: str, value: int) -> None:
+    with pytest.raises(ModelFormatError, match=f"llama.{key}"):
+        config_of("llama", SOUND | {key: value})
+
+
 _VALUES = st.one_of(
     st.booleans(),
     st.integers(-3, 70),

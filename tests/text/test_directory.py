@@ -196,7 +196,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     ("name", "content", "field"),
     [
         ("tokenizer.json", "", "tokenizer.json"),
-        ("tokenizer.json", "{}", "tokenizer.json"),
+        ("tokenizer.json", "{}", "tokenizer.json: model"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "tokenizer.json"),
         ("tokenizer_config.json", "{", "tokenizer_config.json"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json"),

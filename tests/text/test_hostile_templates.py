@@ -1,16 +1,16 @@
-"""Templates written to harm: each must end in an error, soon, in little memory, in any thread, with the process intact."""
+"""Templates written to harm: each must end, in an error or a short text, in any thread, and leave the next one its room."""
 # ruff: noqa: E501  (templates read best on one line)
 
 from __future__ import annotations
 
+import asyncio
 import resource
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
-from octavo.text.chat_template import ChatTemplate
+from octavo.text.chat_template import MAX_SOURCE, ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -111,39 +111,139 @@ ESCAPES = [
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__.x() }}",
     "{% import 'os' as os %}{{ os.system('id') }}",
     "{% extends '/etc/passwd' %}",
-    "{{ lipsum(n=10**6) }}",
-    "{{ 'abc'.translate({97: 'x' * 10**6}) }}",
 ]
 
 
+# What cannot be interrupted in Python, or grows before it can be weighed.
+_LIST = "{% set ns = namespace(l=[1]) %}{% for i in range(%d) %}"
+UNINTERRUPTIBLE = [
+    "{% set x = messages | length %}{{ ('x' * (1000000 * x)) | sort(attribute='0' ~ '.0' * (20000 * x)) | length }}",
+    "{% set x = messages | length %}{{ ('x' * (3000000 * x)) | select('in', 'y' * (3000000 * x)) | list | length }}",
+    "{% set x = messages | length %}{% set a = ('f' * (4000000 * x)) | int(0, 16) %}"
+    "{% set b = ('e' * (2000000 * x)) | int(0, 16) %}{{ (a // b) > 0 }}",
+    "{% set x = messages | length %}{% set a = ('f' * (4000000 * x)) | int(0, 16) %}{{ a | string | length }}",
+    "{% set x = messages | length %}{{ ('9' * (3000000 * x)) | int | string | length }}{{ 3 ** (10**7 * x) % 7 }}",
+    "{{ dict.fromkeys(range(0, 40000 * (2**61 - 1), 2**61 - 1)) | length }}{{ range(0, 99999 * (2**61 - 1), 2**61 - 1) | list | unique | list | length }}",
+    "{{ ('中' * 4000000) | batch(1) | list | length }}",
+    "{{ ('ab' * 10**6) | groupby('0') | list | length }}{{ ('ab' * 10**7) | groupby('0') | list | length }}",
+    "{{ (range(99999) | list * 100) | sort(reverse=true) | map('string') | join | length }}",
+    "{{ ('x ' * 10**7) | wordwrap(1) | length }}",
+    "{{ ('a' * 10**6 + '<') * 20 | int }}{{ (('<' * 10**6) | striptags) | length }}",
+    "{{ ('a,' * 10**7).split(',') | length }}{{ (('a,' * 10**7).split(',') * 10) | length }}",
+    "{{ (['a' * 1000] * 10**5) | join('b' * 1000) | length }}",
+    "{{ ('a' * 10**8).encode('utf-16').decode('latin-1') | length }}",
+    "{{ messages | map('string') | list * 10**8 }}",
+    "{{ 'a'.maketrans(('abc' * 10**7), ('def' * 10**7)) | length }}",
+    "{{ 'a'.translate({97: 'x' * 10**9}) }}",
+    "{{ lipsum(n=10**6) }}",
+    "{{ (1.5 * 10**300) | int | string }}{{ (10 ** 4000) ** 4000 > 1 }}",
+    "{{ range(99999) | map('center', 10**6) | list | length }}",
+    "{{ range(99999) | sum(start='x' * 10**7) }}{{ range(99999) | map('string') | map('replace', '', 'x' * 10**5) | join | length }}",
+    # nested and cyclic values: printing, comparing, hashing and sorting them
+    _LIST.replace("%d", "99999") + "{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l }}",
+    _LIST.replace("%d", "99999") + "{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l == [ns.l] }}{{ ns.l | tojson }}",
+    _LIST.replace("%d", "99999") + "{% set ns.l = (ns.l,) %}{% endfor %}{{ {ns.l: 1} | length }}",
+    _LIST.replace("%d", "64") + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l == ns.l[0] }}{{ ns.l | string }}",
+    _LIST.replace("%d", "64") + "{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ {ns.l: 1} | length }}",
+    _LIST.replace("%d", "64") + "{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ [ns.l, ns.l] | unique | list | string }}",
+    "{% set ns = namespace() %}{% set ns.x = [ns, ns] %}{{ ns.x | tojson }}",
+    "{% set ns = namespace(m=messages) %}{% for i in range(99999) %}{% set ns.m = ns.m | map('upper') %}{% endfor %}{{ ns.m | list }}",
+    "{% set c = cycler(*range(99999)) %}{% for i in range(99999) %}{% set x = (c.items * 99) | length %}{% endfor %}{{ x / 0 }}",
+    "{% macro m(n) %}{{ caller(n) if caller }}{% endmacro %}{% for i in range(99999) %}{% for j in range(99999) %}{% call(x) m(j) %}{{ x }}{% endcall %}{% endfor %}{% endfor %}",
+    "{{ '%s' * 10**6 % ((1,) * 10**6) * 100 }}",
+    "{{ ('{0}' * 10**6).format('x' * 10**5) | length }}",
+    "{{ ('{0' + '.a' * 10**6 + '}').format('x') }}",
+    "{{ 'x' | attr('y' * 10**9) }}",
+    "{% filter indent(10**9) %}a\nb{% endfilter %}",
+]
+PERHAPS_SHORT = [
+    "{{ ('http://a.b/' * 10**6) | urlize | length }}",
+    "{{ ('a' * 10**7) | title | capitalize | upper | reverse | list | length }}",
+]
+# Sources whose parts are many, or nested.
+HARD_TO_PARSE = {
+    "expressions": "{{ x }}" * 140_000,
+    "additions": "{{ " + "a+" * 200_000 + "a }}",
+    "concatenations": "{{ " + "a~" * 60_000 + "a }}",
+    "parentheses": "{{ " + "(" * 10**6 + ")" * 10**6 + " }}",
+    "brackets": "{{ " + "[" * 60_000 + "]" * 60_000 + " }}",
+    "braces": "{{ " + "{1:" * 30_000 + "1" + "}" * 30_000 + " }}",
+    "ifs": "{% if 1 %}" * 10**6,
+    "ifs that fit": "{% if 1 %}" * 5_000 + "{% endif %}" * 5_000,
+    "elifs": "{% if 1 %}" + "{% elif 1 %}" * 9_000 + "{% endif %}",
+    "fors": "{% for a in a %}" * 3_000 + "{% endfor %}" * 3_000,
+    "macros": "{% macro m() %}" * 3_000 + "{% endmacro %}" * 3_000,
+    "minuses": "{{ " + "-" * 100_000 + "1 }}",
+    "nots": "{{ " + "not " * 30_000 + "1 }}",
+    "attributes": "{{ x" + ".a" * 60_000 + " }}",
+    "filters": "{{ x" + "|list" * 20_000 + " }}",
+    "calls": "{{ x" + "()" * 60_000 + " }}",
+    "items": "{{ x" + "[0]" * 40_000 + " }}",
+    "ternaries": "{{ " + "1 if x else " * 10_000 + "1 }}",
+    "comparisons": "{{ " + "x == " * 20_000 + "1 }}",
+    "ands": "{{ " + "x and " * 20_000 + "1 }}",
+    "powers": "{{ x" + "**x" * 40_000 + " }}",
+    "tests": "{{ x" + " is odd" * 15_000 + " }}",
+    "unclosed": "{{ f(" * 20_000,
+    "comments": "{#" * 60_000,
+    "backslashes": "{{ '" + "\\" * 60_000,
+    "digits": "{{ " + "9" * 120_000 + " }}",
+    "underscores": "{{ 1" + "_1" * 60_000 + " }}",
+    "names": "{{ " + " ~ ".join(f"v{n}" for n in range(14_000)) + " }}",
+    "constants": "{{ 'x' * 10**10 }}",
+    "constant powers": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "constant filters": "{{ 'x' | center(10**10) | list | sort }}",
+    "spaces": "{%" + " " * 120_000 + "x",
+    "dashes": "{{-" * 40_000,
+}
+# Harmless only as long as the text is short.
+LIMIT = 5 << 20  # characters
+
+
+def _outcome(source: str, time_limit: float) -> str:
+    """The error, or "": a short text is as good."""
+    try:
+        assert len(ChatTemplate(source, time_limit=time_limit).render(MESSAGES)) < LIMIT
+    except (InvalidRequestError, ModelFormatError) as error:
+        assert error.field in ("messages", "chat_template")
+        return str(error)
+    return ""
+
+
 def _refused(source: str, time_limit: float) -> str:
-    with pytest.raises((InvalidRequestError, ModelFormatError)) as caught:
-        ChatTemplate(source, time_limit=time_limit).render(MESSAGES)
-    assert caught.value.field in ("messages", "chat_template")
-    return str(caught.value)
+    message = _outcome(source, time_limit)
+    assert message
+    return message
 
 
-@pytest.mark.parametrize("source", ENDLESS)
+@pytest.mark.parametrize("source", [*ENDLESS, *UNINTERRUPTIBLE])
 def test_endless(source: str) -> None:
     """In a thread that is not the main one: signals could not help there."""
-    outcome: list[str] = []
-    thread = threading.Thread(target=lambda: outcome.append(_refused(source, time_limit=0.1)))
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive() and outcome
+    with ThreadPoolExecutor(1) as other:
+        other.submit(_refused, source, 0.1).result()
 
 
-@pytest.mark.parametrize("source", TOO_LARGE)
-def test_too_large(source: str) -> None:
-    """Memory is watched: the limit of time alone would let gigabytes through."""
-    before = _peak_bytes()
-    _refused(source, time_limit=5)
-    assert _peak_bytes() - before < 400 << 20
+@pytest.mark.parametrize("source", [*TOO_LARGE, *PERHAPS_SHORT])
+def test_too_large_or_too_long(source: str) -> None:
+    _outcome(source, time_limit=0.1)
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@pytest.mark.parametrize("source", HARD_TO_PARSE.values(), ids=HARD_TO_PARSE)
+def test_hard_to_parse(source: str) -> None:
+    """Constants are computed when a template is compiled, and nesting could overflow the stack."""
+    _outcome(source, time_limit=0.1)
+
+
+def test_the_longest_source() -> None:
+    assert ChatTemplate("x" * MAX_SOURCE).render(MESSAGES) == "x" * MAX_SOURCE
+    assert f"longer than {MAX_SOURCE} characters" in _refused("x" * (MAX_SOURCE + 1), 5)
+
+
+def test_memory_is_that_of_the_other_process() -> None:
+    """A list of 10**8 entries takes 800 MB; here nothing of it is seen."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "used too much memory" in _refused("{% set x = [1] * 10**8 %}", 5)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 @pytest.mark.parametrize("source", ESCAPES)
@@ -152,41 +252,27 @@ def test_escapes(source: str) -> None:
     assert MESSAGES == [{"role": "user", "content": "hi"}]
 
 
-def test_time_limit_is_reported() -> None:
-    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    assert "more than 0.2 s" in _refused(source, time_limit=0.2)
+def test_limits_are_reported() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert "more than 0.2 s" in _refused(endless, time_limit=0.2)
+    written = "{% for a in range(99999) %}" + "text " * 1000 + "{% endfor %}"
+    assert "wrote more than" in _refused(written, time_limit=5)
 
 
-@pytest.mark.slow
-def test_time_limit_is_five_seconds() -> None:
-    started = time.perf_counter()
-    with pytest.raises(InvalidRequestError, match="more than 5 s"):
-        ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").render(MESSAGES)
-    assert time.perf_counter() - started >= 5
+async def test_the_event_loop_goes_on() -> None:
+    """What used to hold the interpreter for 14 s: here the loop turns all the while."""
+    source = next(source for source in UNINTERRUPTIBLE if "(a // b)" in source)
+    turns = 0
+    work = asyncio.create_task(asyncio.to_thread(_refused, source, 0.5))
+    while not work.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert "more than 0.5 s" in work.result()
+    assert turns > 50
 
 
 def test_a_template_works_again_after_it_was_stopped() -> None:
     template = ChatTemplate("{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}ok", time_limit=0.3)
     with pytest.raises(InvalidRequestError):
         template.render(MESSAGES, n=99_999)
-    template._time_limit = 60.0
     assert template.render(MESSAGES, n=3) == "ok"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-        "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
-        "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
-        "{{ " + "-" * 20000 + "1 }}",
-        "{{ 1" + " + 1" * 20000 + " }}",
-        "{{ x" + ".y" * 20000 + " }}",
-        "x" * (2 << 20),
-        "{{ 'x' | center(1000000000) }}",
-        "{{ 'aaaaaaaa' | replace('a', 'bbbbbbbbbb')" + " | replace('b', 'bbbbbbbbbb')" * 30 + " }}",
-    ],
-)
-def test_sources_that_harm_the_compiler(source: str) -> None:
-    """Constants are computed when a template is compiled, and nesting could overflow the stack."""
-    _refused(source, time_limit=1)

@@ -95,13 +95,17 @@ def _combined(deltas: list[RequestOutput], finish_reason: str | None = None) -> 
 
 
 @contextmanager
-def open_model(config: EngineConfig, verbose: int) -> Iterator[Answerer]:
-    """The model, loaded; a spinner on a terminal while it loads."""
+def open_model(config: EngineConfig, verbose: int, *, chats: bool = True) -> Iterator[Answerer]:
+    """The model, loaded; a spinner on a terminal while it loads. `chats`: a chat template may be needed at once."""
     from octavo.hub import resolve_model
 
     gc.disable()  # what comes into being here are a hundred thousand objects, and they stay: nothing to look through
     try:
         resolve_model(config.model)  # with its own progress bars, when it has to be fetched
+        if chats:  # it starts while the model loads
+            from octavo.text.template_process import processes
+
+            processes.prepare()
         from octavo.llm import LLM
 
         with spinner(f"loading {config.model}", shown=not verbose):

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_unicode("prompt", text)
     check_system(args.system, raw=args.raw)
-    with open_model(config, args.verbose) as answerer:
+    with open_model(config, args.verbose, chats=not args.raw) as answerer:
         params = request_params(args, answerer.llm.generation_config)
         log_sampling(params)
         prompt = answerer.prompt_of(text, args.system, raw=args.raw)

@@ -18,7 +18,7 @@ from typing import Any
 
 from octavo.coordinators.completion import Completion, CompletionRequest
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
-from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.events import Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
@@ -226,6 +226,8 @@ class SessionCoordinator(Coordinator):
             if not task.take(result):
                 return
             answer = task.end()
+        except OctavoError as error:  # says by itself what is wrong
+            self._stop(task, error)
         except Exception as error:
             log.exception("a task of session %s failed on its results", self.request_id)
             self._stop(task, RequestFailedError(f"{type(error).__name__}: {error}"))

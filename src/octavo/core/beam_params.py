@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams, integer, number
+from octavo.core.values import exact_str
 
 MAX_BEAM_WIDTH = 1024
 DEFAULT_BEAM_WIDTH = 4
@@ -91,11 +92,13 @@ class BeamSearchParams:
         _set(self, "num_return_sequences", integer("num_return_sequences", most, 1, width))
         penalty = number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         _set(self, "length_penalty", penalty)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidRequestError(
-                "early_stopping", f'must be true, false or "never", not {shown(self.early_stopping)}'
-            )
+        if not isinstance(self.early_stopping, bool):
+            what = 'must be true, false or "never"'
+            _set(self, "early_stopping", exact_str("early_stopping", self.early_stopping, what))
+            if self.early_stopping != "never":
+                raise InvalidRequestError("early_stopping", f"{what}, not {shown(self.early_stopping)}")
         groups = integer("num_beam_groups", self.num_beam_groups, 1, width)
+        _set(self, "num_beam_groups", groups)
         if width % groups:
             raise InvalidRequestError("num_beam_groups", f"must divide the beam width {width}, not {groups}")
         diversity = number("diversity_penalty", self.diversity_penalty, 0.0, math.inf)
@@ -104,7 +107,8 @@ class BeamSearchParams:
         if groups > 1 and not diversity:
             raise InvalidRequestError("diversity_penalty", "must be more than 0, or all groups find the same")
         _set(self, "diversity_penalty", diversity)
-        integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 2**31 - 1)
+        size = integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 2**31 - 1)
+        _set(self, "no_repeat_ngram_size", size)
         if self.temperature not in (0.0, 1.0):
             raise InvalidRequestError("temperature", f"beam search draws nothing: 0 or 1, not {self.temperature:g}")
 

@@ -6,6 +6,8 @@ the command line exits with code 2, the server answers 4xx. Anything else that e
 
 from __future__ import annotations
 
+import reprlib
+
 
 class OctavoError(Exception):
     """Base of all deliberate errors."""
@@ -41,6 +43,7 @@ class ModelFormatError(OctavoError, ValueError):
         super().__init__(_cut(f"{path}: {field}: {message}"))
         self.path = str(path)
         self.field = field
+        self.problem = message
 
 
 class UnsupportedModelError(OctavoError, ValueError):
@@ -72,10 +75,18 @@ def _cut(message: str) -> str:
     return message if len(message) <= 1000 else f"{message[:600]} ... {message[-395:]}"
 
 
+_short = reprlib.Repr()  # a value whose parts are shared may be small, and its text endless
+_short.maxlevel = 3
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 20
+
+
 def shown(value: object) -> str:
     """A value for an error message: its repr, cut to a length that does not flood a log."""
     try:
-        text = repr(value)
+        text = _short.repr(value)
     except ValueError:  # an integer of more digits than Python prints
-        text = "an integer of very many digits"
+        text = "an integer of very many digits" if isinstance(value, int) else type(value).__name__
+    except Exception:  # of a class of the caller's
+        text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."

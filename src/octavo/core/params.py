@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from numbers import Real
-from operator import index
 from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.values import exact_dict, exact_float, exact_int, exact_list, exact_str
 
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 4096
 MAX_BAD_WORDS = 1024
 MAX_SEED = 2**64 - 1
+_MAX_TOKEN_ID, _MAX_ID_DIGITS = 2**31 - 1, 10
 # Further out, a logit would overflow float32 and one token decide everything.
 REPETITION_PENALTY = (1e-3, 1e3)
 MAX_LOGIT_BIAS = 1e6
@@ -139,11 +139,11 @@ class SamplingParams:
         _set(self, "repetition_detection", _repetition_detection(self.repetition_detection))
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop", "stop strings need detokenize=True")
-        try:
-            _set(self, "output_kind", OutputKind(self.output_kind))
-        except ValueError:
-            kinds = ", ".join(kind.value for kind in OutputKind)
-            raise InvalidRequestError("output_kind", f"must be one of {kinds}, not {shown(self.output_kind)}") from None
+        what = f"must be one of {', '.join(kind.value for kind in OutputKind)}"
+        kind = exact_str("output_kind", self.output_kind, what)
+        if kind not in list(OutputKind):
+            raise InvalidRequestError("output_kind", f"{what}, not {shown(kind)}")
+        _set(self, "output_kind", OutputKind(kind))
 
     def _check_numbers(self) -> None:
         _set(self, "n", integer("n", self.n, 1, MAX_N))
@@ -208,9 +208,7 @@ def _set(params: object, name: str, value: object) -> None:
 
 def integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int; NumPy's integers are welcome, bools are not."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequestError(name, f"must be an integer, not {shown(value)}")
-    number = index(value)
+    number = exact_int(name, value)
     if not low <= number <= high:
         raise InvalidRequestError(name, f"must be between {low} and {high}, not {shown(number)}")
     return number
@@ -218,12 +216,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     """`value` as a float; NumPy's numbers are welcome, bools are not."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidRequestError(name, f"must be a number, not {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = exact_float(name, value)
     allowed = f"must be {'more than' if open_low else 'at least'} {low:g}" + (
         f" and at most {high:g}" if high != math.inf else " and finite"
     )
@@ -235,59 +228,61 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
 def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str, ...]:
     if value is None:
         return ()
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
-        raise InvalidRequestError(name, f"must be a string or a list of strings, not {shown(value)}")
-    if len(strings) > most:
-        raise InvalidRequestError(name, f"at most {most} strings are allowed, not {len(strings)}")
+    what = "must be a string or a list of strings"
+    if not isinstance(value, str | list | tuple):
+        raise InvalidRequestError(name, f"{what}, not {shown(value)}")
+    given = [value] if isinstance(value, str) else exact_list(name, value, what)
+    if len(given) > most:
+        raise InvalidRequestError(name, f"at most {most} strings are allowed, not {len(given)}")
+    strings = tuple(exact_str(name, string, what) for string in given)
     for string in strings:
         if not string:
             raise InvalidRequestError(name, "an empty string is not allowed")
         if len(string) > most_chars:
             raise InvalidRequestError(name, f"a string may have at most {most_chars} characters, not {len(string)}")
-    return tuple(strings)
+    return strings
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise InvalidRequestError(name, f"must be a list of token ids, not {shown(value)}")
-    return tuple(_token_id(name, token_id) for token_id in value)
+    return tuple(token_id(name, item) for item in exact_list(name, value, "must be a list of token ids"))
 
 
-def _token_id(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
-        raise InvalidRequestError(name, f"a token id must be an integer of at least 0, not {shown(value)}")
-    return index(value)
+def token_id(name: str, value: object) -> int:
+    """`value` as an int that some vocabulary may have."""
+    what = "a token id must be an integer of at least 0"
+    number = exact_int(name, value, what)
+    if not 0 <= number <= _MAX_TOKEN_ID:
+        raise InvalidRequestError(name, f"{what}, not {shown(number)}")
+    return number
 
 
 def _repetition_detection(value: object) -> RepetitionDetectionParams | None:
     if value is None or isinstance(value, RepetitionDetectionParams):
         return value
     name = "repetition_detection"
-    if not isinstance(value, Mapping):
-        raise InvalidRequestError(name, f"must be RepetitionDetectionParams or a mapping, not {shown(value)}")
+    given = exact_dict(name, value, "must be RepetitionDetectionParams or a mapping")
     allowed = [field.name for field in fields(RepetitionDetectionParams)]
-    for key in value:
-        if key not in allowed:
-            raise InvalidRequestError(f"{name}.{key}", f"is not a field; allowed are {', '.join(allowed)}")
-    return RepetitionDetectionParams(**value)
+    for key in given:
+        field = exact_str(name, key, "every name must be a string")
+        if field not in allowed:
+            raise InvalidRequestError(f"{name}.{field}", f"is not a field; allowed are {', '.join(allowed)}")
+    return RepetitionDetectionParams(**given)
 
 
 def _logit_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
-        raise InvalidRequestError("logit_bias", f"must map token ids to numbers, not {shown(value)}")
     bias: dict[int, float] = {}
-    for key, amount in value.items():
-        # JSON's keys are strings.
-        token_id = _token_id(
-            "logit_bias", int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        )
+    for given, amount in exact_dict("logit_bias", value, "must map token ids to numbers").items():
+        key = given
+        if isinstance(given, str):  # JSON's keys are strings
+            text = exact_str("logit_bias", given)
+            key = int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_ID_DIGITS else text
+        number_of = token_id("logit_bias", key)
         try:
-            bias[token_id] = number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+            bias[number_of] = number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         except InvalidRequestError as error:
-            raise InvalidRequestError("logit_bias", f"of token {shown(token_id)} {error.problem}") from None
+            raise InvalidRequestError("logit_bias", f"of token {shown(number_of)} {error.problem}") from None
     return bias

@@ -139,9 +139,12 @@ def _why_unusable(path: Path) -> str | None:
         return None
     if path.suffix == ".safetensors":
         return "is a weight file; give its folder, which must have a config.json"
-    with path.open("rb") as file:
-        if file.read(4) == b"GGUF":
-            return None
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return "is not a model: a .gguf file or a folder with config.json and .safetensors is"
 
 

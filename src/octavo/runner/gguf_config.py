@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.core.errors import ModelFormatError, UnsupportedModelError, shown
 from octavo.formats import GGUFFile
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
 from octavo.runner.checks import check_config
@@ -17,6 +17,7 @@ SUPPORTED = ("gemma3", "llama")
 
 # Gemma 3 files name neither: every sixth layer sees everything, the others rotate with a base of their own.
 _GEMMA3_WINDOW_PERIOD = 6
+_MAX_INTEGER = 2**31 - 1
 _GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 _GEMMA3_27B_LAYERS = 62
 
@@ -46,7 +47,12 @@ class _Metadata:
         return f"{self.architecture}.{key}" in self._metadata
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._get(f"{self.architecture}.{key}", int, default))
+        value = int(self._get(f"{self.architecture}.{key}", int, default))
+        if not 0 <= value <= _MAX_INTEGER:
+            raise ModelFormatError(
+                self.path, f"{self.architecture}.{key}", f"must be between 0 and {_MAX_INTEGER}, not {value}"
+            )
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._metadata.get(f"{self.architecture}.{key}", default)
@@ -61,8 +67,8 @@ class _Metadata:
 
     def refuse_if_set(self, key: str) -> None:
         value = self._metadata.get(f"{self.architecture}.{key}")
-        if value:
-            raise UnsupportedModelError(f"{self.path}: {self.architecture}.{key}={value!r} is not supported")
+        if value is not None and not (isinstance(value, int | float) and value == 0):
+            raise UnsupportedModelError(f"{self.path}: {self.architecture}.{key}={shown(value)} is not supported")
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:

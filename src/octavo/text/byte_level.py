@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.text.library import LibraryError, called
 
 if TYPE_CHECKING:
     import tokenizers
@@ -72,8 +73,8 @@ def build_byte_level(
     # Llama 3 has tokens that its merges cannot reach: a pre-token that is in the vocabulary is taken whole.
     ignore_merges = family == "llama-bpe"
     try:
-        model = models.BPE(vocab, cast("list[tuple[str, str]]", merges), ignore_merges=ignore_merges)
-    except Exception as error:  # tokenizers raises bare Exception for a token out of vocabulary
+        model = called(models.BPE, vocab, cast("list[tuple[str, str]]", merges), ignore_merges=ignore_merges)
+    except LibraryError as error:  # a token out of vocabulary
         raise ModelFormatError(path, "tokenizer.ggml.merges", _explain(vocab, merges, error)) from None
     tokenizer = Tokenizer(model)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family in ("gpt-2", "smollm"))
@@ -84,8 +85,11 @@ def build_byte_level(
         digits = "{1,3}" if family == "llama-bpe" else ""
         first = pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated")
     tokenizer.pre_tokenizer = byte_level if first is None else pre_tokenizers.Sequence([first, byte_level])
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in user_defined])
+    try:
+        called(tokenizer.add_special_tokens, [AddedToken(text, normalized=False, special=True) for text in special])
+        called(tokenizer.add_tokens, [AddedToken(text, normalized=False) for text in user_defined])
+    except LibraryError as error:
+        raise ModelFormatError(path, "tokenizer.ggml.tokens", str(error)) from None
     return tokenizer
 
 

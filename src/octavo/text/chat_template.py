@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
+from octavo.core.values import exact_dict, exact_json, exact_list, exact_str
+from octavo.text.template_process import LimitExceededError, processes
 
-if TYPE_CHECKING:
-    from jinja2 import nodes
+DEFAULT_TIME_LIMIT = 5.0  # seconds of processor time
+MAX_SOURCE = 128 << 10  # characters of a template; the longest that models are known to have are a quarter of it
 
-    from octavo.text.sandbox import Budget
-
-DEFAULT_TIME_LIMIT = 5.0  # seconds
-
-_MAX_SOURCE = 1 << 20  # characters of a template
 _MAX_DEPTH = 64  # of messages, tools and template arguments
 _MIB = 1 << 20
 
@@ -40,8 +37,8 @@ class ChatTemplate:
     """A compiled chat template. Safe to share by threads.
 
     The template runs in an immutable sandbox set up as in transformers (trim_blocks, lstrip_blocks, break and continue,
-    `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone), under a time limit and a limit of memory
-    (see `octavo.text.sandbox`).
+    `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone), in a process of its own with limits of time
+    and memory (see `octavo.text.template_process`).
     """
 
     def __init__(
@@ -53,29 +50,25 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
         **special_tokens: str,
     ) -> None:
-        """`special_tokens`: variables such as ``bos_token`` and ``eos_token``. `time_limit`: seconds a rendering may
-        take. `path` is for error messages. Raises ModelFormatError (field ``chat_template``) for a template that is
-        not valid.
+        """`special_tokens`: variables such as ``bos_token`` and ``eos_token``. `time_limit`: seconds of processor time
+        that compiling and each rendering may take. `path` is for error messages. Raises ModelFormatError (field
+        ``chat_template``) for a template that is not valid, RequestFailedError where no process can be started.
         """
-        from jinja2.exceptions import TemplateSyntaxError
-
-        from octavo.text.sandbox import TemplateEnvironment
-
-        if len(source) > _MAX_SOURCE:
-            raise ModelFormatError(path, "chat_template", f"longer than {_MAX_SOURCE} characters")
+        if len(source) > MAX_SOURCE:
+            raise ModelFormatError(path, "chat_template", f"longer than {MAX_SOURCE} characters")
+        self._source = source
         self._time_limit = time_limit
+        self._now = now
         self._special_tokens = special_tokens
-        self._environment = TemplateEnvironment(now)
-        self._environment.budget = self._budget(0)
         self._knows_parts = "text" in source  # the key of a part that holds it
         self._forms: dict[str, tuple[bool, bool]] = {}  # by role: see _form
         try:
-            self._template = self._environment.from_string(source)
-            self._asks_for_null = _asks_for_null(self._environment.parse(source))
-        except TemplateSyntaxError as error:
-            raise ModelFormatError(path, "chat_template", f"line {error.lineno}: {error.message}") from None
-        except Exception as error:  # constant parts are computed here, and may fail in any way
-            raise ModelFormatError(path, "chat_template", _reason(error)) from None
+            reply = self._ask(None)
+        except LimitExceededError as error:
+            raise ModelFormatError(path, "chat_template", f"cannot be compiled: {error}") from None
+        if "error" in reply:
+            raise ModelFormatError(path, "chat_template", reply["message"])
+        self._asks_for_null: bool = reply["asks_for_null"]
 
     def render(
         self,
@@ -112,7 +105,8 @@ class ChatTemplate:
         chat = [self._message(index, message) for index, message in enumerate(_as_list("messages", messages))]
         if not chat:
             raise InvalidRequestError("messages", "at least one message is needed")
-        variables = {**self._special_tokens, **self._arguments({**kwargs, **(chat_template_kwargs or {})})}
+        more = exact_dict("chat_template_kwargs", chat_template_kwargs or {})
+        variables = {**self._special_tokens, **self._arguments({**kwargs, **more})}
         final = None
         if continue_final_message:
             final = _mark_end(chat[-1])
@@ -123,11 +117,14 @@ class ChatTemplate:
         text = self._run(variables)
         return text if final is None else _cut(text, final)
 
-    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        for key in kwargs:
-            if not isinstance(key, str) or key in _RESERVED or key in self._special_tokens or key.startswith("_"):
+    def _arguments(self, kwargs: dict[Any, Any]) -> dict[str, Any]:
+        plain = {}
+        for given, value in kwargs.items():
+            key = exact_str("chat_template_kwargs", given, "every name must be a string")
+            if key in _RESERVED or key in self._special_tokens or key.startswith("_"):
                 raise InvalidRequestError(f"chat_template_kwargs.{key}", "this name is reserved")
-        return {key: _plain(f"chat_template_kwargs.{key}", value) for key, value in kwargs.items()}
+            plain[key] = _plain(f"chat_template_kwargs.{key}", value)
+        return plain
 
     def _message(self, index: int, message: Any) -> dict[str, Any]:
         field = f"messages[{index}]"
@@ -169,8 +166,6 @@ class ChatTemplate:
         return form
 
     def _writes(self, role: str, content: Any) -> bool:
-        from octavo.text.sandbox import LimitExceededError
-
         chat = [{"role": role, "content": content}]
         if role == "system":
             chat.append({"role": "user", "content": ""})
@@ -178,58 +173,62 @@ class ChatTemplate:
             chat.insert(0, {"role": "user", "content": ""})
         variables = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": False}
         try:
-            text = self._written({**self._special_tokens, **variables})
+            reply = self._ask({**self._special_tokens, **variables})
         except LimitExceededError as error:  # the messages would fare no better
-            raise InvalidRequestError("messages", f"the chat template failed: {_reason(error)}") from None
-        except Exception:  # it does not take such a message
+            raise InvalidRequestError("messages", f"the chat template failed: {error}") from None
+        if "error" in reply:  # it does not take such a message
             return False
+        text = reply["text"]
         # A list written as such, in the form of Python or JSON, has its strings in quotes, or these characters escaped.
         return all(probe in text and f'"{probe}' not in text for probe in _PROBES)
 
-    def _budget(self, given: int) -> Budget:
-        """Room for a rendering, by the weight of what it is given."""
-        from octavo.text.sandbox import Budget
-
-        return Budget(self._time_limit, value_limit=4 * _MIB + 4 * given, total_limit=128 * _MIB + 256 * given)
-
     def _run(self, variables: dict[str, Any]) -> str:
-        from jinja2.exceptions import TemplateError
-
         try:
-            return self._written(variables)
-        except TemplateError as error:
-            raise InvalidRequestError("messages", f"the chat template refused them: {error.message}") from None
-        except Exception as error:  # whatever a template does wrong concerns this request only
-            raise InvalidRequestError("messages", f"the chat template failed: {_reason(error)}") from None
+            reply = self._ask(variables)
+        except LimitExceededError as error:
+            raise InvalidRequestError("messages", f"the chat template failed: {error}") from None
+        if "error" in reply:
+            what = "refused them" if reply["error"] == "refused" else "failed"
+            raise InvalidRequestError("messages", f"the chat template {what}: {reply['message']}")
+        return reply["text"]
 
-    def _written(self, variables: dict[str, Any]) -> str:
-        """What the template writes, within its limits. Raises whatever it raises."""
-        from octavo.text.sandbox import Budget
+    def _ask(self, variables: dict[str, Any] | None) -> dict[str, Any]:
+        """What the template writes, or why it does not; with None what is known of it when it is compiled. Raises
+        LimitExceededError, RequestFailedError."""
+        given = 0 if variables is None else _weight(variables)
+        request = {
+            "source": self._source,
+            "variables": variables,
+            "now": self._now().isoformat(),
+            "characters": 4 * _MIB + 4 * given,
+            "memory": 192 * _MIB + 64 * given,
+        }
+        reply = processes.ask(request, self._time_limit)
+        if reply.get("error") == "limit":
+            raise LimitExceededError(reply["message"])
+        return reply
 
-        given = Budget(self._time_limit, 1 << 62, 1 << 62).weigh(variables)
-        budget = self._environment.budget = self._budget(given)
-        pieces = []
-        length = 0
-        for piece in self._template.generate(variables):
-            budget.tick()
-            length += len(piece)
-            budget.foresee(length)
-            pieces.append(piece)
-        return "".join(pieces)
 
-
-def _reason(error: Exception) -> str:
-    from octavo.text.sandbox import LimitExceededError
-
-    if isinstance(error, LimitExceededError):
-        return str(error)
-    return f"{type(error).__name__}: {str(error)[:500]}"
+def _weight(value: Any) -> int:
+    """Of plain values: their characters, and 16 for each value."""
+    total, waiting = 0, [value]
+    while waiting:
+        part = waiting.pop()
+        total += 16
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, list):
+            waiting.extend(part)
+        elif isinstance(part, dict):
+            waiting.extend(part)
+            waiting.extend(part.values())
+    return total
 
 
 def _as_list(field: str, value: Any) -> list:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+    if not isinstance(value, Sequence):  # a generator would be empty the second time
         raise InvalidRequestError(field, f"expected a list, found {type(value).__name__}")
-    return list(value)
+    return exact_list(field, value, "expected a list")
 
 
 def _part(field: str, part: Any) -> dict[str, Any]:
@@ -249,19 +248,6 @@ def _without_nulls(value: Any, *inner: str) -> Any:
     return {key: _without_nulls(item) if key in inner else item for key, item in value.items() if item is not None}
 
 
-def _asks_for_null(tree: nodes.Template) -> bool:
-    """Whether a template tests that some ``content`` is none."""
-    from jinja2 import nodes
-
-    for test in tree.find_all(nodes.Test):
-        asked = test.node
-        named = isinstance(asked, nodes.Getattr) and asked.attr == "content"
-        keyed = isinstance(asked, nodes.Getitem) and asked.arg == nodes.Const("content")
-        if test.name == "none" and (named or keyed):
-            return True
-    return False
-
-
 def _mark_end(message: dict[str, Any]) -> str:
     """Mark where the content of the final message ends; the text that does."""
     content = message.get("content")
@@ -274,22 +260,9 @@ def _mark_end(message: dict[str, Any]) -> str:
     return final
 
 
-def _plain(field: str, value: Any, depth: int = 0) -> Any:
-    """`value` rebuilt from JSON's types alone: the template must not meet an object with methods of its own."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if depth >= _MAX_DEPTH:
-        raise InvalidRequestError(field, f"nested more than {_MAX_DEPTH} deep")
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise InvalidRequestError(field, "every key must be a string")
-        return {str(key): _plain(field, item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(field, item, depth + 1) for item in value]
-    for base in (str, bool, int, float):
-        if isinstance(value, base):  # a subclass, such as an enumeration's
-            return base.__str__(value) if base is str else base(value)
-    raise InvalidRequestError(field, f"{type(value).__name__} is not a JSON value")
+def _plain(field: str, value: Any) -> Any:
+    """The template must not meet an object with methods of its own."""
+    return exact_json(field, value, _MAX_DEPTH)
 
 
 def _cut(text: str, final: str) -> str:

@@ -6,16 +6,29 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from octavo.core.model_folder import check_inside, read_file
+from octavo.core.errors import InvalidRequestError, ModelFormatError, ModelNotFoundError, UnsupportedModelError, shown
+from octavo.core.model_folder import read_file
 from octavo.text.config_tokens import add_config_tokens
+from octavo.text.library import LibraryError, called
+from octavo.text.regex_shape import trial_texts
 from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer_spec import TokenizerSpec, read_spec
 
 if TYPE_CHECKING:
     import tokenizers
 
 _MORE_TEMPLATES = "additional_chat_templates"
+# Of every kind of character that tokenizers tell apart, and of each length in UTF-8.
+_PROBES = (
+    "",
+    " ",
+    "a",
+    "Hello, world! 123\n\n  \t'll",
+    "\u00e9\u0301 \u4e2d\u6587 \ud55c \u0e01 \u05d0 \ufdfa",
+    "\U0001f600\u200d\U0010ffff\x00\x01",
+)
+_MAX_NORMALIZED = 1 << 26  # characters; the library has some 30 bytes for each
 _MAX_CONFIG_BYTES = 8 << 20  # of one JSON file or template; parsed, JSON takes up to twenty times as much
 
 
@@ -28,27 +41,34 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{path}: no tokenizer.json there; only Hugging Face fast tokenizers and GGUF files are read"
         )
-    check_inside(path, "tokenizer.json")
+    spec, data = read_spec(path, file.name)
+    try:
+        return called(_load, path, spec, data)
+    except LibraryError as error:
+        raise ModelFormatError(path, "tokenizer.json", str(error)) from None
+
+
+def _load(path: Path, spec: TokenizerSpec, data: bytes) -> Tokenizer:
+    """Raises whatever the library raises."""
     from tokenizers import Tokenizer as FastTokenizer
 
-    try:
-        fast = FastTokenizer.from_file(str(file))
-    except BaseException as error:  # tokenizers raises bare Exception, and its panics derive from BaseException
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise ModelFormatError(path, "tokenizer.json", str(error)) from None
+    fast = FastTokenizer.from_buffer(data)
     fast.no_truncation()
     fast.no_padding()
     config = _read_json(path, "tokenizer_config.json")
     named = add_config_tokens(path, fast, config, lambda name: _read_json(path, name))
     fast.encode_special_tokens = _flag(path, config, "split_special_tokens")
     added = fast.get_added_tokens_decoder()
+    _try(path, fast, spec)
     to_bytes, strip = _decoder(path, fast, frozenset(added))
     bos = fast.token_to_id(named["bos_token"]) if "bos_token" in named else None
     eos = fast.token_to_id(named["eos_token"]) if "eos_token" in named else None
-    vocab_size = max([fast.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
+    vocab_size = 1 + max([spec.max_token_id, *added])
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) * spec.growth > _MAX_NORMALIZED:  # where memory runs out the library ends the process
+            most = int(_MAX_NORMALIZED / spec.growth)
+            raise InvalidRequestError("prompt", f"this model's tokenizer takes {most} characters, not {len(text)}")
         # BOS and EOS are the business of tokenizer.json's post-processor. The flags add_bos_token and add_eos_token of
         # tokenizer_config.json do not count beside it, nor do they in transformers.
         return fast.encode(text, add_special_tokens=add_special_tokens).ids
@@ -65,6 +85,17 @@ def tokenizer_from_directory(path: Path) -> Tokenizer:
         strip_leading_space=strip,
         chat_templates=_chat_templates(path, config),
     )
+
+
+def _try(path: Path, fast: tokenizers.Tokenizer, spec: TokenizerSpec) -> None:
+    """Encode texts of all kinds, and such as an expression in the file may take too long for. Raises
+    ModelFormatError."""
+    for text in (*_PROBES, *(text for pattern in spec.patterns for text in trial_texts(pattern))):
+        try:
+            called(fast.encode, text)
+        except LibraryError as error:
+            field = "tokenizer.json"
+            raise ModelFormatError(path, field, f"it fails on texts such as {shown(text)}: {error}") from None
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -35,9 +35,12 @@ class ModelTokens:
         spellings with a token that has no row, which cannot be drawn."""
         spellings: dict[tuple[int, ...], None] = {}
         for word in words:
-            at_start = self._codec.encode(word, add_special_tokens=False)
-            inside = self._codec.encode_inside(word)
-            spaced = self._codec.encode_inside(" " + word.lstrip())
+            try:
+                at_start = self._codec.encode(word, add_special_tokens=False)
+                inside = self._codec.encode_inside(word)
+                spaced = self._codec.encode_inside(" " + word.lstrip())
+            except InvalidRequestError as error:
+                raise InvalidRequestError("bad_words", error.problem) from None
             for token_ids in (at_start, inside, spaced):
                 if token_ids and max(token_ids) < self._rows:
                     spellings[tuple(token_ids)] = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.errors import InvalidRequestError, ModelFormatError, shown
+from octavo.core.values import exact_str
 from octavo.text.chat_template import ChatTemplate
 
 
@@ -22,8 +23,8 @@ class NamedTemplates:
         """The template called `asked`, or `asked` itself if it is one; with None the model's own for conversations with
         or without tools, as transformers chooses: "tool_use" where there is one and tools are given, else "default".
 
-        Raises InvalidRequestError naming ``chat_template``, or ``messages`` for a model without one; ModelFormatError
-        for a template that is not valid.
+        Raises InvalidRequestError naming ``chat_template`` (also where `asked` is a template that is not valid), or
+        ``messages`` for a model without one; ModelFormatError for one of the model's own that is not valid.
         """
         names = ", ".join(map(repr, sorted(self._sources))) or "none"
         if asked is None:
@@ -32,15 +33,17 @@ class NamedTemplates:
             asked = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
             if asked not in self._sources:
                 raise InvalidRequestError("chat_template", f"this model has no default one; choose one of {names}")
-        if not isinstance(asked, str):
-            raise InvalidRequestError("chat_template", f"must be a string, not {type(asked).__name__}")
+        asked = exact_str("chat_template", asked)
         if asked not in self._sources:
             if not any(mark in asked for mark in ("{{", "{%", "{#")):
                 problem = (
                     f"{shown(asked)} is neither a Jinja template nor the name of one that this model has ({names})"
                 )
                 raise InvalidRequestError("chat_template", problem)
-            return self._compile(asked)
+            try:
+                return self._compile(asked)
+            except ModelFormatError as error:
+                raise InvalidRequestError("chat_template", error.problem) from None
         if asked not in self._compiled:
             self._compiled[asked] = self._compile(self._sources[asked])
         return self._compiled[asked]

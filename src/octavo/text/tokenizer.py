@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, shown
 from octavo.text.added_tokens import AddedTokens
+from octavo.text.library import LibraryError, called
 from octavo.text.stream import IncrementalText, StopMatcher
 from octavo.text.token_bytes import ToBytes
 
@@ -125,7 +126,8 @@ class Tokenizer:
         """Token ids of `text`; special tokens written out in it are recognised either way.
 
         `add_special_tokens` adds BOS and EOS as the model asks. Leave it off for the output of a chat template, which
-        writes them itself. Raises InvalidRequestError (field ``prompt``) for a lone surrogate.
+        writes them itself. Raises InvalidRequestError (field ``prompt``) for a lone surrogate, and where the model's
+        tokenizer fails on the text.
         """
         try:
             text.encode()
@@ -134,7 +136,10 @@ class Tokenizer:
             raise InvalidRequestError(
                 "prompt", f"lone surrogate U+{code:04X} at character {error.start}; text must be valid Unicode"
             ) from None
-        return self._encode(text, add_special_tokens)
+        try:
+            return called(self._encode, text, add_special_tokens)
+        except LibraryError as error:
+            raise InvalidRequestError("prompt", f"this model's tokenizer fails on the text: {error}") from None
 
     def encode_open(self, text: str) -> list[int]:
         """Token ids of a text that goes on later: with what the model asks for before it, such as BOS, and without
@@ -177,8 +182,8 @@ class Tokenizer:
         known = self._bytes.get(token_id)
         if known is None:
             if token_id < 0:
-                raise InvalidRequestError("token_ids", f"{token_id} is not a token id")
-            text = self._token_text(token_id)
+                raise InvalidRequestError("token_ids", f"{shown(token_id)} is not a token id")
+            text = self._token_text(token_id) if token_id < self._vocab_size else None
             known = b"" if text is None else self._to_bytes(text, token_id)
             if token_id < self._vocab_size:
                 self._bytes[token_id] = known
