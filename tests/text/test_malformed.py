@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
+from octavo.text import gguf_vocab
 from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
@@ -34,6 +35,13 @@ def _error(metadata: dict[str, Any], key: str, value: Any) -> ModelFormatError:
         Tokenizer.from_gguf(changed, path="model.gguf")
     assert caught.value.path == "model.gguf"
     return caught.value
+
+
+def test_too_many_tokens(scored: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a file of empty strings that takes many times its size."""
+    monkeypatch.setattr(gguf_vocab, "MAX_TOKENS", len(scored["tokenizer.ggml.tokens"]) - 1)
+    with pytest.raises(ModelFormatError, match=r"ggml\.tokens: \d+ tokens; \d+ are allowed"):
+        Tokenizer.from_gguf(scored, path="model.gguf")
 
 
 @pytest.mark.parametrize(

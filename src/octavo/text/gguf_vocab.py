@@ -27,6 +27,7 @@ KINDS = ("gpt2", "llama")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types; 5 is unused
 
+MAX_TOKENS = 1 << 20  # the largest vocabularies have some 300,000
 # Control tokens that end a turn or a text, by the names model families give them.
 # fmt: off
 _END_TOKENS = frozenset([
@@ -153,6 +154,8 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
     tokens = metadata.strings("tokens")
     if not tokens:
         raise metadata.error("tokens", "no tokens")
+    if len(tokens) > MAX_TOKENS:  # each becomes several objects
+        raise metadata.error("tokens", f"{len(tokens)} tokens; {MAX_TOKENS} are allowed")
     types = metadata.numbers("token_type", len(tokens))
     if types is None:
         metadata.warn("no tokenizer.ggml.token_type: only special tokens that the file names are told from text")
