@@ -75,7 +75,7 @@ def test_a_mapping_will_do() -> None:
     """As it comes from JSON; what it does not know is refused."""
     fields = {"max_pattern_size": 8, "min_pattern_size": 2, "min_count": 3}
     assert SamplingParams(repetition_detection=fields).repetition_detection == RepetitionDetectionParams(**fields)
-    with pytest.raises(InvalidRequestError, match=r"repetition_detection\.window: is not a field"):
+    with pytest.raises(InvalidRequestError, match=r"repetition_detection\.window: 'window' is not a field"):
         SamplingParams(repetition_detection={"window": 3})
     with pytest.raises(InvalidRequestError, match="repetition_detection: must be RepetitionDetectionParams"):
         SamplingParams(repetition_detection=3)  # type: ignore[arg-type]

@@ -267,7 +267,8 @@ def _repetition_detection(value: object) -> RepetitionDetectionParams | None:
     for key in given:
         field = exact_str(name, key, "every name must be a string")
         if field not in allowed:
-            raise InvalidRequestError(f"{name}.{field}", f"is not a field; allowed are {', '.join(allowed)}")
+            at = f"{name}.{field}" if field.isidentifier() and len(field) <= 40 else name
+            raise InvalidRequestError(at, f"{shown(field)} is not a field; allowed are {', '.join(allowed)}")
     return RepetitionDetectionParams(**given)
 
 
