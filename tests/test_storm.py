@@ -154,13 +154,14 @@ def same(got: RequestOutput, expected: RequestOutput) -> None:
     assert [bits(one) for one in got.outputs] == [bits(one) for one in expected.outputs]
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "kv_dtype"), [(0, "float16"), (1, "int8")])
+async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype: str) -> None:
     folder = tmp_path / "kv"
-    with LLM(str(tiny_gemma3_dir), **CONFIG, enable_prefix_caching=False) as alone:
+    config = CONFIG | {"kv_cache_dtype": kv_dtype}
+    with LLM(str(tiny_gemma3_dir), **config, enable_prefix_caching=False) as alone:
         size = alone.memory_plan.block_bytes
         llm = AsyncLLM(
-            str(tiny_gemma3_dir), **CONFIG, kv_cache_memory_bytes=BLOCKS * size, max_num_batched_tokens=48,
+            str(tiny_gemma3_dir), **config, kv_cache_memory_bytes=BLOCKS * size, max_num_batched_tokens=48,
             kv_offload_dir=str(folder), kv_offload_bytes=60 * size,
         )  # fmt: skip
         llm._loop.engine.kv._tier._timer = lambda: 0.0  # type: ignore[union-attr] # whatever the disk does, it is asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
@@ -15,7 +16,7 @@ class OutputError(OctavoError):
     """stdout cannot be written: a full disk, a closed descriptor."""
 
 
-class _Stream:
+class _Stream(ABC):
     """A text stream but for its errors."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -37,8 +38,9 @@ class _Stream:
         except OSError as error:
             self._failed(error)
 
+    @abstractmethod
     def _failed(self, error: OSError) -> None:
-        raise NotImplementedError
+        """It cannot be written."""
 
     def _forget(self) -> None:
         """Give the stream somewhere to write: the interpreter flushes it once more when it exits."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from octavo.core.errors import ModelFormatError, shown
 
@@ -54,3 +56,18 @@ def read_file(folder: Path, name: str, most: int, below: str = "") -> bytes | No
         raise ModelFormatError(path, "file", f"cannot be read: {error.strerror}") from None
     finally:
         os.close(fd)
+
+
+def read_object(folder: Path, name: str, most: int) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is no such file. Raises ModelFormatError as `read_file` does, and
+    for anything but an object."""
+    data = read_file(folder, name, most)
+    if data is None:
+        return {}
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(folder, name, f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(folder, name, f"expected a JSON object, found {type(value).__name__}")
+    return value

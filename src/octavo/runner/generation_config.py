@@ -5,14 +5,13 @@ It is advice. A value that cannot be used is told and left out; the model can be
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.core.errors import InvalidRequestError, ModelFormatError
-from octavo.core.model_folder import read_file
+from octavo.core.errors import InvalidRequestError
+from octavo.core.model_folder import read_object
 from octavo.core.params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def generation_config_of(path: Path, metadata: Mapping[str, Any] | None) -> dict
         values = {name: _rounded(metadata.get(key)) for name, key in keys.items()}
     else:
         keys = {name: f"generation_config.json: {name}" for name in GGUF_KEYS}
-        stored = _read(path)
+        stored = read_object(path, "generation_config.json", _MAX_BYTES)
         values = {name: stored.get(name) for name in keys}
         sampled = stored.get("do_sample")
         if not isinstance(sampled, bool | None):
@@ -48,20 +47,6 @@ def generation_config_of(path: Path, metadata: Mapping[str, Any] | None) -> dict
     return {
         name: value for name, value in values.items() if value is not None and _is_usable(path, keys[name], name, value)
     }
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    name = "generation_config.json"
-    data = read_file(folder, name, _MAX_BYTES)
-    if data is None:
-        return {}
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(folder, name, f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(folder, name, f"expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _rounded(value: Any) -> Any:

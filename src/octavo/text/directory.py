@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError, ModelNotFoundError, UnsupportedModelError, shown
-from octavo.core.model_folder import read_file
+from octavo.core.model_folder import read_file, read_object
 from octavo.text.config_tokens import add_config_tokens
 from octavo.text.library import LibraryError, called
 from octavo.text.regex_shape import trial_texts
@@ -99,17 +99,7 @@ def _try(path: Path, fast: tokenizers.Tokenizer, spec: TokenizerSpec) -> None:
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
-    data = read_file(path, name, _MAX_CONFIG_BYTES)
-    if data is None:
-        return {}
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(path, name, f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(path, name, f"expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, name, _MAX_CONFIG_BYTES)
 
 
 def _flag(path: Path, config: dict[str, Any], name: str) -> bool:
