@@ -21,6 +21,7 @@ from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
 from octavo.core.want import Draw, Hidden, Sample, Score, TopK
 from octavo.engine import Engine, SchedulerConfig
+from octavo.engine.scheduler import Scheduler
 from octavo.kv_cache import KVCacheManager
 
 VOCAB = 50
@@ -194,8 +195,16 @@ class Harness:
         self.tier = None if ticks is None else FakeTier(self.executor, ticks)
         self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now, tier=self.tier)
         self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
+        self.engine.scheduler.schedule = self._scheduled  # type: ignore[method-assign]
         self.outputs: dict[str, RequestOutput] = {}  # all of each request so far
         self._so_far: defaultdict[str, OutputSoFar] = defaultdict(OutputSoFar)
+
+    def _scheduled(self) -> StepPlan:
+        """Only requests that run are granted anything: none that gave way while the step was made."""
+        plan = Scheduler.schedule(self.engine.scheduler)
+        running = {entry.coordinator.request_id for entry in self.engine.scheduler._running}
+        assert {grant.request_id for grant in plan.grants} <= running
+        return plan
 
     def add(
         self,
