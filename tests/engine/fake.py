@@ -1,6 +1,6 @@
 """An executor without a model that checks what a model could not: each KV slot read was written for that very token.
 
-It keeps, for each slot, the tokens up to the position that was stored there. A grant reads all positions up to its
+It keeps, for each slot, which tokens go up to the position that was stored there. A grant reads all positions up to its
 end, as attention does; a wrong block, a missed copy on write or a lost copy shows as a slot that holds something else.
 """
 
@@ -111,7 +111,8 @@ class FakeExecutor:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> tokens up to this position
+        self._slots: dict[tuple[int, int], int] = {}  # (block, offset) -> number of the tokens up to this position
+        self._numbers: dict[tuple[int, int], int] = {}  # (number of what stands before, token) -> number
 
     def execute(self, plan: StepPlan) -> FakeExecutor:
         self._plan = plan
@@ -138,8 +139,9 @@ class FakeExecutor:
             raise RuntimeError("a row failed")
         for grant in plan.grants:
             self.computed += grant.num_tokens
+            numbers = self._prefixes(grant)
             for position in range(grant.start, grant.stop):
-                self._slots[self._slot(grant, position)] = tuple(grant.token_ids[: position + 1])
+                self._slots[self._slot(grant, position)] = numbers[position]
         return StepResult(tuple(self._answer(grant) for grant in plan.grants))
 
     def read_block(self, block: int) -> bytes:
@@ -148,11 +150,30 @@ class FakeExecutor:
     def _slot(self, grant: Grant, position: int) -> tuple[int, int]:
         return grant.block_table[position // self.block_size], position % self.block_size
 
+    def _prefixes(self, grant: Grant) -> list[int]:
+        """A number for the tokens up to each position: equal where these are, and only there."""
+        number, numbers = 0, []
+        for token_id in grant.token_ids[: grant.stop]:
+            number = self._numbers.setdefault((number, token_id), len(self._numbers) + 1)
+            numbers.append(number)
+        return numbers
+
+    def _tokens(self, number: int | None) -> list[int]:
+        """What has this number."""
+        known = {number: pair for pair, number in self._numbers.items()}
+        token_ids: list[int] = []
+        while number:
+            number, token_id = known[number]
+            token_ids.append(token_id)
+        return token_ids[::-1]
+
     def _answer(self, grant: Grant) -> GrantResult:
-        for position in range(grant.stop):
+        for position, expected in enumerate(self._prefixes(grant)):
             held = self._slots.get(self._slot(grant, position))
-            expected = tuple(grant.token_ids[: position + 1])
-            assert held == expected, f"sequence {grant.sequence.id} reads {held} at {position}, not {expected}"
+            assert held == expected, (
+                f"sequence {grant.sequence.id} reads what was computed after {self._tokens(held)} "
+                f"at {position}, not after {grant.token_ids[: position + 1]}"
+            )
         seen = grant.token_ids[: grant.stop]
         next_logprobs = []
         if grant.each_row is not None:

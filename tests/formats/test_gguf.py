@@ -439,12 +439,13 @@ def assert_equal_to_gguf_package(path: Path) -> None:
             assert np.array_equal(tensor.data.reshape(-1), expected.data.reshape(-1).view(np.uint8))
 
 
+@pytest.mark.slow  # the gguf package takes seconds to read the file
 @pytest.mark.smollm2
 def test_smollm2_as_the_gguf_package_reads_it(smollm2_path: Path) -> None:
     assert_equal_to_gguf_package(smollm2_path)
 
 
-@pytest.mark.slow  # the gguf package takes ten seconds to read the file
+@pytest.mark.slow
 @pytest.mark.gemma3
 def test_gemma3_as_the_gguf_package_reads_it(gemma3_path: Path) -> None:
     assert_equal_to_gguf_package(gemma3_path)

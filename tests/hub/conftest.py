@@ -35,14 +35,14 @@ def home(tmp_path: Path, wheel_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def parts() -> list[bytes]:
-    """Three parts; 600 kB, so that a download has a middle."""
-    data = content(1_800_000)
-    return [data[:600_000], data[600_000:1_200_000], data[1_200_000:]]
+    """Two parts; 600 kB, so that a download has a middle."""
+    data = content(1_200_000)
+    return [data[:600_000], data[600_000:]]
 
 
 @pytest.fixture
 def alias(wheel_dir: Path, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Alias:
-    """The alias "tiny-test" of three wheels in `wheel_dir`, registered in this process."""
+    """The alias "tiny-test" of two wheels in `wheel_dir`, registered in this process."""
     made = make_alias(wheel_dir, parts)
     monkeypatch.setitem(ALIASES, made.name, made)
     return made

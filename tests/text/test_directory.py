@@ -43,9 +43,9 @@ def scored(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_equal(path: Path) -> Tokenizer:
+def assert_equal(path: Path, every: int = 1) -> Tokenizer:
     ours, theirs = Tokenizer.from_directory(path), AutoTokenizer.from_pretrained(path)
-    for text in corpus(specials=("<|im_end|>", "<think>", "<s>", "</s>")):
+    for text in corpus(specials=("<|im_end|>", "<think>", "<s>", "</s>"))[::every]:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, repr(text)
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False), repr(text)
@@ -74,7 +74,7 @@ def test_sentencepiece_style_equals_transformers(scored: Path) -> None:
 def test_the_post_processor_decides_on_bos_and_eos(scored: Path, bos: bool, eos: bool) -> None:
     config = json.loads((scored / "tokenizer_config.json").read_text())
     write(scored, "tokenizer_config.json", {**config, "add_bos_token": bos, "add_eos_token": eos})
-    assert assert_equal(scored).encode("") == [1]
+    assert assert_equal(scored, every=10).encode("") == [1]
 
 
 THINK = {"content": "<think>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}

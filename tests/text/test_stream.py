@@ -51,7 +51,7 @@ def _as_bytes(index: int, text: str) -> list[int]:
     return [by_byte[bytes([byte])] for byte in text.encode() if bytes([byte]) in by_byte]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(outputs(), st.booleans(), st.data())
 def test_stream_equals_decode(output: tuple[Tokenizer, list[int]], skip: bool, data: st.DataObject) -> None:
     tokenizer, token_ids = output
@@ -79,7 +79,7 @@ def _bytes(tokenizer: Tokenizer, token_ids: list[int], skip: bool) -> bytes:
     return data.removeprefix(b" ") if tokenizer is SCORED else data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text(max_size=40), st.sampled_from([0, 1, 2]), st.integers(0, 200))
 def test_never_half_a_character(text: str, index: int, cut: int) -> None:
     """One byte a token, the prompt ending anywhere: only whole characters come out, and no U+FFFD is ever shown."""
@@ -150,7 +150,7 @@ def _snapshot(stream: Any) -> tuple:
     return stream.text, stream.stop_reason, after, probe.text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(outputs(), st.lists(st.sampled_from(["a", "ab", "STOP", "é", " ", "\n\n", "aba"]), max_size=3), st.data())
 def test_fork_and_rollback_are_exact(output: tuple[Tokenizer, list[int]], stop: list[str], data: st.DataObject) -> None:
     """Any walk of advance, rollback, fork and finish leaves the state that the tokens alone give."""
@@ -185,7 +185,7 @@ def test_fork_and_rollback_are_exact(output: tuple[Tokenizer, list[int]], stop: 
             assert _snapshot(other) == _snapshot(fresh)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(outputs(), st.lists(st.sampled_from(["a", "ab", "STOP", "é", " ", "\n\n"]), max_size=2), st.data())
 def test_what_is_new_adds_up(output: tuple[Tokenizer, list[int]], stop: list[str], data: st.DataObject) -> None:
     """Asked for in pieces, with whole texts, forks and rollbacks between, the text is what it is as a whole."""

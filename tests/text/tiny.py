@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -42,7 +43,14 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """A byte-level BPE tokenizer with pre-tokenizer `kind`: (transformers tokenizer, GGUF metadata)."""
+    """A byte-level BPE tokenizer with pre-tokenizer `kind`: (transformers tokenizer, GGUF metadata), the caller's own."""
+    spec, metadata = _byte_level(kind, vocab_size)
+    fast = FastTokenizer.from_str(spec)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>"), copy.deepcopy(metadata)
+
+
+@functools.cache
+def _byte_level(kind: str, vocab_size: int) -> tuple[str, dict[str, Any]]:
     fast = FastTokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     fast.pre_tokenizer = _pre_tokenizer(kind)
     fast.decoder = decoders.ByteLevel()
@@ -54,7 +62,7 @@ def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFa
     )
     fast.train_from_iterator(corpus(seed=1) * 2, trainer)
     fast.add_tokens([AddedToken(text, normalized=False) for text in USER_DEFINED])
-    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>")
+    spec = fast.to_str()
     tokens = [fast.id_to_token(n) for n in range(fast.get_vocab_size())]
     types = [3 if t in CONTROL else 4 if t in USER_DEFINED else 1 for t in tokens]
     metadata = {
@@ -63,14 +71,21 @@ def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFa
         "tokenizer.ggml.pre": kind,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in json.loads(fast.to_str())["model"]["merges"]],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in json.loads(spec)["model"]["merges"]],
         "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
     }
-    return hf, metadata
+    return spec, metadata
 
 
 def scored(seed: int, add_space_prefix: bool, byte_fallback: bool = True) -> tuple[LlamaTokenizer, dict[str, Any]]:
-    """A SentencePiece-style tokenizer with random scores, some equal: (transformers tokenizer, GGUF metadata)."""
+    """A SentencePiece-style tokenizer with random scores, some equal: (transformers tokenizer, which everybody
+    shares, and GGUF metadata, the caller's own)."""
+    theirs, metadata = _scored(seed, add_space_prefix, byte_fallback)
+    return theirs, copy.deepcopy(metadata)
+
+
+@functools.cache
+def _scored(seed: int, add_space_prefix: bool, byte_fallback: bool) -> tuple[LlamaTokenizer, dict[str, Any]]:
     rng = random.Random(seed)
     texts = [text.replace(" ", "▁") for text in corpus(seed=seed)]
     pieces = set()

@@ -48,14 +48,14 @@ def exact_str(field: str, value: object, what: str = "must be a string") -> str:
     return str.__str__(value)
 
 
-def exact_list(field: str, value: object, what: str = "must be a list", most: int = MAX_ITEMS) -> list[Any]:
-    """The items of any iterable but strings and mappings, at most so many."""
+def exact_list(field: str, value: object, what: str = "must be a list") -> list[Any]:
+    """The items of any iterable but strings and mappings, at most `MAX_ITEMS`."""
     try:
         if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping):
-            items = list(islice(value, most + 1))
-            if len(items) <= most:
+            items = list(islice(value, MAX_ITEMS + 1))
+            if len(items) <= MAX_ITEMS:
                 return items
-            raise InvalidRequestError(field, f"{what} of at most {most} items")
+            raise InvalidRequestError(field, f"{what} of at most {MAX_ITEMS} items")
     except InvalidRequestError:
         raise
     except Exception as error:
@@ -92,17 +92,19 @@ def exact_json(field: str, value: Any, max_depth: int) -> Any:
         left -= 1
         if left < 0:
             raise InvalidRequestError(field, f"holds more than {MAX_ITEMS} values")
-        if value is None or type(value) in (bool, str, float):
+        kind = type(value)
+        if value is None or kind in (bool, str, float):
             return value
         if depth >= max_depth:
             raise InvalidRequestError(field, f"nested more than {max_depth} deep")
-        if isinstance(value, Mapping):
-            entries = exact_dict(field, value)
+        if kind is not list and isinstance(value, Mapping):
+            entries = value.copy() if kind is dict else exact_dict(field, value)
             if not all(isinstance(key, str) for key in entries):
                 raise InvalidRequestError(field, "every key must be a string")
             return {str.__str__(key): take(item, depth + 1) for key, item in entries.items()}
-        if isinstance(value, list | tuple):
-            return [take(item, depth + 1) for item in exact_list(field, value)]
+        if kind is list or isinstance(value, list | tuple):
+            items = value if kind in (list, tuple) else exact_list(field, value)
+            return [take(item, depth + 1) for item in items]
         if isinstance(value, str):  # a subclass, such as an enumeration's
             return str.__str__(value)
         if isinstance(value, float):

@@ -49,14 +49,16 @@ def test_shared_prefixes(instruction_set: str, kv_dtype: str, shape: Shape, bloc
     """Decoding, drafts and prompts over a tree of prefixes: each row as alone, with any number of threads."""
     alone = machine(instruction_set, 1, kv_dtype=kv_dtype, share_prefixes=False)
     paged, qs = family(alone, shape, block_size)
+    batches = [last_rows(counts) for counts in ([1] * 7, [1, 3, 1, 2, 8, 1, 1], [1, 0, 20, 1, 0, 1, 0])]
+    rows = sorted({(s, row) for ranges in batches for s, start, stop in ranges for row in range(start, stop)})
+    expected = {(s, row): paged.attend(qs, [(s, row, row + 1)]) for s, row in rows}
     for threads in (1, 3):
         together = machine(instruction_set, threads, kv_dtype=kv_dtype)
         paged_together, _ = family(together, shape, block_size)
-        for counts in ([1] * 7, [1, 3, 1, 2, 8, 1, 1], [1, 0, 20, 1, 0, 1, 0]):
-            ranges = last_rows(counts)
+        for ranges in batches:
             got = paged_together.attend(qs, ranges)
-            expected = [paged.attend(qs, [(s, row, row + 1)]) for s, a, b in ranges for row in range(a, b)]
-            bits_equal(got, np.concatenate(expected), f"{threads} threads, rows {counts}")
+            wanted = [expected[s, row] for s, start, stop in ranges for row in range(start, stop)]
+            bits_equal(got, np.concatenate(wanted), f"{threads} threads, rows {ranges}")
         # A window of 17 or 70 tokens hides what these share.
         assert together.machine.shared_tiles > 0 or shape[3] in (17, 70)
     assert alone.machine.shared_tiles == 0

@@ -34,7 +34,7 @@ def test_every_item_once(tmp_path: Path) -> None:
     """Guards against a worker that comes late and takes a piece of the next region before it is whole."""
     program = build(tmp_path)
     for threads in (2, 3):
-        stress(program, threads, 100)
+        stress(program, threads, 30)
 
 
 @pytest.mark.slow
