@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octavo import LLM
+from octavo import session as session_module
 from octavo.async_llm import AsyncLLM
 from octavo.async_session import AsyncSession
 from octavo.core.outputs import RequestOutput
@@ -225,4 +227,45 @@ def test_interrupts(tiny: LLM, step: int) -> None:
         interrupted = asked(s, True)
     with tiny.session(seed=5) as s:
         assert asked(s, False) == interrupted
+    check_idle(tiny)
+
+
+def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when all have answered, and again while that is taken back: whoever asks next of any of the branches
+    waits until it is. Guards against texts that go on after tokens that are about to be gone."""
+    with tiny.session(seed=5) as s:
+        s.extend(TEXT)
+        (left,) = s.fork(1)
+        held = left.token_ids
+        stopped = threading.Event()  # the engine's thread stands still until it is set
+        waits: list[bool] = []
+
+        def interrupted_wait(futures: Any) -> Any:
+            waits.append(True)
+            if len(waits) == 1:  # the call's own
+                wait(futures)
+                s._link.door.ask(s._link.coordinator, lambda: stopped.wait(10))
+                raise KeyboardInterrupt
+            stopped.set()
+            return wait(futures)
+
+        taking_back = s._taking_back
+
+        def interrupted_again(calls: Any) -> Any:
+            undoing = taking_back(calls)
+            monkeypatch.setattr(undoing, "result", raising)
+            return undoing
+
+        def raising() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(s, "_taking_back", interrupted_again)
+        with monkeypatch.context() as patch:
+            patch.setattr(session_module, "wait", interrupted_wait)
+            with pytest.raises(KeyboardInterrupt):
+                s.generate_all([s, left], **LOOKING)
+            left.extend(" dog")
+        assert left.token_ids[: len(held)] == held and s.token_ids == held
+        assert left.token_ids == held + tiny.tokenizer.encode(" dog", add_special_tokens=False)
+        assert len(waits) == 2
     check_idle(tiny)

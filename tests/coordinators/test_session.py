@@ -606,3 +606,32 @@ def test_storm() -> None:
     assert min(counts.values()) > 5 and counts["generate"] > 100 and counts["select"] > 50, counts
     evictions = {event.reason for event in harness.engine.events.of(EventKind.EVICTED)}
     assert Reason.IDLE in evictions and harness.engine.events.of(EventKind.PREEMPTED) and harness.kv.num_copies > 0
+
+
+@pytest.mark.parametrize("asked", ["num_tokens", "token_ids"])
+def test_a_task_begins_while_its_branch_is_looked_at(asked: str) -> None:
+    """Another thread may ask at any moment: it hears of the tokens from before, whichever moment that was."""
+    user = User(Harness())
+    user.extend(user.root, [1, 2, 3])
+
+    looked: list[bool] = []
+
+    class Meanwhile(list[int]):
+        """The tokens; when somebody looks at them for the first time, the engine is just faster."""
+
+        def __len__(self) -> int:
+            if not looked:
+                looked.append(True)
+                user.generate(user.root, 9)
+                user.harness.step()
+            return super().__len__()
+
+        def __iter__(self) -> Any:
+            len(self)
+            return super().__iter__()
+
+    assert user.root.sequence is not None
+    user.root.sequence.token_ids = Meanwhile(user.root.sequence.token_ids)
+    answer = getattr(user.root, asked)
+    assert user.root.task is not None and list.__len__(user.root.sequence.token_ids) > 3
+    assert answer == (3 if asked == "num_tokens" else [1, 2, 3])
