@@ -43,7 +43,7 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """A byte-level BPE tokenizer with pre-tokenizer `kind`: (transformers tokenizer, GGUF metadata), the caller's own."""
+    """A byte-level BPE tokenizer with pre-tokenizer `kind`: (transformers tokenizer, GGUF metadata), both new."""
     spec, metadata = _byte_level(kind, vocab_size)
     fast = FastTokenizer.from_str(spec)
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>"), copy.deepcopy(metadata)

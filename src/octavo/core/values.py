@@ -98,7 +98,7 @@ def exact_json(field: str, value: Any, max_depth: int) -> Any:
         if depth >= max_depth:
             raise InvalidRequestError(field, f"nested more than {max_depth} deep")
         if kind is not list and isinstance(value, Mapping):
-            entries = value.copy() if kind is dict else exact_dict(field, value)
+            entries = exact_dict(field, value)
             if not all(isinstance(key, str) for key in entries):
                 raise InvalidRequestError(field, "every key must be a string")
             return {str.__str__(key): take(item, depth + 1) for key, item in entries.items()}
