@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, AsyncLLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.core import values
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import ConfigError, InvalidRequestError, OctavoError
+from octavo.core.params import RepetitionDetectionParams
 
 
 class Str(str):
@@ -76,6 +78,70 @@ class NoItems(Endless):
         raise RuntimeError("no items")
 
 
+class Lying:
+    """Passes for anything that isinstance is asked about; what it is used for then fails."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        return self._kind
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither true nor false")
+
+    __eq__ = __iter__ = __len__ = __bool__  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Faceless:
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no class")
+
+
+class Key(str):
+    """Is taken for a key of prompts where these are looked up, and then fails."""
+
+    def __hash__(self) -> int:
+        return hash("prompt")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not comparable")
+
+
+class List(list[Any]):
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+    __bool__ = __len__  # type: ignore[assignment]
+
+
+class Array:
+    def tolist(self) -> list[int]:
+        raise RuntimeError("no list")
+
+
+class PathLike(os.PathLike[str]):
+    def __fspath__(self) -> str:
+        raise RuntimeError("no path")
+
+
+class Sampling(SamplingParams):
+    """Does without the checks."""
+
+    def __post_init__(self) -> None: ...
+
+
+class Beams(BeamSearchParams):
+    def __post_init__(self) -> None: ...
+
+
+class Repetition(RepetitionDetectionParams):
+    def __post_init__(self) -> None: ...
+
+
 def shared() -> list[Any]:
     """Small in memory, 2 ** 60 values when it is written out."""
     value: list[Any] = [1]
@@ -93,6 +159,11 @@ HOSTILE: list[Callable[[], Any]] = [
     lambda: np.datetime64("2024"), lambda: b"a", lambda: "\ud800", lambda: ["\ud800"], lambda: "\0", lambda: True,
     lambda: None, object, dict, lambda: [[]], lambda: ..., lambda: int, lambda: 1j, lambda: range(10**9),
     lambda: "a" * 10**5, lambda: ["a"] * 10**5,
+    *(lambda kind=kind: Lying(kind) for kind in (bool, int, float, str, list, dict, SamplingParams, BeamSearchParams)),
+    Faceless, lambda: [Faceless()], lambda: {"prompt": Faceless()}, lambda: {Key("x"): 1}, lambda: {Key("prompt"): "a"},
+    lambda: List([1]), lambda: List([{"role": "user", "content": "a"}]), Array, lambda: {"prompt_token_ids": Array()},
+    lambda: Sampling(max_tokens="x", stop=Raising()), lambda: Beams(beam_width="x", max_tokens=Raising()),
+    lambda: Repetition(max_pattern_size=Int(3), min_pattern_size="x", min_count=None), PathLike,
 ]  # fmt: skip
 MAKERS = range(len(HOSTILE))
 
@@ -115,7 +186,7 @@ def test_settings() -> None:
     for field in fields(EngineConfig):
         for make in HOSTILE:
             try:
-                repr(EngineConfig(**{field.name: make()}))
+                repr(EngineConfig.resolve({field.name: make()}, {}))
             except ConfigError as error:
                 assert len(str(error)) < 1000
     assert type(EngineConfig(backend=Str("auto")).backend) is str
@@ -144,6 +215,17 @@ DOORS: dict[str, Callable[[LLM, Any], Any]] = {
     "bad_words": lambda llm, value: llm.generate("a", ONE.but(bad_words=value)),
     "stop": lambda llm, value: llm.generate("a", ONE.but(stop=value)),
     "priority": lambda llm, value: llm.generate("a", ONE, priority=value),
+    "use_tqdm": lambda llm, value: llm.generate("a", ONE, use_tqdm=value),
+    "params": lambda llm, value: llm.beam_search("a", value),
+    "stream": lambda llm, value: list(llm.stream("a", value)),
+    "repetition_detection": lambda llm, value: llm.generate("a", ONE.but(repetition_detection=value)),
+    "conversations": lambda llm, value: llm.chat(value, ONE, chat_template=TEMPLATE),
+    "add_generation_prompt": lambda llm, value: llm.chat(
+        MESSAGES, ONE, chat_template=TEMPLATE, add_generation_prompt=value
+    ),
+    "continue_final_message": lambda llm, value: llm.chat_prompt(
+        MESSAGES, chat_template=TEMPLATE, continue_final_message=value
+    ),
     "request_id": lambda llm, value: list(llm.stream("a", ONE, value)),
     "messages": lambda llm, value: llm.chat_prompt(value, chat_template=TEMPLATE),
     "message": lambda llm, value: llm.chat_prompt([value], chat_template=TEMPLATE),
@@ -166,7 +248,10 @@ DOORS: dict[str, Callable[[LLM, Any], Any]] = {
     "select": lambda llm, value: in_session(llm, lambda session: session.select(value)),
     "choice": lambda llm, value: in_session(llm, lambda session: session.select([value])),
     "by": lambda llm, value: in_session(llm, lambda session: session.select(["a"], by=value)),
+    "select's extend": lambda llm, value: in_session(llm, lambda session: session.select(["a"], extend=value)),
     "generate": lambda llm, value: in_session(llm, lambda session: session.generate(value)),
+    "branches": lambda llm, value: in_session(llm, lambda session: session.generate_all(value, ONE)),
+    "each": lambda llm, value: in_session(llm, lambda session: session.generate_all([session], value)),
 }
 
 
@@ -183,7 +268,7 @@ def test_doors(llm: LLM, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for make in HOSTILE:
         try:
             value = make()
-            if door != "prompts" or not isinstance(value, list | range) or len(value) < 100:  # those are welcome
+            if door != "prompts" or type(value) not in (list, range) or len(value) < 100:  # those are welcome
                 DOORS[door](llm, value)
         except OctavoError as error:
             refused += 1
@@ -224,3 +309,31 @@ def test_pull_says_what_is_wrong() -> None:
     )
     assert done.returncode == 2
     assert "cannot be read" in done.stderr and "bug" not in done.stderr
+
+
+FLAGS = [field.name for field in fields(SamplingParams) if field.default in (True, False) and field.type == "bool"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_no_code(flag: str) -> None:
+    """They are looked at in the engine's thread."""
+    assert len(FLAGS) == 6
+    with pytest.raises(InvalidRequestError, match=flag):
+        SamplingParams(**{flag: Lying(bool)})
+
+
+async def test_what_is_aborted(tiny_llama_dir: Path) -> None:
+    """An id is looked up in the engine's thread, where a hash that never comes back would be waited for by all."""
+    with LLM(str(tiny_llama_dir), backend="reference", max_model_len=64) as llm:
+        fine = llm.generate("hi", ONE)[0].outputs[0].token_ids
+    llm = AsyncLLM(str(tiny_llama_dir), backend="reference", max_model_len=64)
+    try:
+        await llm.abort(Str("nobody"))
+        for value in ([1], None, 1.5, Lying(str), Faceless()):
+            with pytest.raises(InvalidRequestError, match="request_id"):
+                await llm.abort(value)  # type: ignore[arg-type]
+        async for output in llm.generate("hi", ONE):
+            last = output
+        assert last.outputs[0].token_ids == fine
+    finally:
+        llm.close()

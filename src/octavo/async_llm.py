@@ -17,6 +17,7 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
+from octavo.core.values import exact_record, exact_str
 
 if TYPE_CHECKING:
     import asyncio
@@ -64,7 +65,8 @@ class AsyncLLM:
         """
         import asyncio
 
-        params = sampling_params if sampling_params is not None else SamplingParams()
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = exact_record("sampling_params", given, SamplingParams)
         # Tokenising a long prompt takes a while: not on the event loop.
         coordinator = await asyncio.to_thread(self._frontend.make, prompt, params, request_id, priority)
         async with aclosing(self._follow(coordinator, params.output_kind)) as answer:
@@ -83,7 +85,7 @@ class AsyncLLM:
         `LLM.stream`."""
         import asyncio
 
-        given = params if params is not None else BeamSearchParams()
+        given = BeamSearchParams() if params is None else exact_record("params", params, BeamSearchParams)
         coordinator = await asyncio.to_thread(self._frontend.make_beams, prompt, given, request_id, priority)
         async with aclosing(self._follow(coordinator, given.output_kind)) as answer:
             async for output in answer:
@@ -178,8 +180,9 @@ class AsyncLLM:
         return replace(self._loop.engine.kv.stats)
 
     async def abort(self, request_id: str) -> None:
-        """End a request; whoever iterates over it gets a last output with finish_reason "abort"."""
-        self._loop.abort([request_id])
+        """End a request; whoever iterates over it gets a last output with finish_reason "abort". An id that nobody has
+        is no error: it may have ended. Raises InvalidRequestError for what is no string."""
+        self._loop.abort([exact_str("request_id", request_id)])
 
     @property
     def num_unfinished_requests(self) -> int:

@@ -11,6 +11,7 @@ from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError
 from octavo.core.outputs import CompletionOutput, SelectResult
 from octavo.core.params import SamplingParams
+from octavo.core.values import exact_bool
 from octavo.frontend import Frontend, Prompt
 from octavo.session import BaseBranch, Call, Door, Link, Verb, sampling
 
@@ -38,6 +39,7 @@ class AsyncBranch(BaseBranch):
             return self._link.frontend.name_completion(output)
 
     async def select(self, choices: Sequence[Prompt], *, by: str = "mean", extend: bool = False) -> SelectResult:
+        extend = exact_bool("extend", extend)
         async with self._turn() as calls:
             verb, result = await asyncio.to_thread(self._selecting, choices, by)
             selected = result(await asyncio.wrap_future(await self._do(verb, calls)))

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from octavo.core.errors import ConfigError, shown
+from octavo.core.values import is_a
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
@@ -105,8 +106,12 @@ class EngineConfig:
         values = _from_environment(cls, os.environ if environ is None else environ)
         values.update({name: value for name, value in given.items() if value is not None})
         for name in ("model", "kv_offload_dir"):
-            if isinstance(values.get(name), os.PathLike):
-                values[name] = os.fspath(values[name])
+            if is_a(values.get(name), os.PathLike):
+                try:
+                    values[name] = os.fspath(values[name])
+                except Exception as error:
+                    problem = f"reading it raised {type(error).__name__}: {shown(str(error))}"
+                    raise ConfigError(f"{name}: {problem}") from None
         return cls(**values)
 
     @property
@@ -172,13 +177,13 @@ def _checked(name: str, given: Any, hint: Any, limits: Mapping[str, Any]) -> Any
     if given is None and optional:
         return None
     if hint is bool:
-        if not isinstance(given, bool):
+        if given is not True and given is not False:
             raise ConfigError(f"{name}: must be true or false, not {shown(given)}")
         return given
     kind = str if hint in (str, str | None) else int
-    if isinstance(given, bool) or not isinstance(given, kind):
+    if is_a(given, bool) or not is_a(given, kind):
         raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(given)}")
-    value = str.__str__(given) if isinstance(given, str) else int.__int__(given)
+    value = str.__str__(given) if kind is str else int.__int__(given)
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {shown(value)}")
     if isinstance(value, str):

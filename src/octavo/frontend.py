@@ -16,7 +16,16 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
-from octavo.core.values import exact_dict, exact_int, exact_list, exact_str
+from octavo.core.values import (
+    exact_bool,
+    exact_dict,
+    exact_fields,
+    exact_int,
+    exact_list,
+    exact_record,
+    exact_str,
+    is_a,
+)
 from octavo.text.model_tokens import ModelTokens
 from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
@@ -81,8 +90,7 @@ class Frontend:
         name: str = "prompt",
     ) -> GeneratingCoordinator:
         """A coordinator for one prompt; errors call it `name`. Raises InvalidRequestError naming the field."""
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
+        params = exact_record("sampling_params", params, SamplingParams)
         request = self._request(prompt, params, request_id, priority, name)
         metrics = RequestMetrics(arrival_time=self._clock())
         if params.n == 1:
@@ -102,8 +110,7 @@ class Frontend:
         """A beam search over one prompt; see `make`."""
         from octavo.coordinators.beams import BeamCoordinator
 
-        if not isinstance(params, BeamSearchParams):
-            raise InvalidRequestError("params", f"must be BeamSearchParams, not {type(params).__name__}")
+        params = exact_record("params", params, BeamSearchParams)
         if params.width > self._limits.max_num_seqs:
             raise InvalidRequestError(
                 "beam_width",
@@ -128,7 +135,8 @@ class Frontend:
         priority = self._priority(priority)
         if request_id is not None:
             request_id = _filled("request_id", request_id)
-        text, token_ids = self.tokens_of(prompt, name)
+        given = _read(prompt, name)
+        text, token_ids = self._tokens_of(given, name)
         return CompletionRequest(
             request_id=request_id if request_id is not None else self._new_id(),
             prompt_token_ids=token_ids,
@@ -137,7 +145,7 @@ class Frontend:
             max_tokens=self._max_tokens(len(token_ids), params, name),
             prompt=text,
             priority=priority,
-            cache_salt=cache_salt(prompt, name),
+            cache_salt=given.cache_salt,
             **self._checked_fields(params),
         )
 
@@ -168,11 +176,12 @@ class Frontend:
 
     def tokens_after(self, prompt: Prompt, before: Sequence[int], field: str = "prompt") -> list[int]:
         """Token ids to append to those that are there. BOS and the like come only at the very start."""
-        if isinstance(prompt, Mapping) and "cache_salt" in prompt:
+        given = _read(prompt, field)
+        if given.cache_salt is not None:
             raise InvalidRequestError("cache_salt", "belongs to the whole session: LLM.session(cache_salt=...)")
-        text, given = self._form_of(prompt, field)
-        if given is not None:
-            token_ids = self._checked_ids(given, field) if len(given) else []
+        text = given.text
+        if given.token_ids is not None:
+            token_ids = self._checked_ids(given.token_ids, field) if given.token_ids else []
         elif text:
             with _naming(field):
                 token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
@@ -187,8 +196,7 @@ class Frontend:
     ) -> Callable[[list[int]], CompletionRequest]:
         """What one `generate` of a session asks: to be made of the branch's tokens when its turn comes, in the engine's
         thread. Raises InvalidRequestError, and so does what it returns."""
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("sampling_params", f"must be SamplingParams, not {type(params).__name__}")
+        params = exact_record("sampling_params", params, SamplingParams)
         if params.n != 1:
             raise InvalidRequestError("n", f"must be 1 in a session, not {params.n}: fork the branch")
         if params.prompt_logprobs is not None:
@@ -217,7 +225,7 @@ class Frontend:
 
     def choices(self, choices: Sequence[Prompt], before: Sequence[int]) -> list[tuple[str, list[int]]]:
         """Text and token ids of what `select` compares, after these tokens. Raises InvalidRequestError."""
-        if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
+        if is_a(choices, (str, Mapping)) or not is_a(choices, Sequence):
             raise InvalidRequestError("choices", f"must be a list of prompts, not {type(choices).__name__}")
         choices = exact_list("choices", choices)
         if not 1 <= len(choices) <= MAX_N:
@@ -228,7 +236,7 @@ class Frontend:
             token_ids = self.tokens_after(choice, before, f"choices[{number}]")
             if not token_ids:
                 raise InvalidRequestError(f"choices[{number}]", "is empty: there is nothing to score")
-            text = exact_str("choices", choice) if isinstance(choice, str) else self._codec.spelling(token_ids)
+            text = exact_str("choices", choice) if is_a(choice, str) else self._codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
 
@@ -263,6 +271,9 @@ class Frontend:
         `options` are those of ChatTemplate.render, or variables of the template; `variables` only the latter.
         """
         arguments = _merged(options, variables)
+        for flag in ("add_generation_prompt", "continue_final_message"):
+            if flag in arguments:
+                exact_bool(flag, arguments[flag])
         template = self._templates.choose(chat_template, arguments.get("tools"))
         try:
             text = template.render(messages, **arguments)
@@ -314,11 +325,11 @@ class Frontend:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
         return priority
 
-    def tokens_of(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
+    def _tokens_of(self, given: _Given, name: str) -> tuple[str | None, list[int]]:
         """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
-        text, given = self._form_of(prompt, name)
-        if given is not None:
-            return text, self._checked_ids(given, name)
+        text = given.text
+        if given.token_ids is not None:
+            return text, self._checked_ids(given.token_ids, name)
         with _naming(name):
             token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
@@ -329,30 +340,9 @@ class Frontend:
 
     def cache_key(self, prompt: Prompt) -> tuple[list[int], str | None]:
         """What a prompt's KV is cached under: token ids and salt. Raises InvalidRequestError."""
-        _, token_ids = self.tokens_of(prompt)
-        return token_ids, cache_salt(prompt)
-
-    def _form_of(self, prompt: Prompt, name: str) -> tuple[str | None, Any]:
-        """(text, None), or the token ids that were given, with their text if that was given too."""
-        text: Any = None
-        if isinstance(prompt, str):
-            text = exact_str(name, prompt)
-        elif isinstance(prompt, Mapping):
-            given = exact_dict(name, prompt)
-            if not given or set(given) - {"prompt", "prompt_token_ids", "cache_salt"}:
-                allowed = '"prompt", "prompt_token_ids" and "cache_salt"'
-                raise InvalidRequestError(name, f"allowed keys are {allowed}, not {shown(list(given))}")
-            text = given.get("prompt")
-            if isinstance(text, str):
-                text = exact_str(name, text)
-            if "prompt_token_ids" in given and (text is None or isinstance(text, str)):
-                return text, _list_of_ids(given["prompt_token_ids"], name)
-        if not isinstance(text, str):
-            kind = type(prompt).__name__
-            raise InvalidRequestError(
-                name, f'must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, not {kind}'
-            )
-        return text, None
+        given = _read(prompt, "prompt")
+        _, token_ids = self._tokens_of(given, "prompt")
+        return token_ids, given.cache_salt
 
     def _checked_ids(self, value: list[Any], name: str) -> list[int]:
         field = _key("prompt_token_ids", name)
@@ -427,10 +417,14 @@ def _naming(name: str) -> Iterator[None]:
 
 def _list_of_ids(value: Any, name: str) -> list[Any]:
     field, what = _key("prompt_token_ids", name), "must be a list of token ids"
-    if isinstance(value, str | bytes) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+    if hasattr(type(value), "tolist"):  # a NumPy array or a tensor
+        try:
+            value = value.tolist()
+        except Exception as error:
+            problem = f"{what}: reading it raised {type(error).__name__}: {shown(str(error))}"
+            raise InvalidRequestError(field, problem) from None
+    if is_a(value, (str, bytes)) or not is_a(value, Sequence):
         raise InvalidRequestError(field, f"{what}, not {type(value).__name__}")
-    if hasattr(value, "tolist"):
-        value = value.tolist()  # a NumPy array or a tensor
     return exact_list(field, value, what)
 
 
@@ -445,10 +439,33 @@ def _merged(options: Mapping[str, Any], variables: Mapping[str, Any] | None) -> 
     return {**options, **taken}
 
 
-def cache_salt(prompt: Prompt, name: str = "prompt") -> str | None:
-    """A prompt's cache_salt: cached KV is shared among requests with the same one. Raises InvalidRequestError."""
-    found = exact_dict(name, prompt).get("cache_salt") if isinstance(prompt, Mapping) else None
-    return checked_salt(found, _key("cache_salt", name))
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A prompt, read once."""
+
+    text: str | None
+    token_ids: list[Any] | None  # not checked yet
+    cache_salt: str | None = None  # cached KV is shared among requests with the same one
+
+
+def _read(prompt: Any, name: str) -> _Given:
+    """Raises InvalidRequestError; it calls the prompt `name`."""
+    if is_a(prompt, str):
+        return _Given(exact_str(name, prompt), None)
+    if not is_a(prompt, Mapping):
+        allowed = 'must be a string, {"prompt": ...} or {"prompt_token_ids": [...]}'
+        raise InvalidRequestError(name, f"{allowed}, not {type(prompt).__name__}")
+    given = exact_fields(name, prompt)
+    if not given or given.keys() - {"prompt", "prompt_token_ids", "cache_salt"}:
+        allowed = '"prompt", "prompt_token_ids" and "cache_salt"'
+        raise InvalidRequestError(name, f"allowed keys are {allowed}, not {shown(list(given))}")
+    text = given.get("prompt")
+    if text is not None:
+        text = exact_str(name, text, "its text must be a string")
+    token_ids = _list_of_ids(given["prompt_token_ids"], name) if "prompt_token_ids" in given else None
+    if text is None and token_ids is None:
+        raise InvalidRequestError(name, 'must have a "prompt", which is text, or "prompt_token_ids"')
+    return _Given(text, token_ids, checked_salt(given.get("cache_salt"), _key("cache_salt", name)))
 
 
 def checked_salt(salt: Any, field: str = "cache_salt") -> str | None:

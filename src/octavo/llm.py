@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.build import build_engine
@@ -15,7 +15,7 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
-from octavo.core.values import exact_list
+from octavo.core.values import exact_bool, exact_list, exact_record, is_a
 
 if TYPE_CHECKING:
     from octavo.core.coordinator import Coordinator
@@ -104,8 +104,10 @@ class LLM:
         priorities = _one_each("priority", priority, int, len(listed))
         requests = []
         for number, (prompt, one, order, name) in enumerate(zip(listed, params, priorities, names, strict=True)):
-            with _naming_element("sampling_params", given, number):
-                params_here = one.but(output_kind=OutputKind.FINAL_ONLY)
+            with _naming_element("sampling_params", given, number, SamplingParams):
+                params_here = exact_record("sampling_params", one, SamplingParams).but(
+                    output_kind=OutputKind.FINAL_ONLY
+                )
                 requests.append(self._frontend.make(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
 
@@ -132,12 +134,14 @@ class LLM:
         priorities = _one_each("priority", priority, int, len(listed))
         requests = []
         for number, (prompt, one, order, name) in enumerate(zip(listed, each, priorities, names, strict=True)):
-            with _naming_element("params", given, number):
-                params_here = one.but(output_kind=OutputKind.FINAL_ONLY)
+            with _naming_element("params", given, number, BeamSearchParams):
+                params_here = exact_record("params", one, BeamSearchParams).but(output_kind=OutputKind.FINAL_ONLY)
                 requests.append(self._frontend.make_beams(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
 
     def _run(self, requests: Sequence[Coordinator], use_tqdm: bool | None) -> list[RequestOutput]:
+        if use_tqdm is not None:
+            exact_bool("use_tqdm", use_tqdm, "must be true, false or None")
         ids = [request.request_id for request in requests]
         shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
         finished: dict[str, RequestOutput] = {}
@@ -163,9 +167,14 @@ class LLM:
         early ends the request and frees its blocks. Iterating raises RequestFailedError if the request failed inside
         the engine, EngineClosedError if the LLM was closed.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        make = self._frontend.make_beams if isinstance(params, BeamSearchParams) else self._frontend.make
-        request = make(prompt, params, request_id, priority)  # type: ignore[arg-type] # one of the two fits
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params: SamplingParams | BeamSearchParams
+        if is_a(given, BeamSearchParams):
+            params = exact_record("sampling_params", given, BeamSearchParams)
+            request: Coordinator = self._frontend.make_beams(prompt, params, request_id, priority)
+        else:
+            params = exact_record("sampling_params", given, SamplingParams)
+            request = self._frontend.make(prompt, params, request_id, priority)
         self._loop.check_open()
         return self._stream(request, self._frontend.reader(params.output_kind))
 
@@ -199,10 +208,11 @@ class LLM:
 
         Raises InvalidRequestError if the model has no chat template or the messages do not fit it.
         """
-        if not isinstance(messages, Sequence):
+        if not is_a(messages, Sequence):
             raise InvalidRequestError("messages", f"expected a list, found {type(messages).__name__}")
-        several = bool(messages) and isinstance(messages[0], list | tuple)
-        conversations: Sequence[Any] = messages if several else [messages]
+        given: Sequence[Any] = exact_list("messages", messages, "must be a list of messages, or of such lists")
+        several = bool(given) and is_a(given[0], (list, tuple))
+        conversations = given if several else [given]
         names = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         options = {
             "add_generation_prompt": add_generation_prompt,
@@ -272,36 +282,36 @@ class LLM:
 
 def _list_of_prompts(prompts: Any) -> tuple[list[Any], list[str]]:
     """The prompts, and what errors call them."""
-    if isinstance(prompts, str | Mapping):
+    if is_a(prompts, (str, Mapping)):
         return [prompts], ["prompt"]
-    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+    if is_a(prompts, Sequence) and not is_a(prompts, bytes):
         listed = exact_list("prompts", prompts)
         return listed, [f"prompts[{number}]" for number in range(len(listed))]
     raise InvalidRequestError("prompts", f"must be a prompt or a list of prompts, not {type(prompts).__name__}")
 
 
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
-    if isinstance(value, kind):
+    if is_a(value, kind):
         return [value] * count
     wanted = f"must be one {kind.__name__} for all prompts or one for each of the {count}"
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not is_a(value, Sequence) or is_a(value, str):
         raise InvalidRequestError(name, f"{wanted}, not {type(value).__name__}")
-    if len(value) != count:
-        raise InvalidRequestError(name, f"{wanted}, not {len(value)} of them")
     values = exact_list(name, value, wanted)
+    if len(values) != count:
+        raise InvalidRequestError(name, f"{wanted}, not {len(values)} of them")
     for number, one in enumerate(values):
-        if not isinstance(one, kind):
+        if not is_a(one, kind):
             raise InvalidRequestError(f"{name}[{number}]", f"must be a {kind.__name__}, not {type(one).__name__}")
     return values
 
 
 @contextmanager
-def _naming_element(name: str, given: Any, number: int) -> Iterator[None]:
+def _naming_element(name: str, given: Any, number: int, kind: type) -> Iterator[None]:
     """Of parameters given as a list, the element at fault is named: ``sampling_params[5].stop_token_ids``."""
     try:
         yield
     except InvalidRequestError as error:
-        if not isinstance(given, Sequence) or error.field not in given[number].__dataclass_fields__:
+        if is_a(given, kind) or error.field not in {field.name for field in fields(kind)}:
             raise
         raise InvalidRequestError(f"{name}[{number}].{error.field}", error.problem) from None
 

@@ -23,7 +23,7 @@ from octavo.coordinators.session import BranchState, SessionCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
 from octavo.core.outputs import Choice, CompletionOutput, SelectResult
 from octavo.core.params import MAX_N, SamplingParams, integer
-from octavo.core.values import exact_str
+from octavo.core.values import exact_bool, exact_list, exact_record, exact_str, is_a
 from octavo.engine import Engine, EngineLoop
 from octavo.frontend import Frontend, Prompt
 
@@ -207,14 +207,14 @@ class BaseBranch:
         return self._undoing
 
 
-def sampling(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+def sampling(params: SamplingParams | None, fields: dict[str, Any], name: str = "sampling_params") -> SamplingParams:
     """Parameters given whole or field by field. Raises InvalidRequestError."""
     if params is not None and fields:
-        raise InvalidRequestError("sampling_params", f"give SamplingParams or keywords, not both ({', '.join(fields)})")
+        raise InvalidRequestError(name, f"give SamplingParams or keywords, not both ({', '.join(fields)})")
     unknown = set(fields) - set(SamplingParams.__dataclass_fields__)
     if unknown:
         raise InvalidRequestError(min(unknown), "is not a field of SamplingParams")
-    return SamplingParams(**fields) if params is None else params
+    return SamplingParams(**fields) if params is None else exact_record(name, params, SamplingParams)
 
 
 class Branch(BaseBranch):
@@ -251,6 +251,7 @@ class Branch(BaseBranch):
             by: what `best` goes by, the log-probability per token ("mean") or that of the text ("total").
             extend: append the best one; else the branch stays as it is.
         """
+        extend = exact_bool("extend", extend)
         with self._alone():
             verb, result = self._selecting(choices, by)
             selected = result(_answers([(self, verb)])[0])
@@ -316,20 +317,24 @@ class Session(Branch):
 
         Raises the first error, after all have ended.
         """
-        if not isinstance(branches, Sequence) or not all(isinstance(branch, Branch) for branch in branches):
+        branches = exact_list("branches", branches, "must be a list of branches")
+        if not all(is_a(branch, Branch) for branch in branches):
             raise InvalidRequestError("branches", "must be a list of branches")
         if any(branch._link is not self._link for branch in branches):
             raise InvalidRequestError("branches", "one of them is of another session")
         if len({id(branch._state) for branch in branches}) < len(branches):
             raise InvalidRequestError("branches", "one of them stands there twice")
-        if isinstance(sampling_params, Sequence):
-            if len(sampling_params) != len(branches):
-                got = f"{len(sampling_params)} of them for {len(branches)} branches"
+        given: Any = sampling_params
+        listed = is_a(given, Sequence)
+        if listed:
+            given = exact_list("sampling_params", given)
+            if len(given) != len(branches):
+                got = f"{len(given)} of them for {len(branches)} branches"
                 raise InvalidRequestError("sampling_params", f"must be one for all, or one for each, not {got}")
-            each = [sampling(params, fields) for params in sampling_params]
+            each = [sampling(one, fields, f"sampling_params[{number}]") for number, one in enumerate(given)]
         else:
-            each = [sampling(sampling_params, fields)] * len(branches)
-        return _generate(branches, each, listed=isinstance(sampling_params, Sequence))
+            each = [sampling(given, fields)] * len(branches)
+        return _generate(branches, each, listed=listed)
 
     def close(self) -> None:
         """End all branches, and what other threads are doing on them. Idempotent."""

@@ -92,7 +92,7 @@ class BeamSearchParams:
         _set(self, "num_return_sequences", integer("num_return_sequences", most, 1, width))
         penalty = number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         _set(self, "length_penalty", penalty)
-        if not isinstance(self.early_stopping, bool):
+        if self.early_stopping is not True and self.early_stopping is not False:
             what = 'must be true, false or "never"'
             _set(self, "early_stopping", exact_str("early_stopping", self.early_stopping, what))
             if self.early_stopping != "never":

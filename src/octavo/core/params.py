@@ -9,7 +9,17 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.values import exact_dict, exact_float, exact_int, exact_list, exact_str
+from octavo.core.values import (
+    exact_bool,
+    exact_dict,
+    exact_fields,
+    exact_float,
+    exact_int,
+    exact_list,
+    exact_record,
+    exact_str,
+    is_a,
+)
 
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
@@ -176,8 +186,7 @@ class SamplingParams:
             "include_stop_str_in_output",
             "skip_reading_prefix_cache",
         ):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(name, f"must be true or false, not {shown(getattr(self, name))}")
+            exact_bool(name, getattr(self, name))
 
     @property
     def repetition(self) -> RepetitionDetectionParams | None:
@@ -229,9 +238,9 @@ def _strings(name: str, value: object, most: int, most_chars: int) -> tuple[str,
     if value is None:
         return ()
     what = "must be a string or a list of strings"
-    if not isinstance(value, str | list | tuple):
+    if not is_a(value, (str, list, tuple)):
         raise InvalidRequestError(name, f"{what}, not {shown(value)}")
-    given = [value] if isinstance(value, str) else exact_list(name, value, what)
+    given = [value] if is_a(value, str) else exact_list(name, value, what)
     if len(given) > most:
         raise InvalidRequestError(name, f"at most {most} strings are allowed, not {len(given)}")
     strings = tuple(exact_str(name, string, what) for string in given)
@@ -259,13 +268,14 @@ def token_id(name: str, value: object) -> int:
 
 
 def _repetition_detection(value: object) -> RepetitionDetectionParams | None:
-    if value is None or isinstance(value, RepetitionDetectionParams):
-        return value
     name = "repetition_detection"
-    given = exact_dict(name, value, "must be RepetitionDetectionParams or a mapping")
+    if value is None:
+        return None
+    if is_a(value, RepetitionDetectionParams):
+        return exact_record(name, value, RepetitionDetectionParams)
+    given = exact_fields(name, value, "must be RepetitionDetectionParams or a mapping")
     allowed = [field.name for field in fields(RepetitionDetectionParams)]
-    for key in given:
-        field = exact_str(name, key, "every name must be a string")
+    for field in given:
         if field not in allowed:
             at = f"{name}.{field}" if field.isidentifier() and len(field) <= 40 else name
             raise InvalidRequestError(at, f"{shown(field)} is not a field; allowed are {', '.join(allowed)}")
@@ -278,7 +288,7 @@ def _logit_bias(value: object) -> dict[int, float]:
     bias: dict[int, float] = {}
     for given, amount in exact_dict("logit_bias", value, "must map token ids to numbers").items():
         key = given
-        if isinstance(given, str):  # JSON's keys are strings
+        if is_a(given, str):  # JSON's keys are strings
             text = exact_str("logit_bias", given)
             key = int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_ID_DIGITS else text
         number_of = token_id("logit_bias", key)

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from itertools import islice
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.core.errors import InvalidRequestError, shown
 
+Record = TypeVar("Record")
 MAX_ITEMS = 1 << 20  # of a list of token ids, words, or messages
 MAX_DIGITS = 4300  # of an integer written out: more Python does not read or write
+
+
+def is_a(value: object, kind: Any) -> bool:
+    """Whether `value` is of a type, or one of several: by its type, since `__class__`, which isinstance asks as well,
+    may be code of the caller's."""
+    return issubclass(type(value), kind)
+
+
+def exact_bool(field: str, value: object, what: str = "must be true or false") -> bool:
+    if value is True or value is False:
+        return value
+    raise InvalidRequestError(field, f"{what}, not {shown(value)}")
 
 
 def exact_int(field: str, value: object, what: str = "must be an integer") -> int:
     """NumPy's integers are welcome, bools are not."""
     try:
-        if not isinstance(value, bool) and hasattr(value, "__index__"):
-            return index(value)
+        if not is_a(value, bool) and hasattr(type(value), "__index__"):
+            return index(value)  # type: ignore[arg-type] # it has one
     except Exception as error:
         raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
     raise InvalidRequestError(field, f"{what}, not {shown(value)}")
@@ -32,8 +46,8 @@ def exact_int(field: str, value: object, what: str = "must be an integer") -> in
 def exact_float(field: str, value: object) -> float:
     """NumPy's numbers are welcome, bools are not. Infinite where it is too large for a float."""
     try:
-        if not isinstance(value, bool) and isinstance(value, Real):
-            return float(value)
+        if not is_a(value, bool) and is_a(value, Real):
+            return float(value)  # type: ignore[arg-type] # a number
     except OverflowError:
         return math.inf
     except Exception as error:
@@ -43,7 +57,7 @@ def exact_float(field: str, value: object) -> float:
 
 def exact_str(field: str, value: object, what: str = "must be a string") -> str:
     """Of a subclass the characters that it holds, whatever its methods say."""
-    if not isinstance(value, str):
+    if not is_a(value, str):
         raise InvalidRequestError(field, f"{what}, not {shown(value)}")
     return str.__str__(value)
 
@@ -51,8 +65,8 @@ def exact_str(field: str, value: object, what: str = "must be a string") -> str:
 def exact_list(field: str, value: object, what: str = "must be a list") -> list[Any]:
     """The items of any iterable but strings and mappings, at most `MAX_ITEMS`."""
     try:
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping):
-            items = list(islice(value, MAX_ITEMS + 1))
+        if is_a(value, Iterable) and not is_a(value, (str, bytes, bytearray, Mapping)):
+            items = list(islice(value, MAX_ITEMS + 1))  # type: ignore[call-overload] # an iterable
             if len(items) <= MAX_ITEMS:
                 return items
             raise InvalidRequestError(field, f"{what} of at most {MAX_ITEMS} items")
@@ -65,13 +79,34 @@ def exact_list(field: str, value: object, what: str = "must be a list") -> list[
 
 def exact_dict(field: str, value: object, what: str = "must be a mapping") -> dict[Any, Any]:
     """The entries of any mapping."""
-    if not isinstance(value, Mapping):
+    if not is_a(value, Mapping):
         raise InvalidRequestError(field, f"{what}, not {shown(value)}")
-    entries = exact_list(field, _Items(value), what)
+    entries = exact_list(field, _Items(value), what)  # type: ignore[arg-type] # a mapping
     try:
         return dict(entries)
     except Exception as error:  # a key's hash
         raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
+
+
+def exact_fields(field: str, value: object, what: str = "must be a mapping") -> dict[str, Any]:
+    """The entries of a mapping whose keys are strings."""
+    return {
+        exact_str(field, key, "every key must be a string"): item
+        for key, item in exact_dict(field, value, what).items()
+    }
+
+
+def exact_record(field: str, value: object, kind: type[Record]) -> Record:
+    """A frozen dataclass that checks its fields. Of a subclass, which may have left that out, one made anew."""
+    if type(value) is kind:
+        return value
+    if not is_a(value, kind):
+        raise InvalidRequestError(field, f"must be {kind.__name__}, not {type(value).__name__}")
+    try:
+        given = {one.name: getattr(value, one.name) for one in fields(kind) if one.init}  # type: ignore[arg-type]
+    except Exception as error:
+        raise InvalidRequestError(field, f"reading it raised {_named(error)}") from None
+    return kind(**given)
 
 
 class _Items:
@@ -97,19 +132,19 @@ def exact_json(field: str, value: Any, max_depth: int) -> Any:
             return value
         if depth >= max_depth:
             raise InvalidRequestError(field, f"nested more than {max_depth} deep")
-        if kind is not list and isinstance(value, Mapping):
+        if kind is not list and is_a(value, Mapping):
             entries = exact_dict(field, value)
-            if not all(isinstance(key, str) for key in entries):
+            if not all(is_a(key, str) for key in entries):
                 raise InvalidRequestError(field, "every key must be a string")
             return {str.__str__(key): take(item, depth + 1) for key, item in entries.items()}
-        if kind is list or isinstance(value, list | tuple):
+        if kind is list or is_a(value, (list, tuple)):
             items = value if kind in (list, tuple) else exact_list(field, value)
             return [take(item, depth + 1) for item in items]
-        if isinstance(value, str):  # a subclass, such as an enumeration's
+        if is_a(value, str):  # a subclass, such as an enumeration's
             return str.__str__(value)
-        if isinstance(value, float):
+        if is_a(value, float):
             return float.__float__(value)
-        if isinstance(value, int):
+        if is_a(value, int):
             number = int.__int__(value)
             if number.bit_length() > 3 * MAX_DIGITS:
                 raise InvalidRequestError(field, f"an integer may have at most {MAX_DIGITS} digits")

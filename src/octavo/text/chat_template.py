@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
-from octavo.core.values import exact_dict, exact_json, exact_list, exact_str
+from octavo.core.values import exact_dict, exact_json, exact_list, exact_str, is_a
 from octavo.text.template_process import LimitExceededError, processes
 
 DEFAULT_TIME_LIMIT = 5.0  # seconds of processor time
@@ -128,7 +128,7 @@ class ChatTemplate:
 
     def _message(self, index: int, message: Any) -> dict[str, Any]:
         field = f"messages[{index}]"
-        if not isinstance(message, Mapping):
+        if not is_a(message, Mapping):
             found = type(message).__name__
             raise InvalidRequestError(field, f"expected an object with role and content, found {found}")
         plain = _without_nulls(_plain(field, message))
@@ -226,7 +226,7 @@ def _weight(value: Any) -> int:
 
 
 def _as_list(field: str, value: Any) -> list:
-    if not isinstance(value, Sequence):  # a generator would be empty the second time
+    if not is_a(value, Sequence):  # a generator would be empty the second time
         raise InvalidRequestError(field, f"expected a list, found {type(value).__name__}")
     return exact_list(field, value, "expected a list")
 
