@@ -242,9 +242,12 @@ std::size_t row_draw(Machine& machine, const Floats& row, double temperature, st
   const uint64_t path = stream_id(seed, stream);
   const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(path),
                      static_cast<uint32_t>(path >> 32), position};
-  return on_row(machine, [&](const RowWorkers& workers) {
+  const std::size_t drawn = on_row(machine, [&](const RowWorkers& workers) {
     return draw(workers, row.data(), row.shape(0), {temperature, top_k, top_p, min_p}, key);
   });
+  // Not of a row of numbers; of one that another thread writes to, perhaps.
+  if (drawn >= row.shape(0)) throw nb::value_error("row_draw: no value of the row could be drawn");
+  return drawn;
 }
 
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
@@ -401,7 +404,9 @@ NB_MODULE(_C, m) {
       "row_greatest",
       [](Machine& machine, const Floats& row) {
         const std::size_t n = size_of(row);
-        return on_row(machine, [&](const RowWorkers& workers) { return greatest(workers, row.data(), n); });
+        auto found = on_row(machine, [&](const RowWorkers& workers) { return greatest(workers, row.data(), n); });
+        // Beyond the row if there is nothing but NaN, or another thread writes to it.
+        return std::make_pair(std::min<std::size_t>(found.first, n - 1), found.second);
       },
       nb::arg("machine"), nb::arg("row").noconvert(), "Index and value of the greatest; NaN if any value is.");
   m.def(

@@ -381,6 +381,50 @@ def test_too_little_space_is_noticed_first(alias: Alias, home: Path, monkeypatch
         hub.pull("tiny-test")
 
 
+@pytest.mark.parametrize("planted", ["models", "models/tiny-test"])
+@pytest.mark.parametrize("fetched", [False, True])
+def test_a_cache_that_leads_elsewhere(
+    alias: Alias, parts: list[bytes], home: Path, tmp_path: Path, planted: str, fetched: bool
+) -> None:
+    """Guards folders of somebody's that look like ours: nothing is written or removed there."""
+    victim = tmp_path / "victim"
+    staging = victim / ("tiny-test/.staging" if planted == "models" else ".staging")
+    (staging / "wheel-photos").mkdir(parents=True)
+    if fetched:
+        (staging.parent / alias.file).write_bytes(b"".join(parts))
+    (home / planted).parent.mkdir(parents=True)
+    (home / planted).symlink_to(victim)
+    before = sorted(victim.rglob("*"))
+    with pytest.raises(DownloadError, match="is a link, which is not followed"):
+        hub.pull("tiny-test")
+    assert sorted(victim.rglob("*")) == before
+
+
+def test_a_cache_that_others_write_to(alias: Alias, home: Path) -> None:
+    (home / "models" / "tiny-test").mkdir(parents=True)
+    (home / "models" / "tiny-test").chmod(0o777)
+    with pytest.raises(DownloadError, match="can be written by everybody"):
+        hub.pull("tiny-test")
+
+
+def test_only_names_of_our_own_are_removed(alias: Alias, home: Path, tmp_path: Path) -> None:
+    """Of the folder for work in progress too; and a second name of somebody's file is not written to."""
+    staging = home / "models" / "tiny-test" / ".staging"
+    (staging / "photos").mkdir(parents=True)
+    (staging / "photos" / "one").write_bytes(b"precious")
+    (staging / "wheel-left").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    partial = staging / f"{alias.file}.partial"
+    partial.hardlink_to(victim)
+    with pytest.raises(DownloadError, match="is a link or no regular file"):
+        hub.pull("tiny-test")
+    assert victim.read_bytes() == b"precious"
+    partial.unlink()
+    assert hub.pull("tiny-test").is_file()
+    assert [path.name for path in staging.iterdir()] == ["photos"] and (staging / "photos" / "one").is_file()
+
+
 @pytest.mark.parametrize("planted", [".staging", ".lock", ".staging/tiny-test.gguf.partial"])
 def test_links_in_the_cache_are_not_followed(alias: Alias, home: Path, tmp_path: Path, planted: str) -> None:
     """Guards somebody's folder whose sub-folders would be deleted, and somebody's file that would be written over."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo import hub
-from octavo.core.errors import ConfigError, ModelNotFoundError
+from octavo.core.errors import ConfigError, ModelFormatError, ModelNotFoundError
 from octavo.hub import huggingface
 from octavo.hub.aliases import Alias
 
@@ -38,6 +38,10 @@ def test_folder_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "x.gguf").write_bytes(b"GGUF")
     assert offline(tmp_path / "d") == tmp_path / "d" / "x.gguf"
+    (tmp_path / "d" / "x.gguf").rename(tmp_path / "x.gguf")
+    (tmp_path / "d" / "x.gguf").symlink_to(tmp_path / "x.gguf")
+    with pytest.raises(ModelFormatError, match=r"'x\.gguf' is a link that leaves the folder"):
+        offline(tmp_path / "d")
     (tmp_path / "d" / "y.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFoundError, match=r"several models.*x\.gguf, y\.gguf"):
         offline(tmp_path / "d")

