@@ -255,6 +255,25 @@ def folder(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
 
 
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [LONG], ["--" + LONG], ["pull", LONG], ["pull", LONG + "/" + LONG], ["run", "--model", LONG, "x"],
+        ["run", "--" + LONG, "x"], ["models", LONG], ["cache", LONG], ["bench", LONG], ["run", "--backend", LONG, "x"],
+        ["run", "--seed", "9" * 5000, "x"], ["run", "--block-size", "9" * 5000, "x"],
+    ],
+    ids=lambda arguments: " ".join(word[:12] for word in arguments),
+)  # fmt: skip
+def test_what_is_long_is_told_in_short(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "octavo: error: " in result.err or "error:" in result.err
+    assert len(result.err) < 1500
+
+
 def test_unknown_architecture(invoke: Invoke, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "abacus"}))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,6 +105,36 @@ def test_rope_factors_are_counted_before_they_are_unpacked() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_a_file_of_many_rope_factors(tmp_path: Path) -> None:
+    """The same of a whole file of 5.3 MB: it is refused with less than 32 MB more than the process has anyway."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in SOUND.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"llama.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 32), np.float32))
+    codes = np.zeros((60_000, 84), np.uint8)
+    writer.add_tensor("rope_freqs.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q2_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    program = """
+import sys
+from resource import RUSAGE_SELF, getrusage
+from octavo.core.errors import ModelFormatError
+from octavo.formats import GGUFFile
+from octavo.runner.gguf_config import config_from_gguf
+before = getrusage(RUSAGE_SELF).ru_maxrss
+with GGUFFile(sys.argv[1]) as file:
+    try:
+        config_from_gguf(file)
+    except ModelFormatError as error:
+        print(getrusage(RUSAGE_SELF).ru_maxrss - before, error.field)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "m.gguf")]
+    kib, field = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
+    assert field == "rope_freqs.weight" and int(kib) < 32 << 10
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 from octavo import __version__
 from octavo.cli.streams import OutputError, checked_streams
 from octavo.config import warn_of_unknown_variables
-from octavo.core.errors import ConfigError, OctavoError, shown
+from octavo.core.errors import ConfigError, OctavoError, shortened, shown
 
 EXIT_BUG, EXIT_USAGE, EXIT_OUTPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 74, 130, 141
 
@@ -101,7 +101,7 @@ def _dispatch(arguments: list[str]) -> int:
     warn_of_unknown_variables()
     module, summary = COMMANDS[top.command]
     command = cast("Command", importlib.import_module(module))
-    command_parser = argparse.ArgumentParser(
+    command_parser = _Parser(
         prog=f"octavo {top.command}",
         description=(getattr(command, "__doc__", None) or summary).strip(),
         formatter_class=_Formatter,
@@ -113,6 +113,13 @@ def _dispatch(arguments: list[str]) -> int:
     args.verbose += top.verbose
     _set_up_logging(args.verbose)
     return command.run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """What was typed may be of any length."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -129,7 +136,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _top_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="octavo",
         usage="octavo [-h] [-v] [--version] COMMAND …",
         description="Octavo, an LLM inference engine for work that branches.",

@@ -11,7 +11,7 @@ from typing import Any
 from octavo.cli.engine_args import flag
 from octavo.config import type_hints
 from octavo.core.beam_params import BeamSearchParams
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import RepetitionDetectionParams, SamplingParams
 
 # On the command line one answer, as long as it takes, is the likeliest wish, and that it goes in circles nobody's.
@@ -180,14 +180,14 @@ def _integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InvalidRequestError(name, f"must be an integer, not {text!r}") from None
+        raise InvalidRequestError(name, f"must be an integer, not {shown(text)}") from None
 
 
 def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InvalidRequestError(name, f"must be a number, not {text!r}") from None
+        raise InvalidRequestError(name, f"must be a number, not {shown(text)}") from None
 
 
 def _repetition(name: str, text: str) -> dict[str, Any] | None:
@@ -197,7 +197,7 @@ def _repetition(name: str, text: str) -> dict[str, Any] | None:
 def _early_stopping(name: str, text: str) -> bool | str:
     values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
     if text.lower() not in values:
-        raise InvalidRequestError(name, f"must be true, false or never, not {text!r}")
+        raise InvalidRequestError(name, f"must be true, false or never, not {shown(text)}")
     return values[text.lower()]
 
 

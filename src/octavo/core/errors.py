@@ -16,18 +16,24 @@ class OctavoError(Exception):
 class ConfigError(OctavoError, ValueError):
     """An engine setting is unknown, has a wrong type, or is outside its range."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
+
 
 class InvalidRequestError(OctavoError, ValueError):
     """A request is malformed. `field` names the parameter at fault (for example ``"temperature"``)."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(_cut(f"{field}: {message}"))
+        super().__init__(shortened(f"{field}: {message}"))
         self.field = field
         self.problem = message
 
 
 class ModelNotFoundError(OctavoError, FileNotFoundError):
     """A model name, alias or path leads to nothing that can be loaded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
     def __str__(self) -> str:  # FileNotFoundError would print errno fields.
         return str(self.args[0]) if self.args else ""
@@ -40,7 +46,7 @@ class ModelFormatError(OctavoError, ValueError):
     """
 
     def __init__(self, path: object, field: str, message: str) -> None:
-        super().__init__(_cut(f"{path}: {field}: {message}"))
+        super().__init__(shortened(f"{path}: {field}: {message}"))
         self.path = str(path)
         self.field = field
         self.problem = message
@@ -50,7 +56,7 @@ class UnsupportedModelError(OctavoError, ValueError):
     """The architecture, or a feature of it, is not implemented. The message lists what is."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_cut(message))
+        super().__init__(shortened(message))
 
 
 class DownloadError(OctavoError, RuntimeError):
@@ -69,7 +75,7 @@ class EngineClosedError(OctavoError, RuntimeError):
     """The engine was shut down, or died, before the request ended."""
 
 
-def _cut(message: str) -> str:
+def shortened(message: str) -> str:
     """What files and requests hold may be of any length, and errors go to logs and terminals. Who is at fault stands at
     the beginning, what is allowed at the end."""
     return message if len(message) <= 1000 else f"{message[:600]} ... {message[-395:]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from octavo.core.errors import ModelNotFoundError
+from octavo.core.errors import ModelNotFoundError, shown
 from octavo.core.model_folder import check_inside
 from octavo.hub import huggingface
 from octavo.hub.aliases import ALIASES, Alias, alias_path, find_alias, problem_of
@@ -111,7 +111,9 @@ def _local(name: str) -> Path | None:
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelNotFoundError(f"{name[:200]!r} can't be a path: {error}") from error
+        raise ModelNotFoundError(
+            f"{shown(name)} can't be a path: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if exists:
         problem = _why_unusable(path)
         if problem is None:
