@@ -83,7 +83,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 def _wants_parts(template: ChatTemplate, message: dict[str, Any]) -> bool:
     """Whether it writes nothing but parts: transformers would lose the text there."""
-    return isinstance(message["content"], str) and template._form(message["role"]) == (False, True)
+    return isinstance(message["content"], str) and template._form(message["role"], template._begin()) == (False, True)
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def differences(source: str, continues: bool = True) -> tuple[list[str], int]:
         return [f"not compiled: {error}"], 0
     for name, messages in CONVERSATIONS.items():
         for more in OPTIONS if continues else OPTIONS[:-1]:
-            if name == "parts" and not template._form("user")[1]:
+            if name == "parts" and not template._form("user", template._begin())[1]:
                 continue  # transformers hands the list to a template that wants a string
             options = {"add_generation_prompt": False} | more
             given = [_in_parts(message) if _wants_parts(template, message) else message for message in messages]
