@@ -274,6 +274,12 @@ def test_limits_are_reported() -> None:
     assert "wrote more than" in _refused(written, time_limit=5)
 
 
+def test_a_message_that_cannot_be_written() -> None:
+    """It used to end the process, as if this did not run at all."""
+    source = "{% set ns = namespace(l=[1]) %}{% for i in range(90000) %}{% set ns.l = [ns.l] %}{% endfor %}"
+    assert "refused them: list" in _refused(source + "{{ raise_exception(ns.l) }}", 5)
+
+
 # Each spends its time in one call of a function that lets no other thread of its process run.
 _SUM = "{{ ([[1]] * (%d * messages | length)) | sum(start=[]) | length }}"
 HOLDING = {
@@ -429,6 +435,10 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "variables": (
         "chat_template_kwargs.v33",
         lambda: {"messages": MESSAGES, "chat_template_kwargs": {f"v{n}": SHARED for n in range(50)}},
+    ),
+    "names of variables": (
+        "chat_template_kwargs",
+        lambda: {"messages": MESSAGES, "chat_template_kwargs": {SHARED + str(n): 1 for n in range(50)}},
     ),
     "values": ("messages[1]", lambda: {"messages": [MESSAGES[0] | {"a": [0] * 900_000}] * 1000}),
 }

@@ -143,6 +143,7 @@ class ChatTemplate:
         plain = {}
         for given, value in kwargs.items():
             key = exact_str("chat_template_kwargs", given, "every name must be a string")
+            request.plain("chat_template_kwargs", key)  # its characters count as well
             if key in _RESERVED or key in self._special_tokens or key.startswith("_"):
                 raise InvalidRequestError(f"chat_template_kwargs.{key}", "this name is reserved")
             plain[key] = request.plain(f"chat_template_kwargs.{key}", value)

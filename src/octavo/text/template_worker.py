@@ -90,7 +90,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         template, asks_for_null = compiled(request["source"])
     except TemplateSyntaxError as error:
-        return {"error": "syntax", "message": f"line {error.lineno}: {_shortened(error.message)}"}
+        return {"error": "syntax", "message": f"line {error.lineno}: {_text(error.message, 2000)}"}
     except MemoryError:
         raise
     except Exception as error:  # constant parts are computed here, and may fail in any way
@@ -107,19 +107,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             pieces.append(piece)
         return {"text": "".join(pieces)}
     except TemplateError as error:
-        return {"error": "refused", "message": _shortened(error.message)}
+        return {"error": "refused", "message": _text(error.message, 2000)}
     except MemoryError:
         raise
     except Exception as error:  # whatever a template does wrong concerns this request only
         return {"error": "failed", "message": _named(error)}
 
 
-def _shortened(message: str | None) -> str:
-    return str(message)[:2000]
+def _text(message: Any, most: int) -> str:
+    """A template may give `raise_exception` anything, such as a list in ten thousand others, which has no text."""
+    try:
+        return str(message)[:most]
+    except RecursionError:
+        return type(message).__name__
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:500]}"
+    return f"{type(error).__name__}: {_text(error, 500)}"
 
 
 @lru_cache(maxsize=KEPT_TEMPLATES)
