@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-# Before NumPy loads: its threads wait for one another actively, which on a busy machine costs more than they bring.
+# Before NumPy and PyTorch load: their threads wait for one another actively, which on a busy machine costs more than
+# they bring.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Programs that tests start, dozens of them, and pytest itself would otherwise compile every module anew each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import threading
 from collections.abc import AsyncIterator
@@ -353,3 +354,32 @@ async def test_200_random_aborts_during_traffic(tiny_llama_dir: Path) -> None:
     aborted = sum(event.kind is EventKind.FINISHED and event.reason is Reason.ABORT for event in events)
     assert 0 < aborted <= 200
     assert any(event.kind is EventKind.PREEMPTED for event in events)
+
+
+async def test_templates_of_requests_hold_up_no_others(tiny_llama_dir: Path) -> None:
+    """More of them at work than asyncio has threads for what takes a while: other requests are answered meanwhile."""
+    llm = AsyncLLM(str(tiny_llama_dir), max_model_len=256)
+    begun = threading.Event()
+    write, goes_on = llm._frontend.chat_prompt, threading.Event()
+
+    def slow(messages: Any, chat_template: str | None, *rest: Any) -> Any:
+        if chat_template is not None:
+            begun.set()
+            goes_on.wait(60)
+        return write(messages, chat_template, *rest)
+
+    llm._frontend.chat_prompt = slow  # type: ignore[method-assign]
+    messages = [{"role": "user", "content": "hi"}]
+
+    async def ask(template: str | None) -> RequestOutput:
+        return [output async for output in llm.chat(messages, params(max_tokens=2), chat_template=template)][-1]
+
+    try:
+        asked = [asyncio.create_task(ask("{{ messages[0].content }}")) for _ in range(2 * (os.cpu_count() or 1) + 40)]
+        await asyncio.to_thread(begun.wait)
+        assert (await asyncio.wait_for(ask(None), 50)).finished and not any(task.done() for task in asked)
+        goes_on.set()
+        assert all(output.finished for output in await asyncio.gather(*asked))
+    finally:
+        goes_on.set()
+        llm.close()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from octavo.build import build_engine
@@ -18,6 +20,7 @@ from octavo.core.errors import RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_record, exact_str
+from octavo.text.template_process import MAX_GUESTS
 
 if TYPE_CHECKING:
     import asyncio
@@ -46,6 +49,9 @@ class AsyncLLM:
         self._loop = built.start()
         # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
+        # A template that comes with a request may take all the time that one has: nobody else is to stand behind it.
+        self._guests = ThreadPoolExecutor(MAX_GUESTS, "octavo-templates")
+        weakref.finalize(self, self._guests.shutdown, wait=False, cancel_futures=True)
 
     async def generate(
         self,
@@ -135,7 +141,11 @@ class AsyncLLM:
         """Answer a conversation through a chat template; see `generate` and, for the options, `LLM.chat_prompt`."""
         import asyncio
 
-        prompt = await asyncio.to_thread(self._frontend.chat_prompt, messages, chat_template, options)
+        write = partial(self._frontend.chat_prompt, messages, chat_template, options)
+        if chat_template is None:
+            prompt = await asyncio.to_thread(write)
+        else:
+            prompt = await asyncio.get_running_loop().run_in_executor(self._guests, write)
         answer = self.generate(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in answer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
+from unittest.mock import patch
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from octavo.core.errors import InvalidRequestError
 from octavo.text.chat_template import ChatTemplate
@@ -77,17 +79,46 @@ OPTIONS: list[dict[str, Any]] = [
     {"tools": TOOLS, "add_generation_prompt": True},
     {"tools": TOOLS[:1], "documents": DOCUMENTS},
     {"add_generation_prompt": True, "enable_thinking": False, "reasoning_effort": "high", "custom": {"a": [1, None]}},
+    {"tools": TOOLS[1:], "functions": "[]", "datetime": "Feb 29 2024, 13:00:00 GMT"},
     {"continue_final_message": True},
 ]
+NOW = datetime(2024, 2, 29, 13)
 
 
-def _wants_parts(template: ChatTemplate, message: dict[str, Any]) -> bool:
-    """Whether it writes nothing but parts: transformers would lose the text there."""
-    return isinstance(message["content"], str) and template._form(message["role"]) == (False, True)
+def _as_given(template: ChatTemplate, message: dict[str, Any]) -> dict[str, Any]:
+    """As transformers has to be given it: it hands on what it gets, so that a template that knows nothing but parts
+    loses a string, and one that wants a string gets a list."""
+    writes_strings, writes_parts = template._form(message["role"], template._begin())
+    content = message["content"]
+    if isinstance(content, str):
+        in_parts = writes_parts and not writes_strings
+        return message | {"content": [{"type": "text", "text": content}]} if in_parts else message
+    return message if writes_parts else message | {"content": "\n".join(part["text"] for part in content)}
 
 
-def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    return message | {"content": [{"type": "text", "text": message["content"]}]}
+class _Clock(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # of mypy's opinion it makes a _Clock
+        return NOW
+
+
+def written_by_transformers(template: ChatTemplate, source: str, name: str, options: dict[str, Any]) -> str:
+    """The conversation `name`. Raises whatever transformers raises."""
+    given = [_as_given(template, message) for message in CONVERSATIONS[name]]
+    options = {"add_generation_prompt": False} | SPECIAL | options
+    with patch.object(chat_template_utils, "datetime", _Clock):
+        (text,), _ = chat_template_utils.render_jinja_template([given], chat_template=source, **options)
+    return text
+
+
+def written_by_octavo(template: ChatTemplate, name: str, options: dict[str, Any]) -> str:
+    """The conversation `name`. Raises InvalidRequestError."""
+    return template.render(CONVERSATIONS[name], **{"add_generation_prompt": False} | options)
+
+
+def compiled(source: str) -> ChatTemplate:
+    """Raises ModelFormatError."""
+    return ChatTemplate(source, now=lambda: NOW, **SPECIAL)
 
 
 def differences(source: str, continues: bool = True) -> tuple[list[str], int]:
@@ -95,24 +126,19 @@ def differences(source: str, continues: bool = True) -> tuple[list[str], int]:
     wrote. `continues`: final messages are continued as well."""
     found, written = [], 0
     try:
-        template = ChatTemplate(source, **SPECIAL)
+        template = compiled(source)
     except ValueError as error:
         return [f"not compiled: {error}"], 0
-    for name, messages in CONVERSATIONS.items():
-        for more in OPTIONS if continues else OPTIONS[:-1]:
-            if name == "parts" and not template._form("user")[1]:
-                continue  # transformers hands the list to a template that wants a string
-            options = {"add_generation_prompt": False} | more
-            given = [_in_parts(message) if _wants_parts(template, message) else message for message in messages]
+    for name in CONVERSATIONS:
+        for options in OPTIONS if continues else OPTIONS[:-1]:
+            ours = theirs = None
             try:
-                (theirs,), _ = render_jinja_template(conversations=[given], chat_template=source, **SPECIAL, **options)
+                theirs = written_by_transformers(template, source, name, options)
             except Exception as error:
-                theirs = None
                 problem = f"{type(error).__name__}: {error}"[:100]
             try:
-                ours = template.render(messages, **options)
+                ours = written_by_octavo(template, name, options)
             except InvalidRequestError as error:
-                ours = None
                 problem = str(error)[:100]
             if ours == theirs:
                 written += ours is not None

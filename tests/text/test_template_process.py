@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from octavo.core.errors import RequestFailedError
-from octavo.text.template_process import MAX_PROCESSES, LimitExceededError, TemplateProcesses
+from octavo.text.template_process import MAX_PROCESSES, Allowance, LimitExceededError, TemplateProcesses
 
 TURNING = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -31,7 +31,7 @@ def request(source: str, **variables: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def processes() -> Iterator[TemplateProcesses]:
-    own = TemplateProcesses()
+    own = TemplateProcesses(MAX_PROCESSES, kept=2)
     yield own
     own.close()
 
@@ -44,17 +44,35 @@ def test_one_process_serves_many_requests(processes: TemplateProcesses) -> None:
     processes.prepare()
     first = ids(processes)
     for n in range(20):
-        assert processes.ask(request("{{ n }}", n=n), 5) == {"text": str(n)}
+        assert processes.ask(request("{{ n }}", n=n), Allowance(5)) == {"text": str(n)}
         assert ids(processes) == first
+
+
+def test_what_one_request_asks_shares_its_time(processes: TemplateProcesses) -> None:
+    allowance = Allowance(0.2)
+    with pytest.raises(LimitExceededError, match=r"more than 0\.2 s"):
+        for _ in range(10_000):  # each takes a millisecond at the least
+            processes.ask(request("{% for a in range(99999) %}{% endfor %}"), allowance)
+    with pytest.raises(LimitExceededError, match=r"more than 0\.2 s"):
+        processes.ask(request("a"), allowance)
+    assert processes.ask(request("a"), Allowance(0.2)) == {"text": "a"}
+
+
+def test_who_waits_too_long_for_a_turn_is_refused() -> None:
+    own = TemplateProcesses(1, kept=0)
+    turn = own._turns  # taken as if a template were at work
+    with turn, pytest.raises(RequestFailedError, match="too many chat templates"):
+        own.ask(request("a"), Allowance(5, waiting=0.01))
+    assert own.ask(request("a"), Allowance(5)) == {"text": "a"}
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_one_that_was_ended_while_idle_is_replaced(processes: TemplateProcesses, kill: signal.Signals) -> None:
-    assert processes.ask(request("a"), 5) == {"text": "a"}
+    assert processes.ask(request("a"), Allowance(5)) == {"text": "a"}
     first = ids(processes)
     os.kill(first[0], kill)
     os.waitid(os.P_PID, first[0], os.WEXITED | os.WNOWAIT)
-    assert processes.ask(request("b"), 5) == {"text": "b"}
+    assert processes.ask(request("b"), Allowance(5)) == {"text": "b"}
     assert ids(processes) != first
 
 
@@ -62,20 +80,20 @@ def test_one_that_used_up_its_time_is_gone(processes: TemplateProcesses) -> None
     processes.prepare()
     first = ids(processes)
     with pytest.raises(LimitExceededError, match=r"more than 0\.1 s"):
-        processes.ask(request(TURNING), 0.1)
+        processes.ask(request(TURNING), Allowance(0.1))
     assert ids(processes) == []
     assert not Path(f"/proc/{first[0]}").exists()
 
 
 def test_one_that_ran_out_of_memory_is_gone(processes: TemplateProcesses) -> None:
-    reply = processes.ask(request("{% set x = [1] * 10**8 %}"), 5)
+    reply = processes.ask(request("{% set x = [1] * 10**8 %}"), Allowance(5))
     assert reply == {"error": "limit", "message": "it used too much memory"}
     assert ids(processes) == []
 
 
 def test_texts_larger_than_a_pipe_holds(processes: TemplateProcesses) -> None:
     text = "ä😀\ud800" * 300_000
-    reply = processes.ask(request("{{ text }}", text=text) | {"characters": 1 << 24, "memory": 1 << 29}, 5)
+    reply = processes.ask(request("{{ text }}", text=text) | {"characters": 1 << 24, "memory": 1 << 29}, Allowance(5))
     assert reply == {"text": text}
 
 
@@ -88,9 +106,9 @@ def test_an_interrupted_caller_leaves_no_process(processes: TemplateProcesses, m
 
     monkeypatch.setattr(process, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        processes.ask(request("a"), 5)
+        processes.ask(request("a"), Allowance(5))
     assert process._process.returncode is not None
-    assert processes.ask(request("b"), 5) == {"text": "b"}
+    assert processes.ask(request("b"), Allowance(5)) == {"text": "b"}
 
 
 def test_more_threads_than_processes(processes: TemplateProcesses) -> None:
@@ -98,7 +116,7 @@ def test_more_threads_than_processes(processes: TemplateProcesses) -> None:
 
     def ask(n: int) -> dict[str, Any]:
         barrier.wait()
-        return processes.ask(request("{{ n }}", n=n), 5)
+        return processes.ask(request("{{ n }}", n=n), Allowance(5))
 
     with ThreadPoolExecutor(barrier.parties) as pool:
         assert list(pool.map(ask, range(barrier.parties))) == [{"text": str(n)} for n in range(barrier.parties)]
@@ -113,12 +131,12 @@ def test_a_fork_has_processes_of_its_own(processes: TemplateProcesses) -> None:
         status = 1
         try:
             alone = ids(processes) == []
-            status = 0 if alone and processes.ask(request("child"), 5) == {"text": "child"} else 2
+            status = 0 if alone and processes.ask(request("child"), Allowance(5)) == {"text": "child"} else 2
             processes.close()
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert processes.ask(request("parent"), 5) == {"text": "parent"}
+    assert processes.ask(request("parent"), Allowance(5)) == {"text": "parent"}
     assert ids(processes) == first
 
 
@@ -128,12 +146,12 @@ def test_where_none_can_be_started(
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(RequestFailedError, match="chat templates"):
-        processes.ask(request("a"), 5)
+        processes.ask(request("a"), Allowance(5))
 
 
 def test_it_knows_no_secrets_and_may_do_little(processes: TemplateProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_API_KEY", "secret")
-    assert processes.ask(request("a"), 5) == {"text": "a"}
+    assert processes.ask(request("a"), Allowance(5)) == {"text": "a"}
     (process,) = ids(processes)
     folder = Path(f"/proc/{process}")
     assert b"secret" not in (folder / "environ").read_bytes()

@@ -18,6 +18,7 @@ from octavo.core.errors import InvalidRequestError, shown
 
 Record = TypeVar("Record")
 MAX_ITEMS = 1 << 20  # of a list of token ids, words, or messages
+MAX_CHARACTERS = 1 << 25  # of JSON in one request: documents of several million tokens
 MAX_DIGITS = 4300  # of an integer written out: more Python does not read or write
 
 
@@ -117,37 +118,56 @@ class _Items:
         return iter(self._value.items())
 
 
-def exact_json(field: str, value: Any, max_depth: int) -> Any:
+class JsonRoom:
+    """What is left of `MAX_ITEMS` values and `MAX_CHARACTERS` characters, for several JSON values together."""
+
+    def __init__(self) -> None:
+        self.values = MAX_ITEMS
+        self.characters = MAX_CHARACTERS
+
+
+def exact_json(field: str, value: Any, max_depth: int, room: JsonRoom | None = None) -> Any:
     """`value` rebuilt from JSON's types alone: lists, objects with strings for keys, and what stands in them. What
-    stands there twice counts twice."""
-    left = MAX_ITEMS
+    stands there twice counts twice, in its values and in the characters of strings, keys and integers. `room`: of the
+    values that it shares it with; its own without."""
+    room = room or JsonRoom()
+
+    def write(characters: int) -> None:
+        room.characters -= characters
+        if room.characters < 0:
+            raise InvalidRequestError(field, f"up to here there are more than {MAX_CHARACTERS} characters")
+
+    def text(value: str) -> str:
+        exact = str.__str__(value)
+        write(len(exact))
+        return exact
 
     def take(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise InvalidRequestError(field, f"holds more than {MAX_ITEMS} values")
+        room.values -= 1
+        if room.values < 0:
+            raise InvalidRequestError(field, f"up to here there are more than {MAX_ITEMS} values")
         kind = type(value)
-        if value is None or kind in (bool, str, float):
+        if value is None or kind in (bool, float):
             return value
+        if is_a(value, str):  # of a subclass, such as an enumeration's, its characters
+            return text(value)
         if depth >= max_depth:
             raise InvalidRequestError(field, f"nested more than {max_depth} deep")
         if kind is not list and is_a(value, Mapping):
             entries = exact_dict(field, value)
             if not all(is_a(key, str) for key in entries):
                 raise InvalidRequestError(field, "every key must be a string")
-            return {str.__str__(key): take(item, depth + 1) for key, item in entries.items()}
+            return {text(key): take(item, depth + 1) for key, item in entries.items()}
         if kind is list or is_a(value, (list, tuple)):
             items = value if kind in (list, tuple) else exact_list(field, value)
             return [take(item, depth + 1) for item in items]
-        if is_a(value, str):  # a subclass, such as an enumeration's
-            return str.__str__(value)
         if is_a(value, float):
             return float.__float__(value)
         if is_a(value, int):
             number = int.__int__(value)
             if number.bit_length() > 3 * MAX_DIGITS:
                 raise InvalidRequestError(field, f"an integer may have at most {MAX_DIGITS} digits")
+            write(number.bit_length() // 3)
             return number
         raise InvalidRequestError(field, f"{type(value).__name__} is not a JSON value")
 

@@ -41,12 +41,12 @@ class NamedTemplates:
                 )
                 raise InvalidRequestError("chat_template", problem)
             try:
-                return self._compile(asked)
+                return self._compile(asked, from_request=True)
             except ModelFormatError as error:
                 raise InvalidRequestError("chat_template", error.problem) from None
         if asked not in self._compiled:
             self._compiled[asked] = self._compile(self._sources[asked])
         return self._compiled[asked]
 
-    def _compile(self, source: str) -> ChatTemplate:
-        return ChatTemplate(source, **self._special_tokens)  # type: ignore[arg-type] # mypy: names are unknown
+    def _compile(self, source: str, from_request: bool = False) -> ChatTemplate:
+        return ChatTemplate(source, from_request=from_request, **self._special_tokens)  # type: ignore[arg-type] # mypy: names are unknown

@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from octavo.core.errors import RequestFailedError
 if TYPE_CHECKING:
     import subprocess
 
-MAX_PROCESSES = 4  # at work at once; who comes later waits his turn
-_KEPT = 2  # when idle
+MAX_PROCESSES = 4  # at work at once for templates of models; who comes later waits his turn
+MAX_GUESTS = 2  # the same for templates that come with requests
+MAX_WAITING = 60.0  # seconds that a request waits for its turns, all together
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PASSED_ON = ("LD_LIBRARY_PATH", "TZ")  # of the environment; nothing else there is a template's business
 # Processor time is what is limited. Beyond that a process is not waited for: somebody may have stopped it.
@@ -34,17 +36,34 @@ class LimitExceededError(Exception):
     """A template used more time or memory than it may."""
 
 
+class Allowance:
+    """What one request may use, whatever number of times it asks: `seconds` of processor time, of which some may be
+    `used` before, and `waiting` seconds for its turns."""
+
+    def __init__(self, seconds: float, used: float = 0.0, waiting: float = MAX_WAITING) -> None:
+        self.seconds = seconds
+        self.left = seconds - used
+        self.waiting = waiting
+
+    def used_up(self) -> LimitExceededError:
+        self.left = 0.0
+        return LimitExceededError(f"it took more than {self.seconds:g} s")
+
+
 class TemplateProcesses:
     """Starts processes when they are needed and keeps them for the next template. Safe to share by threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int, kept: int) -> None:
+        """`most`: at work at once. `kept`: when idle."""
+        self._most = most
+        self._kept = kept
         self._begin()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._turns = threading.BoundedSemaphore(MAX_PROCESSES)
+        self._turns = threading.BoundedSemaphore(self._most)
         self._idle: list[_Process] = []
 
     def _forget(self) -> None:
@@ -59,30 +78,44 @@ class TemplateProcesses:
             if not self._idle:
                 self._idle.append(_Process())
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The reply of a process that has `seconds` of processor time for it.
+    def ask(self, request: dict[str, Any], allowance: Allowance) -> dict[str, Any]:
+        """The reply of a process. The processor time that it took is taken off the allowance.
 
-        Raises LimitExceededError when these are used up, or the process ends in another way, as it may where memory
-        runs out; RequestFailedError if none can be started.
+        Raises LimitExceededError when this is used up, or the process ends in another way, as it may where memory
+        runs out; RequestFailedError if none can be started, or all are at work for longer than the request may wait.
         """
-        data = json.dumps({**request, "seconds": seconds}).encode()
-        with self._turns:
+        if allowance.left <= 0:
+            raise allowance.used_up()
+        data = json.dumps({**request, "seconds": allowance.left}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        with self._turn(allowance):
             with self._lock:
                 kept = self._idle.pop() if self._idle else None
             if kept is not None:
                 with suppress(_EndedEarlyError):  # somebody ended it while it was idle
-                    return self._ask(kept, data, seconds)
-            return self._ask(_Process(), data, seconds)
+                    return self._ask(kept, data, allowance)
+            return self._ask(_Process(), data, allowance)
 
-    def _ask(self, process: _Process, data: bytes, seconds: float) -> dict[str, Any]:
+    @contextmanager
+    def _turn(self, allowance: Allowance) -> Iterator[None]:
+        begin = time.monotonic()
+        if not self._turns.acquire(timeout=max(0.0, allowance.waiting)):
+            raise RequestFailedError("too many chat templates are at work: the wait for a turn was too long")
+        try:
+            allowance.waiting -= time.monotonic() - begin
+            yield
+        finally:
+            self._turns.release()
+
+    def _ask(self, process: _Process, data: bytes, allowance: Allowance) -> dict[str, Any]:
         """Raises _EndedEarlyError, a RequestFailedError, for a process that ended before it read anything."""
         try:
-            reply = process.ask(data, seconds)
+            reply = process.ask(data, allowance)
         except BaseException:
             process.end()
             raise
+        allowance.left -= reply.pop("used")
         with self._lock:
-            keep = not reply.pop("last") and len(self._idle) < _KEPT
+            keep = not reply.pop("last") and len(self._idle) < self._kept
             if keep:
                 self._idle.append(process)
         if not keep:
@@ -130,24 +163,24 @@ class _Process:
         os.set_blocking(self._input.fileno(), False)
         os.set_blocking(self._output.fileno(), False)
 
-    def ask(self, data: bytes, seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds + _PATIENCE
+    def ask(self, data: bytes, allowance: Allowance) -> dict[str, Any]:
+        deadline = time.monotonic() + allowance.left + _PATIENCE
         try:
             self._write(len(data).to_bytes(8, "little") + data, deadline)
         except BrokenPipeError:
-            raise self._ended(seconds, early=True) from None
+            raise self._ended(allowance, early=True) from None
         header = self._read(8, deadline)
         text = self._read(int.from_bytes(header, "little"), deadline) if len(header) == 8 else b""
         if not text:
-            raise self._ended(seconds, early=False)
+            raise self._ended(allowance, early=False)
         return json.loads(text.decode("utf-8", "surrogatepass"))
 
-    def _ended(self, seconds: float, early: bool) -> Exception:
+    def _ended(self, allowance: Allowance, early: bool) -> Exception:
         """Why it ended without a reply."""
         self.end(kill=False)
         status = self._process.returncode
         if status == -signal.SIGPROF:
-            return LimitExceededError(f"it took more than {seconds:g} s")
+            return allowance.used_up()
         if status > 0 or early:
             return _EndedEarlyError(f"the process that renders chat templates does not run: it ended with {status}")
         return LimitExceededError(f"its process ended with signal {-status}")
@@ -194,4 +227,6 @@ class _Process:
         self._process.returncode = 0  # nothing to wait for
 
 
-processes = TemplateProcesses()
+processes = TemplateProcesses(MAX_PROCESSES, kept=2)  # for templates of models
+# Whoever sends templates with his requests has only these to keep busy, and shares none with the chats of others.
+guests = TemplateProcesses(MAX_GUESTS, kept=1)

@@ -12,6 +12,7 @@ import json
 import resource
 import signal
 import sys
+import time
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -31,7 +32,12 @@ def main() -> None:
         data = requests.read(size)
         if len(data) < size:
             return
-        reply = answer(data)
+        begin = time.process_time()
+        request = json.loads(data.decode("utf-8", "surrogatepass"))
+        del data  # it may be long
+        reply = answer(request)
+        del request
+        reply["used"] = time.process_time() - begin
         # What compiled templates hold is not to be missing for others.
         reply["last"] = reply.get("error") == "limit" or _address_space() > least + (128 << 20)
         text = json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -63,13 +69,12 @@ def _address_space() -> int:
         return 256 << 20
 
 
-def answer(data: bytes) -> dict[str, Any]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request, within its limits. The timer's signal ends the process."""
-    request = json.loads(data.decode("utf-8", "surrogatepass"))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _address_space() + request["memory"]
     resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
-    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    signal.setitimer(signal.ITIMER_PROF, max(request["seconds"], 0.001))  # 0 would mean none
     try:
         return _answer(request)
     except MemoryError:
@@ -85,7 +90,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         template, asks_for_null = compiled(request["source"])
     except TemplateSyntaxError as error:
-        return {"error": "syntax", "message": f"line {error.lineno}: {_shortened(error.message)}"}
+        return {"error": "syntax", "message": f"line {error.lineno}: {_text(error.message, 2000)}"}
     except MemoryError:
         raise
     except Exception as error:  # constant parts are computed here, and may fail in any way
@@ -102,19 +107,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             pieces.append(piece)
         return {"text": "".join(pieces)}
     except TemplateError as error:
-        return {"error": "refused", "message": _shortened(error.message)}
+        return {"error": "refused", "message": _text(error.message, 2000)}
     except MemoryError:
         raise
     except Exception as error:  # whatever a template does wrong concerns this request only
         return {"error": "failed", "message": _named(error)}
 
 
-def _shortened(message: str | None) -> str:
-    return str(message)[:2000]
+def _text(message: Any, most: int) -> str:
+    """A template may give `raise_exception` anything, such as a list in ten thousand others, which has no text."""
+    try:
+        return str(message)[:most]
+    except RecursionError:
+        return type(message).__name__
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:500]}"
+    return f"{type(error).__name__}: {_text(error, 500)}"
 
 
 @lru_cache(maxsize=KEPT_TEMPLATES)
