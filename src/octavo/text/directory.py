@@ -30,7 +30,8 @@ _PROBES = (
     "\u00e9\u0301 \u4e2d\u6587 \ud55c \u0e01 \u05d0 \ufdfa",
     "\U0001f600\u200d\U0010ffff\x00\x01",
 )
-_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file or template
+_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file
+_MAX_TEMPLATE_BYTES, _MAX_TEMPLATES = 1 << 20, 64  # of templates in files of their own
 
 
 def tokenizer_from_directory(path: Path) -> Tokenizer:
@@ -156,7 +157,10 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """By name. Files go before what the JSON files say: ``chat_template.jinja`` is the default, those in
     ``additional_chat_templates`` have their names; then ``chat_template.json``, then ``tokenizer_config.json``."""
     texts = {"default": _read_text(path, "chat_template.jinja")}
-    for file in sorted((path / _MORE_TEMPLATES).glob("*.jinja")):
+    files = sorted((path / _MORE_TEMPLATES).glob("*.jinja"))
+    if len(files) > _MAX_TEMPLATES:
+        raise ModelFormatError(path, _MORE_TEMPLATES, f"has {len(files)} templates; {_MAX_TEMPLATES} are allowed")
+    for file in files:
         texts[file.stem] = _read_text(path, file.name, _MORE_TEMPLATES)
     found = {name: text for name, text in texts.items() if text is not None}
     if found:
@@ -178,7 +182,7 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_text(path: Path, name: str, below: str = "") -> str | None:
-    data = read_file(path, name, _MAX_CONFIG_BYTES, below)
+    data = read_file(path, name, _MAX_TEMPLATE_BYTES, below)
     try:
         return None if data is None else data.decode()
     except UnicodeDecodeError as error:

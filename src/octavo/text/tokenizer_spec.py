@@ -247,8 +247,7 @@ class TokenizerSpec:
         elif kind == "Prepend":  # to what stands between two added tokens
             self._grow(part, 1 + _size(self._text(f"{part}.prepend", spec.get("prepend"))) / 2)
         elif kind == "Precompiled":
-            most = self._charsmap(f"{part}.precompiled_charsmap", spec.get("precompiled_charsmap"))
-            self._grow(part, max(1.0, most / _UNICODE_GROWTH))
+            self._charsmap(f"{part}.precompiled_charsmap", spec.get("precompiled_charsmap"))
             self._composed, self._table = _UNICODE_GROWTH, True
         elif kind == "NFKC":
             self._composed = _UNICODE_GROWTH
@@ -272,9 +271,9 @@ class TokenizerSpec:
                 part, f"replacements may make texts {self._replaced:g} times as long; {MAX_GROWTH} is most"
             )
 
-    def _charsmap(self, part: str, value: Any) -> int:
+    def _charsmap(self, part: str, value: Any) -> None:
         """The length of a table in four bytes, the table, a double array over UTF-8 with an entry of four bytes each,
-        and the texts that it points to, each ended by a zero byte. Returns the most characters that one becomes."""
+        and the texts that it points to, each ended by a zero byte."""
         text = "" if value is None else self._text(part, value, _MAX_CHARSMAP)
         try:
             data = base64.b64decode(text, validate=True)
@@ -283,14 +282,14 @@ class TokenizerSpec:
         except (binascii.Error, UnicodeDecodeError) as error:
             raise self._error(part, f"malformed: {error}") from None
         if not data and value is None:
-            return 0
+            return
         if size % 1024 or not 1024 <= size <= len(data) - 4:
             raise self._error(part, f"malformed: a table of {size} bytes in {len(data)}")
         most = max(map(_size, texts.split("\0")))
         if most > _MAX_SHORT:
             raise self._error(part, f"a character becomes more than {_MAX_SHORT}")
+        self._grow(part, most / _UNICODE_GROWTH)
         self._check_table(part, data[4 : 4 + size], data[4 + size :])
-        return most
 
     def _check_table(self, part: str, table: bytes, texts: bytes) -> None:
         """Every step from any entry must end inside, and every value be where a character begins."""
