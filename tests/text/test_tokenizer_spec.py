@@ -324,6 +324,8 @@ def test_known_expressions_that_are_slow_on_runs(valid: Spec, tmp_path: Path, pa
     assert ours.encode("a" + char * MAX_RUN + "a")
     with pytest.raises(InvalidRequestError, match="run of more than 1000"):
         ours.encode("a" + char * (MAX_RUN + 1) + "a")
+    many = {"type": "Sequence", "pretokenizers": [split(pattern)] * 5 + [BYTES]}
+    assert "more than 1024 steps" in str(refused(valid | {"pre_tokenizer": many}, tmp_path))
     # where something makes other runs than those of the text
     makes = {"type": "Metaspace", "replacement": char, "prepend_scheme": "never", "split": False}
     refused(valid | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [makes, split(pattern), BYTES]}}, tmp_path)
