@@ -184,6 +184,7 @@ class Frontend:
             token_ids = self._checked_ids(given.token_ids, field) if given.token_ids else []
         elif text:
             with _naming(field):
+                self._tokens.check_beginning(field, text, self._limits.max_model_len)
                 token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
             self._tokens.check_spelt(field, token_ids)
         else:
@@ -283,6 +284,7 @@ class Frontend:
                 raise
             raise InvalidRequestError(name + part, error.problem) from None
         with _naming(name):
+            self._tokens.check_beginning(name, text, self._limits.max_model_len)
             token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         self._tokens.check_spelt(name, token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
@@ -331,6 +333,7 @@ class Frontend:
         if given.token_ids is not None:
             return text, self._checked_ids(given.token_ids, name)
         with _naming(name):
+            self._tokens.check_beginning(name, text or "", self._limits.max_model_len)
             token_ids = self._codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError(name, "is empty")

@@ -37,7 +37,8 @@ _TYPES = """BPE WordPiece WordLevel Unigram Sequence NFC NFKC Precompiled Replac
 BertNormalizer Split Metaspace Digits Punctuation Whitespace FixedLength UnicodeScripts CharDelimiterSplit
 TemplateProcessing BertProcessing RobertaProcessing Fuse ByteFallback Exec""".split()
 _PATTERNS = [r"(a+)+$", r"\s+", r"(a|b)*", r"\p{L}+|.", "[", "(?:", r"\s*\s*(?=x)", "a{1000}", r"(\d{3})+", ""]
-_TEXTS = ["", "Hello <|im_end|> wörld 123", "a" * 300, " \n\t", "😀\U0010ffff", "\x00"]
+_PATTERNS += [r"\s+$", r"\s*[\r\n]+|\s+(?!\S)|\s+", "a*b|a+", "a+b|a", "[^x]*[^y]*w", "(?=a+)b", "a{1,3}+"]
+_TEXTS = ["", "Hello <|im_end|> wörld 123", "a" * 20_000, " " * 20_000 + "x", " \n\t", "😀\U0010ffff", "\x00"]
 
 
 @functools.cache

@@ -275,3 +275,16 @@ def test_truncation_and_padding_in_the_file_are_not_applied(byte_level: Path) ->
     fast.enable_padding(length=16)
     fast.save(str(byte_level / "tokenizer.json"))
     assert Tokenizer.from_directory(byte_level).encode("a b c d e f g h i") == whole
+
+
+def test_very_many_or_long_templates(byte_level: Path) -> None:
+    folder = byte_level / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "long.jinja").write_text("x" * ((1 << 20) + 1))
+    with pytest.raises(ModelFormatError, match="is larger than 1048576 bytes"):
+        Tokenizer.from_directory(byte_level)
+    (folder / "long.jinja").unlink()
+    for n in range(65):
+        (folder / f"t{n}.jinja").write_text("x")
+    with pytest.raises(ModelFormatError, match="has 65 templates; 64 are allowed"):
+        Tokenizer.from_directory(byte_level)

@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+_MAX_LENGTHS = 4096  # such as every length up to 90; known models have no more than 40, none above 64
+
+
+def check_lengths(texts: Iterable[str]) -> None:
+    """Refuse tokens that begin alike and have so many lengths that to look for all of them at each character takes
+    long. Raises ValueError."""
+    for first, lengths in _lengths(texts).items():
+        if sum(lengths) > _MAX_LENGTHS:
+            raise ValueError(
+                f"tokens that begin with {first!r} have {len(lengths)} lengths of {sum(lengths)} characters together; "
+                f"{_MAX_LENGTHS} are allowed"
+            )
+
+
+def _lengths(texts: Iterable[str]) -> dict[str, set[int]]:
+    """By first character."""
+    found: dict[str, set[int]] = {}
+    for text in texts:
+        if text:
+            found.setdefault(text[0], set()).add(len(text))
+    return found
 
 
 class AddedTokens:
@@ -12,9 +34,7 @@ class AddedTokens:
     def __init__(self, ids: Mapping[str, int]) -> None:
         """`ids`: token text -> token id; no text may be empty."""
         self._ids = dict(ids)
-        lengths: dict[str, set[int]] = {}
-        for text in self._ids:
-            lengths.setdefault(text[0], set()).add(len(text))
+        lengths = _lengths(self._ids)
         # Thousands of tokens share a first character and a few lengths: one set lookup per length beats a large
         # alternation.
         self._lengths = {first: sorted(all_, reverse=True) for first, all_ in lengths.items()}

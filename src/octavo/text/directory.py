@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError, ModelNotFoundError, UnsupportedModelError, shown
 from octavo.core.model_folder import read_file, read_object
+from octavo.text.added_tokens import check_lengths
 from octavo.text.config_tokens import add_config_tokens
-from octavo.text.library import LibraryError, called
-from octavo.text.regex_shape import trial_texts
+from octavo.text.library import MAX_TEXT_BYTES, LibraryError, called
+from octavo.text.regex_shape import MAX_RUN, trial_texts
 from octavo.text.token_bytes import ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
 from octavo.text.tokenizer_spec import TokenizerSpec, read_spec
@@ -28,8 +30,8 @@ _PROBES = (
     "\u00e9\u0301 \u4e2d\u6587 \ud55c \u0e01 \u05d0 \ufdfa",
     "\U0001f600\u200d\U0010ffff\x00\x01",
 )
-_MAX_NORMALIZED = 1 << 26  # characters; the library has some 30 bytes for each
-_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file or template; parsed, JSON takes up to twenty times as much
+_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file
+_MAX_TEMPLATE_BYTES, _MAX_TEMPLATES = 1 << 20, 64  # of templates in files of their own
 
 
 def tokenizer_from_directory(path: Path) -> Tokenizer:
@@ -64,11 +66,17 @@ def _load(path: Path, spec: TokenizerSpec, data: bytes) -> Tokenizer:
     bos = fast.token_to_id(named["bos_token"]) if "bos_token" in named else None
     eos = fast.token_to_id(named["eos_token"]) if "eos_token" in named else None
     vocab_size = 1 + max([spec.max_token_id, *added])
+    check_lengths(token.content for token in added.values())
+    runs = [re.compile(rf"{run}{{{MAX_RUN + 1}}}") for run in spec.runs]
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) * spec.growth > _MAX_NORMALIZED:  # where memory runs out the library ends the process
-            most = int(_MAX_NORMALIZED / spec.growth)
-            raise InvalidRequestError("prompt", f"this model's tokenizer takes {most} characters, not {len(text)}")
+        if not spec.takes(text):  # where memory runs out the library ends the process
+            problem = f"normalised by this model's tokenizer it may have more than {MAX_TEXT_BYTES} bytes"
+            raise InvalidRequestError("prompt", f"{problem}, which are most: it has {len(text)} characters")
+        for run in runs:
+            if run.search(text):
+                problem = f"this model's tokenizer takes no text with a run of more than {MAX_RUN} of {run.pattern[:2]}"
+                raise InvalidRequestError("prompt", problem)
         # BOS and EOS are the business of tokenizer.json's post-processor. The flags add_bos_token and add_eos_token of
         # tokenizer_config.json do not count beside it, nor do they in transformers.
         return fast.encode(text, add_special_tokens=add_special_tokens).ids
@@ -149,7 +157,10 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """By name. Files go before what the JSON files say: ``chat_template.jinja`` is the default, those in
     ``additional_chat_templates`` have their names; then ``chat_template.json``, then ``tokenizer_config.json``."""
     texts = {"default": _read_text(path, "chat_template.jinja")}
-    for file in sorted((path / _MORE_TEMPLATES).glob("*.jinja")):
+    files = sorted((path / _MORE_TEMPLATES).glob("*.jinja"))
+    if len(files) > _MAX_TEMPLATES:
+        raise ModelFormatError(path, _MORE_TEMPLATES, f"has {len(files)} templates; {_MAX_TEMPLATES} are allowed")
+    for file in files:
         texts[file.stem] = _read_text(path, file.name, _MORE_TEMPLATES)
     found = {name: text for name, text in texts.items() if text is not None}
     if found:
@@ -171,7 +182,7 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_text(path: Path, name: str, below: str = "") -> str | None:
-    data = read_file(path, name, _MAX_CONFIG_BYTES, below)
+    data = read_file(path, name, _MAX_TEMPLATE_BYTES, below)
     try:
         return None if data is None else data.decode()
     except UnicodeDecodeError as error:

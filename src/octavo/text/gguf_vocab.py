@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
-from octavo.text.added_tokens import AddedTokens
+from octavo.text.added_tokens import AddedTokens, check_lengths
 from octavo.text.byte_level import build_byte_level, pre_tokenizer_family
 from octavo.text.score_bpe import SPACE, ScoreBPE
 from octavo.text.token_bytes import BYTE_TOKEN, ToBytes, byte_level_bytes, sentencepiece_bytes
@@ -166,6 +166,10 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
     named = {name: token_id for name, token_id in ids.items() if token_id is not None and tokens[token_id]}
     special.update(named.values())
     user_defined = [n for n, t in unusual if t == _USER_DEFINED and n not in special]
+    try:
+        check_lengths(tokens[n] for n in [*user_defined, *special])
+    except ValueError as error:
+        raise metadata.error("tokens", str(error)) from None
     named_texts = {name: tokens[token_id] for name, token_id in named.items()}
 
     build = _build_byte_level if kind == "gpt2" else _build_scored

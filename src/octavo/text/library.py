@@ -7,6 +7,9 @@ from typing import ParamSpec, TypeVar
 
 from octavo.core.errors import OctavoError
 
+# Of normalised text in one call: for each the library has up to 400 bytes of memory, and all in one go.
+MAX_TEXT_BYTES = 1 << 23
+
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.text.tokenizer import Tokenizer
 
+# Characters of text that a cut may change the tokens of: those of one long token, or of one text that is replaced.
+_CUT = 4096
+_MAX_BAD_WORDS = 1 << 16  # characters of all together: each is tokenised in several ways
+
 
 class ModelTokens:
     """What requests spell, in tokens that one model can read and draw."""
@@ -26,6 +30,21 @@ class ModelTokens:
                 problem = f"holds {token!r}, token {token_id}, which this model does not know: its ids end at {last}"
                 raise InvalidRequestError(field, problem)
 
+    def check_beginning(self, field: str, text: str, most: int) -> None:
+        """Refuse a text by its beginning if that alone has far more than `most` tokens: time and memory are then
+        those of the tokens that are allowed, however long the text. Raises InvalidRequestError.
+
+        A text of `most` tokens is never refused: where it is cut, tokens may be others than in the whole, but not
+        twice as many; spaces at the cut, which a token after them may swallow, do not count.
+        """
+        looked = 8 * most + _CUT
+        while len(text) > looked:
+            found = len(self._codec.encode(text[:looked].rstrip(), add_special_tokens=False))
+            if found > 2 * most + _CUT:
+                problem = f"its first {looked} characters have {found} tokens, and there are {len(text)} characters"
+                raise InvalidRequestError(field, f"{problem}; max_model_len is {most}")
+            looked *= 2
+
     def encode_rest(self, before: Sequence[int], text: str) -> list[int]:
         """Token ids of what is left of a token that was cut, without any that has no row."""
         return [n for n in self._codec.encode_following(before, text) if n < self._rows]
@@ -33,6 +52,9 @@ class ModelTokens:
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token ids of each word, as it is spelt at the start of a text, inside one, and there after a space; but for
         spellings with a token that has no row, which cannot be drawn."""
+        if (size := sum(map(len, words))) > _MAX_BAD_WORDS:
+            problem = f"have {size} characters together; {_MAX_BAD_WORDS} are allowed"
+            raise InvalidRequestError("bad_words", problem)
         spellings: dict[tuple[int, ...], None] = {}
         for word in words:
             try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.text.added_tokens import AddedTokens
-from octavo.text.library import LibraryError, called
+from octavo.text.library import MAX_TEXT_BYTES, LibraryError, called
 from octavo.text.stream import IncrementalText, StopMatcher
 from octavo.text.token_bytes import ToBytes
 
@@ -126,16 +126,18 @@ class Tokenizer:
         """Token ids of `text`; special tokens written out in it are recognised either way.
 
         `add_special_tokens` adds BOS and EOS as the model asks. Leave it off for the output of a chat template, which
-        writes them itself. Raises InvalidRequestError (field ``prompt``) for a lone surrogate, and where the model's
-        tokenizer fails on the text.
+        writes them itself. Raises InvalidRequestError (field ``prompt``) for a lone surrogate, for a text of more than
+        8 MiB, and where the model's tokenizer fails on the text.
         """
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
             raise InvalidRequestError(
                 "prompt", f"lone surrogate U+{code:04X} at character {error.start}; text must be valid Unicode"
             ) from None
+        if size > MAX_TEXT_BYTES:
+            raise InvalidRequestError("prompt", f"has {size} bytes of text; {MAX_TEXT_BYTES} are tokenised at most")
         try:
             return called(self._encode, text, add_special_tokens)
         except LibraryError as error:

@@ -8,20 +8,27 @@ import base64
 import binascii
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from octavo.core.errors import ModelFormatError, shown
-from octavo.core.model_folder import read_file
-from octavo.text.regex_shape import UnsafePatternError, check_pattern
+from octavo.core.model_folder import check_amount, read_file
+from octavo.text.added_tokens import check_lengths
+from octavo.text.library import MAX_TEXT_BYTES
+from octavo.text.regex_shape import MAX_STEPS, SLOW, UnsafePatternError, check_pattern
 
-MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 64 << 20  # Gemma 3's has 33 MB
+# In one of a million tokens. Gemma 3's has 530,000 brackets and 1.9 million commas.
+_MAX_LISTS, _MAX_OBJECTS, _MAX_COMMAS = 1 << 20, 1 << 17, 1 << 22
 MAX_TOKEN_ID = 2**31 - 1
 MAX_GROWTH = 64  # how much longer than a text its replacements together may make it
 _UNICODE_GROWTH = 18  # U+FDFA becomes as many characters; once, since what comes of it grows no more
 _MAX_TOKEN = 4096  # characters
-_MAX_STEPS = 32  # of a sequence, and of the template of a post-processor
+_MAX_SCORED = 128  # bytes of a token of Unigram: at every character all that begin there are looked at. Real: 48
+_MAX_LITERAL = 256  # characters of a text to find
+_MAX_STEPS = 32  # of all sequences together, and of the template of a post-processor; real files have at most 10
 _MAX_SHORT = 64  # characters of a prefix, suffix or replacement
 _MAX_CHARSMAP = 8 << 20  # bytes
 _KEYS = frozenset(
@@ -38,6 +45,10 @@ class TokenizerSpec:
         self.patterns: list[str] = []  # the expressions in it
         self.max_token_id = -1
         self._replaced, self._composed = 1.0, 1.0
+        self._table = False  # whether a table of the file normalises text
+        self._parts = 0  # steps of all sequences
+        self._steps_of_patterns = 0
+        self._moves: str | None = None  # a part that may make runs of characters
         spec = self._parse(data)
         for key in spec.keys() - _KEYS:
             raise self._error(key, "is not a part of a tokenizer")
@@ -47,11 +58,23 @@ class TokenizerSpec:
         self._each("pre_tokenizer", spec.get("pre_tokenizer"), self._pre_tokenizer, "pretokenizers")
         self._each("post_processor", spec.get("post_processor"), self._post_processor, "processors")
         self._each("decoder", spec.get("decoder"), self._decoder, "decoders")
+        slow = next((pattern for pattern in self.patterns if pattern in SLOW), None)
+        if slow is not None and self._moves is not None:  # then the runs of a text say nothing
+            raise self._error(self._moves, f"is not taken together with the expression {slow}")
 
     @property
-    def growth(self) -> float:
-        """How many times as long as a text its normalised form may be."""
-        return self._replaced * self._composed
+    def runs(self) -> list[str]:
+        """Classes of characters whose runs in a text must be short, for an expression's sake."""
+        return [SLOW[pattern] for pattern in self.patterns if pattern in SLOW]
+
+    def takes(self, text: str) -> bool:
+        """Whether a text stays within MAX_TEXT_BYTES when it is normalised."""
+        size = len(text.encode())
+        if size * self._replaced * self._composed <= MAX_TEXT_BYTES:
+            return True
+        if self._table or size * self._replaced > MAX_TEXT_BYTES:
+            return False
+        return len(unicodedata.normalize("NFKD", text).encode()) * self._replaced <= MAX_TEXT_BYTES
 
     def _error(self, part: str, message: str) -> ModelFormatError:
         return ModelFormatError(self._path, f"tokenizer.json: {part}", message)
@@ -63,6 +86,7 @@ class TokenizerSpec:
                 raise ValueError("a key stands there twice")
             return found
 
+        check_amount(self._path, "tokenizer.json", data, _MAX_LISTS, _MAX_OBJECTS, _MAX_COMMAS)
         try:
             spec = json.loads(data, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
@@ -107,16 +131,24 @@ class TokenizerSpec:
         """A text to find, and whether it is an expression."""
         spec = self._object(part, value)
         if list(spec) == ["String"]:
-            return self._text(part, spec["String"], _MAX_TOKEN, least=1), False
+            text = self._text(part, spec["String"], _MAX_LITERAL, least=1)
+            self._count_steps(part, len(text))
+            return text, False
         if list(spec) == ["Regex"]:
             pattern = self._text(part, spec["Regex"], 1 << 20)
             try:
-                check_pattern(pattern)
+                steps = check_pattern(pattern)
             except UnsafePatternError as error:
                 raise self._error(part, f"{shown(pattern)} is not run on text: {error}") from None
+            self._count_steps(part, steps)
             self.patterns.append(pattern)
             return pattern, True
         raise self._error(part, f"expected an object with String or Regex, found {shown(value)}")
+
+    def _count_steps(self, part: str, steps: int) -> None:
+        self._steps_of_patterns += steps
+        if self._steps_of_patterns > MAX_STEPS:
+            raise self._error(part, f"all expressions together may take more than {MAX_STEPS} steps at a character")
 
     def _each(self, part: str, value: Any, check: Callable[[str, str, dict[str, Any]], None], inner: str) -> None:
         """Check a part, or each of a sequence of them."""
@@ -127,6 +159,9 @@ class TokenizerSpec:
         if value is None:
             return
         spec = self._object(part, value)
+        self._parts += 1
+        if self._parts > _MAX_STEPS:
+            raise self._error(part, f"more than {_MAX_STEPS} parts in all")
         if not isinstance(spec.get("type"), str):
             raise self._error(f"{part}.type", f"expected a name, found {shown(spec.get('type'))}")
         if spec["type"] != "Sequence":
@@ -182,32 +217,42 @@ class TokenizerSpec:
         entries = self._list("model.vocab", vocab, MAX_TOKEN_ID)
         for entry in entries:
             text, score = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-            sound = isinstance(text, str) and len(text) <= _MAX_TOKEN
+            sound = isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) <= _MAX_SCORED
             if not sound or not isinstance(score, int | float) or not math.isfinite(score):
-                raise self._error("model.vocab", f"expected a text and a finite score, found {shown(entry)}")
+                message = f"expected a text of at most {_MAX_SCORED} bytes and a finite score, found {shown(entry)}"
+                raise self._error("model.vocab", message)
         return len(entries)
 
     def _added_tokens(self, value: Any) -> None:
-        for number, token in enumerate(self._list("added_tokens", [] if value is None else value, 1 << 20)):
+        contents = []
+        for number, token in enumerate(self._list("added_tokens", [] if value is None else value, 1 << 17)):
             part = f"added_tokens[{number}]"
             spec = self._object(part, token)
-            self._text(f"{part}.content", spec.get("content"), _MAX_TOKEN)
+            contents.append(self._text(f"{part}.content", spec.get("content"), _MAX_TOKEN))
             token_id = self._number(f"{part}.id", spec.get("id"), 0, MAX_TOKEN_ID)
             self.max_token_id = max(self.max_token_id, token_id)
             self._flags(part, spec, "single_word", "lstrip", "rstrip", "normalized", "special")
+        try:
+            check_lengths(contents)
+        except ValueError as error:
+            raise self._error("added_tokens", str(error)) from None
 
     def _normalizer(self, part: str, kind: str, spec: dict[str, Any]) -> None:
+        if kind not in ("NFC", "NFD"):
+            self._moves = part
         if kind == "Replace":
             pattern, is_regex = self._pattern(f"{part}.pattern", spec.get("pattern"))
-            content = self._text(f"{part}.content", spec.get("content"))
-            self._grow(part, 1 + len(content) if is_regex else len(content) / len(pattern))
-        elif kind == "Prepend":
-            self._grow(part, 1 + len(self._text(f"{part}.prepend", spec.get("prepend"))))
+            size = _size(self._text(f"{part}.content", spec.get("content")))
+            self._grow(part, 1 + size if is_regex else size / len(pattern))
+        elif kind == "Prepend":  # to what stands between two added tokens
+            self._grow(part, 1 + _size(self._text(f"{part}.prepend", spec.get("prepend"))) / 2)
         elif kind == "Precompiled":
             self._charsmap(f"{part}.precompiled_charsmap", spec.get("precompiled_charsmap"))
+            self._composed, self._table = _UNICODE_GROWTH, True
+        elif kind == "NFKC":
             self._composed = _UNICODE_GROWTH
-        elif kind in ("NFKC", "NFKD"):
-            self._composed = _UNICODE_GROWTH
+        elif kind == "NFKD":  # no known model that writes text has it
+            raise self._error(part, "NFKD is not run: for a run of accents the library takes time in its square")
         elif kind in ("NFC", "NFD"):
             self._composed = max(self._composed, 4)
         elif kind in ("ByteLevel", "BertNormalizer"):
@@ -216,7 +261,7 @@ class TokenizerSpec:
         elif kind in ("Lowercase", "Strip", "StripAccents", "Nmt"):
             self._flags(part, spec, "strip_left", "strip_right")
         else:
-            known = "BertNormalizer, ByteLevel, Lowercase, NFC, NFD, NFKC, NFKD, Nmt, Precompiled, Prepend, Replace, "
+            known = "BertNormalizer, ByteLevel, Lowercase, NFC, NFD, NFKC, Nmt, Precompiled, Prepend, Replace, "
             raise self._unknown(part, kind, known + "Strip, StripAccents")
 
     def _grow(self, part: str, factor: float) -> None:
@@ -240,8 +285,10 @@ class TokenizerSpec:
             return
         if size % 1024 or not 1024 <= size <= len(data) - 4:
             raise self._error(part, f"malformed: a table of {size} bytes in {len(data)}")
-        if max(map(len, texts.split("\0"))) > _MAX_SHORT:
+        most = max(map(_size, texts.split("\0")))
+        if most > _MAX_SHORT:
             raise self._error(part, f"a character becomes more than {_MAX_SHORT}")
+        self._grow(part, most / _UNICODE_GROWTH)
         self._check_table(part, data[4 : 4 + size], data[4 + size :])
 
     def _check_table(self, part: str, table: bytes, texts: bytes) -> None:
@@ -266,7 +313,8 @@ class TokenizerSpec:
             self._choice(f"{part}.behavior", spec.get("behavior"), *behaviors)
             self._flags(part, spec, "invert")
         elif kind == "Metaspace":
-            self._text(f"{part}.replacement", spec.get("replacement"), 1, least=1)
+            if self._text(f"{part}.replacement", spec.get("replacement"), 1, least=1) != "\u2581":
+                self._moves = part
             if spec.get("prepend_scheme") is not None:
                 self._choice(f"{part}.prepend_scheme", spec["prepend_scheme"], "first", "never", "always")
             self._flags(part, spec, "split", "add_prefix_space")
@@ -284,8 +332,10 @@ class TokenizerSpec:
 
     def _post_processor(self, part: str, kind: str, spec: dict[str, Any]) -> None:
         if kind == "TemplateProcessing":
-            for name in ("single", "pair"):
-                self._list(f"{part}.{name}", spec.get(name))
+            for name, most in (("single", 1), ("pair", 2)):
+                pieces = self._list(f"{part}.{name}", spec.get(name))
+                if sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces) > most:
+                    raise self._error(f"{part}.{name}", f"has more than {most} Sequence")
             tokens = self._object(f"{part}.special_tokens", spec.get("special_tokens"))
             for name, token in list(tokens.items())[: _MAX_STEPS + 1]:
                 where = f"{part}.special_tokens.{name[:40]}"
@@ -315,6 +365,11 @@ class TokenizerSpec:
             self._text(f"{part}.content", spec.get("content"), 1, least=1)
             for name in ("start", "stop"):
                 self._number(f"{part}.{name}", spec.get(name), 0, 1000)
+
+
+def _size(text: str) -> int:
+    """The length of what a text becomes, in characters of at most two bytes: such as have three weigh no more."""
+    return max(len(text), len(text.encode("utf-8", "surrogatepass")) // 2)
 
 
 def read_spec(path: Path, name: str) -> tuple[TokenizerSpec, bytes]:
