@@ -20,7 +20,6 @@ from octavo.core.errors import RequestFailedError
 from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_record, exact_str
-from octavo.text.template_process import MAX_GUESTS
 
 if TYPE_CHECKING:
     import asyncio
@@ -50,7 +49,7 @@ class AsyncLLM:
         # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
         # A template that comes with a request may take all the time that one has: nobody else is to stand behind it.
-        self._guests = ThreadPoolExecutor(MAX_GUESTS, "octavo-templates")
+        self._guests = ThreadPoolExecutor(2, "octavo-templates")
         weakref.finalize(self, self._guests.shutdown, wait=False, cancel_futures=True)
 
     async def generate(

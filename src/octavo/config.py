@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from octavo.core.errors import ConfigError, shown
-from octavo.core.values import is_a
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
@@ -106,7 +105,7 @@ class EngineConfig:
         values = _from_environment(cls, os.environ if environ is None else environ)
         values.update({name: value for name, value in given.items() if value is not None})
         for name in ("model", "kv_offload_dir"):
-            if is_a(values.get(name), os.PathLike):
+            if issubclass(type(values.get(name)), os.PathLike):
                 try:
                     values[name] = os.fspath(values[name])
                 except Exception as error:
@@ -181,7 +180,7 @@ def _checked(name: str, given: Any, hint: Any, limits: Mapping[str, Any]) -> Any
             raise ConfigError(f"{name}: must be true or false, not {shown(given)}")
         return given
     kind = str if hint in (str, str | None) else int
-    if is_a(given, bool) or not is_a(given, kind):
+    if issubclass(type(given), bool) or not issubclass(type(given), kind):  # `__class__` may say anything
         raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(given)}")
     value = str.__str__(given) if kind is str else int.__int__(given)
     if "choices" in limits and value not in limits["choices"]:

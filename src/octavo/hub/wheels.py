@@ -148,6 +148,9 @@ def _run_with_bar(
                         bar.update(*reported[0])
                     elif progress.interactive:
                         bar.update(_bytes_under(folder))
+            reader.join(timeout=5)
+            if reported:
+                bar.update(*reported[0])
     except BaseException:
         process.terminate()
         process.wait()
