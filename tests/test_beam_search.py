@@ -223,7 +223,7 @@ def test_fewer_hypotheses_than_beams(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"stop": ["q", "zz"]}, {"logprobs": 2}, {"num_return_sequences": 2}])
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [*PROMPTS[:2], *(pytest.param(one, marks=pytest.mark.slow) for one in PROMPTS[2:])])
 def test_streams_take_nothing_back(llm: LLM, prompt: str, params: dict[str, Any]) -> None:
     """What is shown is a beginning of the result, whichever beam wins; and something is shown before the end."""
     asked = BeamSearchParams(**({"beam_width": 3, "max_tokens": 60, "num_return_sequences": 1} | params))

@@ -44,6 +44,7 @@ def conversation(llm: LLM, *questions: str, system: str | None = None) -> list[s
 # --- pipes ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("smollm2_path")
 def test_the_real_model_remembers(invoke: Invoke) -> None:
     """Guards the default model and template with a conversation; one short answer each."""

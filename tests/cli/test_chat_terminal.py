@@ -76,9 +76,9 @@ def test_what_is_pasted_is_one_message(terminal: Terminal, tiny_llama_dir: Path,
     [
         ("one \\\rtwo\\\rthree\r", "one \ntwo\nthree"),
         ('"""one\r/clear\r\rtwo"""\r', "one\n/clear\n\ntwo"),
-        ('"""\rone\r"""\r', "one"),
-        ('"""/exit"""\r', "/exit"),
-        ("one \\\r\x04", "one"),
+        pytest.param('"""\rone\r"""\r', "one", marks=pytest.mark.slow),
+        pytest.param('"""/exit"""\r', "/exit", marks=pytest.mark.slow),
+        pytest.param("one \\\r\x04", "one", marks=pytest.mark.slow),
     ],
 )
 def test_messages_of_several_lines(terminal: Terminal, tiny_llama_dir: Path, keys: str, text: str) -> None:

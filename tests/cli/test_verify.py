@@ -144,8 +144,9 @@ def test_logits_that_are_no_numbers(invoke: Invoke, tiny_gemma3_dir: Path, monke
 @pytest.mark.parametrize(
     ("change", "failed"),
     [
-        (lambda rows: rows * np.float32(1.01), {"logits"}),
-        (lambda rows: np.roll(rows, 1, axis=1), {"logits"}),  # rows that far apart excuse every token
+        pytest.param(lambda rows: rows * np.float32(1.01), {"logits"}, marks=pytest.mark.slow),
+        # Rows that far apart excuse every token.
+        pytest.param(lambda rows: np.roll(rows, 1, axis=1), {"logits"}, marks=pytest.mark.slow),
         (lambda rows: rows * np.float32("nan"), {"logits", "greedy tokens", "cpu backend"}),
     ],
 )

@@ -82,8 +82,8 @@ def alone(llm: LLM) -> list[list[tuple[Any, ...]]]:
     [
         {},
         {"block_size": 32, "long_prefill_token_threshold": 5, "threads": 1},
-        {"block_size": 64, "max_num_batched_tokens": 70, "threads": 3},
-        {"cascade_attention": False, "enable_prefix_caching": False},
+        pytest.param({"block_size": 64, "max_num_batched_tokens": 70, "threads": 3}, marks=pytest.mark.slow),
+        pytest.param({"cascade_attention": False, "enable_prefix_caching": False}, marks=pytest.mark.slow),
         {"kv_blocks": 32},
     ],
     ids=lambda config: " ".join(f"{name}={value}" for name, value in config.items()) or "as it is",

@@ -103,7 +103,7 @@ def test_the_grid(llm: LLM, llama: Path, beam_oracle: Loading) -> None:
 
 def test_settings_matter(llm: LLM) -> None:
     """Guards against a grid all of whose points are one search: each setting changes some result."""
-    given = [{"prompt_token_ids": prompt(length, length)} for length in range(1, 40)]
+    given = [{"prompt_token_ids": prompt(length, length)} for length in range(1, 40, 2)]
 
     def results(**settings: Any) -> list[list[tuple[list[int], float | None]]]:
         params = BeamSearchParams(beam_width=4, max_tokens=24, **settings)
@@ -123,7 +123,7 @@ def test_the_grid_when_preempted(llama: Path, beam_oracle: Loading) -> None:
     tally = BeamTally(TOLERANCE)
     given = [
         (token_ids[:9], params.but(ignore_eos=True, max_tokens=40))
-        for token_ids, params in cases(3)
+        for token_ids, params in cases(3)[::2]
         if params.width in (3, 4)
     ]
     with LLM(str(llama), backend="reference", max_num_seqs=32, max_model_len=96) as roomy:

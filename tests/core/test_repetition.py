@@ -94,8 +94,8 @@ FEW = {"allowed_token_ids": [65, 66, 67], "ignore_eos": True, "max_tokens": 300,
 
 def test_in_batches_forks_and_preemptions(tiny_llama_dir: Path) -> None:
     """Of three tokens something is soon repeated. In a pool too small for all, each output ends where it does alone."""
-    params = [SamplingParams(temperature=100, seed=seed, n=3, **FEW) for seed in range(8)]
-    prompts = [{"prompt_token_ids": [70 + seed] * 20} for seed in range(8)]
+    params = [SamplingParams(temperature=100, seed=seed, n=3, **FEW) for seed in range(5)]
+    prompts = [{"prompt_token_ids": [70 + seed] * 20} for seed in range(5)]
     with LLM(str(tiny_llama_dir), max_model_len=16) as probe:
         block = probe.memory_plan.block_bytes
     with LLM(str(tiny_llama_dir), max_model_len=320) as llm:

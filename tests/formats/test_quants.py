@@ -134,7 +134,11 @@ def test_f64_is_rounded() -> None:
     assert np.isnan(got[0, 3])
 
 
-@pytest.mark.parametrize("dtype", BLOCK_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "dtype",
+    [t if t in (QuantType.Q4_1, QuantType.Q6_K) else pytest.param(t, marks=pytest.mark.slow) for t in BLOCK_TYPES],
+    ids=lambda t: t.name,
+)
 def test_scratch_memory_is_bounded(dtype: QuantType) -> None:
     """A Gemma-sized embedding must not need a second copy of itself in scratch."""
     data = np.zeros((65536, dtype.nbytes(768)), dtype=np.uint8)

@@ -300,6 +300,7 @@ def test_progress_follows_the_download(alias: Alias, index: Index) -> None:
     assert progress.updates["Unpacking tiny_test_part0-1.0-py3-none-any.whl"][-1][0] == 600_000
 
 
+@pytest.mark.slow  # a pull in two programs of its own
 def test_bars_on_a_terminal_only(alias: Alias, home: Path) -> None:
     """Guards against escape codes in log files, and against no bar where there should be one."""
     returncode, _, err = run_octavo(alias, "pull", "tiny-test")

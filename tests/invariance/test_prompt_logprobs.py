@@ -61,7 +61,7 @@ def test_memory_is_bounded_at_4000_tokens(llm: LLM) -> None:
         assert row is not None and token_id in row and len(row) == (1 if row[token_id].rank == 1 else 2)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100, 10_000])
+@pytest.mark.parametrize("rows", [7, 100, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 10_000))])
 def test_slices_change_nothing(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Values and ranks are those of all logits computed at once, in float64. Guards against rows that are skipped or
     taken twice where one slice ends, and between two requests of a step."""

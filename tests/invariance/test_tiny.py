@@ -103,7 +103,10 @@ def test_any_split(folder: Path, requests: list[Request], alone: list[RequestOut
     assert total.chunks > 50 and total.mixed > 50 and total.beside > 10 and total.copies > 0 and total.compared > 1000
 
 
-@pytest.mark.parametrize(("block_size", "chunk"), [(1, None), (16, None), (16, 5), (32, 11)])
+@pytest.mark.parametrize(
+    ("block_size", "chunk"),
+    [(1, None), pytest.param(16, None, marks=pytest.mark.slow), (16, 5), pytest.param(32, 11, marks=pytest.mark.slow)],
+)
 def test_preemption(
     folder: Path, plain: LLM, requests: list[Request], alone: list[RequestOutput], block_size: int, chunk: int | None
 ) -> None:
@@ -123,7 +126,9 @@ def test_preemption(
     assert chunk is None or counts.chunks > 0
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 31])
+@pytest.mark.parametrize(
+    "length", [pytest.param(1, marks=pytest.mark.slow), 16, 17, pytest.param(31, marks=pytest.mark.slow)]
+)
 def test_forks(folder: Path, plain: LLM, length: int) -> None:
     """Each of n outputs is what its stream gives alone, while the others share its prompt's blocks. Guards against
     writing into a shared block, and noise that depends on n or on the order of outputs."""

@@ -435,6 +435,7 @@ def test_recorded_arrays_have_no_values(ops: CpuOps) -> None:
 # --- the process ---
 
 
+@pytest.mark.slow  # another program that imports PyTorch
 def test_float_mode_of_the_host() -> None:
     """A host program may flush denormals to zero or round otherwise; results stay, and so does its mode. Guards against
     bits that depend on the caller's MXCSR, on its thread or on the pool's."""

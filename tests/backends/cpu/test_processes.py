@@ -114,7 +114,7 @@ def test_fork_while_another_thread_computes(ops: CpuOps) -> None:
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        for _ in range(15):
+        for _ in range(8):
             in_fork(lambda: bits_equal(compute(ops, weight), expected))
     finally:
         stop.set()
