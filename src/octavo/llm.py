@@ -206,7 +206,8 @@ class LLM:
             tools: what the model may call, as JSON schemas; for the template.
             chat_template_kwargs: further variables of the template.
 
-        Raises InvalidRequestError if the model has no chat template or the messages do not fit it.
+        Raises InvalidRequestError if the model has no chat template or the messages do not fit it, RequestFailedError
+        if so many templates are at work that none of their processes is free for a minute.
         """
         if not is_a(messages, Sequence):
             raise InvalidRequestError("messages", f"expected a list, found {type(messages).__name__}")
