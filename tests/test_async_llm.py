@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, async_llm
 from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import Event, EventKind, Reason
@@ -356,14 +356,15 @@ async def test_200_random_aborts_during_traffic(tiny_llama_dir: Path) -> None:
     assert any(event.kind is EventKind.PREEMPTED for event in events)
 
 
-async def test_templates_of_requests_hold_up_no_others(tiny_llama_dir: Path) -> None:
-    """More of them at work than asyncio has threads for what takes a while: other requests are answered meanwhile."""
+async def test_templates_of_requests_hold_up_no_others(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them at work than asyncio has threads for what takes a while: other requests are answered meanwhile, and
+    those that then wait too long are told."""
     llm = AsyncLLM(str(tiny_llama_dir), max_model_len=256)
     begun = threading.Event()
     write, goes_on = llm._frontend.chat_prompt, threading.Event()
 
     def slow(messages: Any, chat_template: str | None, *rest: Any) -> Any:
-        if chat_template is not None:
+        if chat_template not in (None, "default"):
             begun.set()
             goes_on.wait(60)
         return write(messages, chat_template, *rest)
@@ -377,9 +378,14 @@ async def test_templates_of_requests_hold_up_no_others(tiny_llama_dir: Path) -> 
     try:
         asked = [asyncio.create_task(ask("{{ messages[0].content }}")) for _ in range(2 * (os.cpu_count() or 1) + 40)]
         await asyncio.to_thread(begun.wait)
-        assert (await asyncio.wait_for(ask(None), 50)).finished and not any(task.done() for task in asked)
+        for own in (None, "default"):
+            assert (await asyncio.wait_for(ask(own), 50)).finished and not any(task.done() for task in asked)
+        monkeypatch.setattr(async_llm, "_MAX_WAITING", -1.0)
         goes_on.set()
-        assert all(output.finished for output in await asyncio.gather(*asked))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert any(isinstance(one, RequestOutput) for one in answers)  # those that were at work
+        late = [one for one in answers if not isinstance(one, RequestOutput)]
+        assert len(late) > 30 and all(isinstance(one, RequestFailedError) for one in late)
     finally:
         goes_on.set()
         llm.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from array import array
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from octavo import LLM, AsyncLLM, SamplingParams
@@ -190,3 +193,26 @@ async def test_what_is_aborted(tiny_llama_dir: Path) -> None:
         assert last.outputs[0].token_ids == fine
     finally:
         llm.close()
+
+
+def test_what_is_welcome(llm: LLM) -> None:
+    """NumPy's numbers and truths, None where there is a default, mappings and lists of any make."""
+    params = SamplingParams(
+        temperature=np.float32(0), max_tokens=np.int64(2), ignore_eos=np.bool_(True), stop_token_ids=np.array([3, 4])
+    )
+    assert params == SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, stop_token_ids=[3, 4])
+    assert type(params.ignore_eos) is bool
+    for ids in ([1, 2], (1, 2), range(1, 3), np.array([1, 2]), deque([1, 2]), array("i", [1, 2])):
+        (output,) = llm.generate(UserDict(prompt_token_ids=ids), params)
+        assert output.prompt_token_ids == [1, 2]
+    for flag in (None, True, np.bool_(True)):
+        written = llm.chat_prompt((OrderedDict(MESSAGES[0]),), chat_template=TEMPLATE, add_generation_prompt=flag)
+        assert written["prompt"] == "hi"
+    in_session(llm, lambda session: session.select(("a", "b"), extend=np.bool_(False)))
+
+
+def test_conversations_are_bounded_by_the_context(llm: LLM) -> None:
+    """Before a template sees them: many may wait for their turn, each with its own."""
+    llm.chat_prompt([{"role": "user", "content": "a" * ((1 << 20) - 20)}], chat_template="{{ 'short' }}")
+    with pytest.raises(InvalidRequestError, match=rf"^messages\[0\]: .*more than {1 << 20} characters"):
+        llm.chat_prompt([{"role": "user", "content": "a" * (1 << 20)}], chat_template="{{ 'short' }}")

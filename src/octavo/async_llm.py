@@ -6,11 +6,12 @@ asyncio is imported where it is used: the command line iterates without it, and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from octavo.build import build_engine
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from octavo.async_session import AsyncSession
     from octavo.core.coordinator import Coordinator
     from octavo.frontend import ChatPrompt, Messages, Prompt
+
+
+_MAX_WAITING = 60.0  # seconds that a request with a template of its own waits for its turn
+
+
+def _unless_late(write: Callable[[], ChatPrompt], asked: float) -> ChatPrompt:
+    if monotonic() - asked > _MAX_WAITING:
+        raise RequestFailedError("too many chat templates are at work: the wait for a turn was too long")
+    return write()
 
 
 class AsyncLLM:
@@ -141,10 +151,10 @@ class AsyncLLM:
         import asyncio
 
         write = partial(self._frontend.chat_prompt, messages, chat_template, options)
-        if chat_template is None:
+        if self._frontend.is_own_template(chat_template):
             prompt = await asyncio.to_thread(write)
         else:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._guests, write)
+            prompt = await asyncio.get_running_loop().run_in_executor(self._guests, _unless_late, write, monotonic())
         answer = self.generate(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in answer:

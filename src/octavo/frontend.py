@@ -17,6 +17,7 @@ from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestM
 from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
 from octavo.core.values import (
+    MAX_CHARACTERS,
     exact_bool,
     exact_dict,
     exact_fields,
@@ -72,7 +73,9 @@ class Frontend:
 
     def __init__(self, codec: Tokenizer, limits: Limits, system_fingerprint: str | None, clock: Clock) -> None:
         self._codec = codec
-        self._templates = NamedTemplates(codec.chat_templates, codec.special_tokens)
+        # A template may leave much out of what it writes, but no conversation is a hundred times the context.
+        most = min(MAX_CHARACTERS, max(1 << 20, 64 * limits.max_model_len))
+        self._templates = NamedTemplates(codec.chat_templates, codec.special_tokens, most)
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
@@ -273,8 +276,8 @@ class Frontend:
         """
         arguments = _merged(options, variables)
         for flag in ("add_generation_prompt", "continue_final_message"):
-            if flag in arguments:
-                exact_bool(flag, arguments[flag])
+            if arguments.get(flag) is not None:
+                arguments[flag] = exact_bool(flag, arguments[flag])
         template = self._templates.choose(chat_template, arguments.get("tools"))
         try:
             text = template.render(messages, **arguments)
@@ -288,6 +291,10 @@ class Frontend:
             token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         self._tokens.check_spelt(name, token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def is_own_template(self, chat_template: Any) -> bool:
+        """Whether that is one of the model's: by None, or by a name."""
+        return chat_template is None or self._templates.has(chat_template)
 
     def name_tokens(self, output: RequestOutput) -> RequestOutput:
         """Fill in `decoded_token` and `bytes` of an output's log-probabilities."""

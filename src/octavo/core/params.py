@@ -186,7 +186,7 @@ class SamplingParams:
             "include_stop_str_in_output",
             "skip_reading_prefix_cache",
         ):
-            exact_bool(name, getattr(self, name))
+            _set(self, name, exact_bool(name, getattr(self, name)))
 
     @property
     def repetition(self) -> RepetitionDetectionParams | None:

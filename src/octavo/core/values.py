@@ -29,8 +29,15 @@ def is_a(value: object, kind: Any) -> bool:
 
 
 def exact_bool(field: str, value: object, what: str = "must be true or false") -> bool:
+    """NumPy's are welcome."""
     if value is True or value is False:
         return value
+    kind = type(value)
+    try:
+        if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
+            return bool(value)
+    except Exception as error:
+        raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
     raise InvalidRequestError(field, f"{what}, not {shown(value)}")
 
 
@@ -119,11 +126,12 @@ class _Items:
 
 
 class JsonRoom:
-    """What is left of `MAX_ITEMS` values and `MAX_CHARACTERS` characters, for several JSON values together."""
+    """What is left of `MAX_ITEMS` values and of so many characters, for several JSON values together."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_CHARACTERS) -> None:
+        self.most = most
         self.values = MAX_ITEMS
-        self.characters = MAX_CHARACTERS
+        self.characters = most
 
 
 def exact_json(field: str, value: Any, max_depth: int, room: JsonRoom | None = None) -> Any:
@@ -135,7 +143,7 @@ def exact_json(field: str, value: Any, max_depth: int, room: JsonRoom | None = N
     def write(characters: int) -> None:
         room.characters -= characters
         if room.characters < 0:
-            raise InvalidRequestError(field, f"up to here there are more than {MAX_CHARACTERS} characters")
+            raise InvalidRequestError(field, f"up to here there are more than {room.most} characters")
 
     def text(value: str) -> str:
         exact = str.__str__(value)

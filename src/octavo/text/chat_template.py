@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
-from octavo.core.values import JsonRoom, exact_dict, exact_json, exact_list, exact_str, is_a
+from octavo.core.values import MAX_CHARACTERS, JsonRoom, exact_dict, exact_json, exact_list, exact_str, is_a
 from octavo.text.template_process import Allowance, LimitExceededError, guests, processes
 
 DEFAULT_TIME_LIMIT = 5.0  # seconds of processor time
@@ -56,6 +56,7 @@ class ChatTemplate:
         time_limit: float = DEFAULT_TIME_LIMIT,
         now: Callable[[], datetime] = datetime.now,
         from_request: bool = False,
+        max_characters: int = MAX_CHARACTERS,
         **special_tokens: str,
     ) -> None:
         """`special_tokens`: variables such as ``bos_token`` and ``eos_token``. `time_limit`: seconds of processor time
@@ -71,6 +72,7 @@ class ChatTemplate:
         self._time_limit = time_limit
         self._now = now
         self._processes = guests if from_request else processes
+        self._max_characters = max_characters
         self._special_tokens = special_tokens
         self._knows_parts = "text" in source  # the key of a part that holds it
         self._forms: dict[str, tuple[bool, bool]] = {}  # by role: see _form; at most MAX_ROLES
@@ -109,7 +111,7 @@ class ChatTemplate:
         `chat_template_kwargs` and `kwargs` are variables for the template; what a request brings belongs in the former,
         where it cannot be taken for an argument of this method.
 
-        All that is given may hold `octavo.core.values.MAX_ITEMS` values and `MAX_CHARACTERS` characters, a role
+        All that is given may hold `octavo.core.values.MAX_ITEMS` values and `max_characters` characters, a role
         `MAX_ROLE`. A template that may know parts is tried with each role, at most `MAX_ROLES` of them.
 
         Raises InvalidRequestError naming ``messages`` (also where the template refuses them or exceeds its limits),
@@ -137,7 +139,7 @@ class ChatTemplate:
         return text if final is None else _cut(text, final)
 
     def _begin(self) -> _Request:
-        return _Request(Allowance(self._time_limit, used=self._compiling))
+        return _Request(Allowance(self._time_limit, used=self._compiling), self._max_characters)
 
     def _arguments(self, kwargs: dict[Any, Any], request: _Request) -> dict[str, Any]:
         plain = {}
@@ -245,10 +247,10 @@ class ChatTemplate:
 class _Request:
     """What one request has used."""
 
-    def __init__(self, allowance: Allowance) -> None:
+    def __init__(self, allowance: Allowance, max_characters: int) -> None:
         self.allowance = allowance
         self.forms: dict[str, tuple[bool, bool]] = {}  # of its roles
-        self._room = JsonRoom()
+        self._room = JsonRoom(max_characters)
 
     def plain(self, field: str, value: Any) -> Any:
         """The template must not meet an object with methods of its own."""

@@ -30,7 +30,7 @@ _PROBES = (
     "\u00e9\u0301 \u4e2d\u6587 \ud55c \u0e01 \u05d0 \ufdfa",
     "\U0001f600\u200d\U0010ffff\x00\x01",
 )
-_MAX_CONFIG_BYTES = 8 << 20  # of one JSON file
+_MAX_CONFIG_BYTES = 32 << 20  # of one JSON file: of one that lists 65,536 tokens of speech, 12 MiB
 _MAX_TEMPLATE_BYTES, _MAX_TEMPLATES = 1 << 20, 64  # of templates in files of their own
 
 

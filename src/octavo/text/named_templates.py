@@ -6,18 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError, shown
-from octavo.core.values import exact_str
+from octavo.core.values import MAX_CHARACTERS, exact_str
 from octavo.text.chat_template import ChatTemplate
 
 
 class NamedTemplates:
     """The chat templates of one model, each compiled when it is first asked for. Safe to share by threads."""
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """`sources`: by name; a model's only one is called "default"."""
+    def __init__(
+        self, sources: Mapping[str, str], special_tokens: Mapping[str, str], max_characters: int = MAX_CHARACTERS
+    ) -> None:
+        """`sources`: by name; a model's only one is called "default". `max_characters`: of one conversation."""
+        self._max_characters = max_characters
         self._sources = dict(sources)
         self._special_tokens = dict(special_tokens)
         self._compiled: dict[str, ChatTemplate] = {}
+
+    def has(self, name: object) -> bool:
+        """Whether a template of the model is called so."""
+        return type(name) is str and name in self._sources
 
     def choose(self, asked: Any, tools: Any) -> ChatTemplate:
         """The template called `asked`, or `asked` itself if it is one; with None the model's own for conversations with
@@ -49,4 +56,5 @@ class NamedTemplates:
         return self._compiled[asked]
 
     def _compile(self, source: str, from_request: bool = False) -> ChatTemplate:
-        return ChatTemplate(source, from_request=from_request, **self._special_tokens)  # type: ignore[arg-type] # mypy: names are unknown
+        arguments: dict[str, Any] = {"from_request": from_request, "max_characters": self._max_characters}
+        return ChatTemplate(source, **(arguments | self._special_tokens))

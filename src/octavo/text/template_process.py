@@ -86,8 +86,10 @@ class TemplateProcesses:
         """
         if allowance.left <= 0:
             raise allowance.used_up()
-        data = json.dumps({**request, "seconds": allowance.left}, ensure_ascii=False).encode("utf-8", "surrogatepass")
         with self._turn(allowance):
+            # Not before: many may wait, each for a long conversation.
+            text = json.dumps({**request, "seconds": allowance.left}, ensure_ascii=False)
+            data = text.encode("utf-8", "surrogatepass")
             with self._lock:
                 kept = self._idle.pop() if self._idle else None
             if kept is not None:
