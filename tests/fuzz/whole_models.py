@@ -201,7 +201,7 @@ def change_pairs(pairs: Pairs, rng: random.Random) -> None:
         case 4 if isinstance(value, Raw):  # an array with a few elements changed, or cut
             data = bytearray(value)
             for _ in range(rng.randint(1, 4)):
-                data[rng.randrange(12, len(data))] = rng.randrange(256)
+                data[rng.randrange(min(12, len(data) - 1), len(data))] = rng.randrange(256)
             pairs[at] = (key, kind, Raw(data))
         case _:
             pairs[at] = (key, kind, value)
