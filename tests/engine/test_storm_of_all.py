@@ -319,7 +319,7 @@ def seen() -> Iterator[Counter[str]]:
         assert not (missing := {name for name in wanted if counts[name] < 5}), (missing, counts)
 
 
-SEEDS = 48
+SEEDS = 42
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
