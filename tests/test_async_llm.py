@@ -6,7 +6,9 @@ import asyncio
 import gc
 import os
 import random
+import signal
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -389,3 +391,34 @@ async def test_templates_of_requests_hold_up_no_others(tiny_llama_dir: Path, mon
     finally:
         goes_on.set()
         llm.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_template_of_a_request_in_a_forked_child(tiny_llama_dir: Path) -> None:
+    """It is answered, and does not wait for threads that are the parent's."""
+    llm = AsyncLLM(str(tiny_llama_dir), max_model_len=256)
+
+    async def ask() -> None:
+        messages = [{"role": "user", "content": "hi"}]
+        async for _ in llm.chat(messages, params(max_tokens=2), chat_template="{{ messages[0].content }}"):
+            pass
+
+    asyncio.run(ask())
+    child = os.fork()
+    if not child:
+        try:
+            asyncio.run(ask())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    for _ in range(3000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    llm.close()

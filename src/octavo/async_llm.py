@@ -5,6 +5,7 @@ asyncio is imported where it is used: the command line iterates without it, and 
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,9 +59,7 @@ class AsyncLLM:
         self._loop = built.start()
         # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
-        # A template that comes with a request may take all the time that one has: nobody else is to stand behind it.
-        self._guests = ThreadPoolExecutor(2, "octavo-templates")
-        weakref.finalize(self, self._guests.shutdown, wait=False, cancel_futures=True)
+        self._guests: tuple[int, ThreadPoolExecutor] | None = None
 
     async def generate(
         self,
@@ -154,13 +153,21 @@ class AsyncLLM:
         if self._frontend.is_own_template(chat_template):
             prompt = await asyncio.to_thread(write)
         else:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._guests, _unless_late, write, monotonic())
+            loop = asyncio.get_running_loop()
+            prompt = await loop.run_in_executor(self._guest_threads(), _unless_late, write, monotonic())
         answer = self.generate(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in answer:
                 yield output
         finally:
             await answer.aclose()
+
+    def _guest_threads(self) -> ThreadPoolExecutor:
+        """A template that comes with a request may take all the time that one has: nobody else is to stand behind it.
+        They end when this object is forgotten; a forked child has none of its parent's."""
+        if self._guests is None or self._guests[0] != os.getpid():
+            self._guests = os.getpid(), ThreadPoolExecutor(2, "octavo-templates")
+        return self._guests[1]
 
     def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
         """The prompt that `chat` answers: see `LLM.chat_prompt`. Not for the event loop: a long one takes a while."""

@@ -36,6 +36,7 @@ class BlockFolder:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._last_time = 0
+        self._patience = _LOCK_SECONDS  # none after it was in vain, until the lock is free again
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -203,7 +204,9 @@ class BlockFolder:
                 found = os.fstat(fd)
                 if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                     raise OSError(errno.EPERM, f"{_USAGE} in it is a link or no regular file; remove it")
-                _lock(fd)
+                patience, self._patience = self._patience, 0.0
+                _lock(fd, patience)
+                self._patience = _LOCK_SECONDS
                 usage = _Usage(os.pread(fd, 32, 0))
                 yield usage
                 if usage.total is None or usage.total < 0:
@@ -216,9 +219,9 @@ class BlockFolder:
                 os.close(fd)
 
 
-def _lock(fd: int) -> None:
-    """Raises TimeoutError when somebody else does not let go of it."""
-    end = time.monotonic() + _LOCK_SECONDS
+def _lock(fd: int, patience: float) -> None:
+    """Raises TimeoutError when somebody else does not let go of it for so many seconds."""
+    end = time.monotonic() + patience
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
