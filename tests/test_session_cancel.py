@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import wait
 from pathlib import Path
@@ -175,6 +176,59 @@ async def test_a_second_cancel_does_not_stop_the_first(llm: AsyncLLM) -> None:
         assert told(await s.generate(**LOOKING)) == told(first)
 
 
+async def test_looked_at_while_it_is_taken_back(llm: AsyncLLM) -> None:
+    """Somebody else than the caller who went away, as behind asyncio.gather, which waits for the first to end: the call
+    had its answer already, and the engine has not come to taking it back."""
+    stopped = threading.Event()
+    async with llm.session(seed=1) as s:
+        await s.extend(TEXT)
+        held, text = s.token_ids, s.text
+        with pytest.MonkeyPatch.context() as patch:
+            asked = Asked(s._link.door.ask)
+            patch.setattr(s._link.door, "ask", asked)
+            task = asyncio.create_task(s.generate(max_tokens=5, ignore_eos=True))
+            while not asked.times:
+                await asyncio.sleep(0)
+        while not s._state.num_generated or s._state.task is not None:  # the event loop hears of no end
+            time.sleep(0.001)
+        assert s._state.num_tokens == len(held) + 5
+        llm._loop.ask(lambda engine: stopped.wait(20))
+        try:
+            task.cancel()
+            while s._undoing is None:
+                await asyncio.sleep(0)
+            assert (s.token_ids, s.num_tokens, s.text) == (held, len(held), text) and not s._undoing.done()
+        finally:
+            stopped.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (s.token_ids, s.num_tokens, s.text) == (held, len(held), text)
+
+
+async def test_cancelled_before_anything_was_asked(llm: AsyncLLM) -> None:
+    """While the verb was still being made ready in another thread: there is nothing to take back, nor to wait for."""
+    ready = threading.Event()
+    async with llm.session(seed=1) as s:
+        await s.extend(TEXT)
+        held = s.token_ids
+        with pytest.MonkeyPatch.context() as patch:
+            asked = Asked(s._link.door.ask)
+            patch.setattr(s._link.door, "ask", asked)
+            patch.setattr(s, "_generating", lambda params: ready.wait(20))
+            task = asyncio.create_task(s.generate(**LOOKING))
+            while not s._in_use.locked():
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not asked.times and s.token_ids == held and s.num_tokens == len(held)
+            ready.set()
+        first = await s.generate(**LOOKING)
+    async with llm.session(seed=1) as s:
+        await s.extend(TEXT)
+        assert told(await s.generate(**LOOKING)) == told(first)
+
+
 async def test_a_time_out(llm: AsyncLLM) -> None:
     """As users have it: asyncio's own, around several branches at once."""
     async with llm.session(seed=3) as s:
@@ -236,7 +290,7 @@ def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with tiny.session(seed=5) as s:
         s.extend(TEXT)
         (left,) = s.fork(1)
-        held = left.token_ids
+        held, text = left.token_ids, left.text
         stopped = threading.Event()  # the engine's thread stands still until it is set
         waits: list[bool] = []
 
@@ -264,6 +318,7 @@ def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(session_module, "wait", interrupted_wait)
             with pytest.raises(KeyboardInterrupt):
                 s.generate_all([s, left], **LOOKING)
+            assert [(b.token_ids, b.num_tokens, b.text) for b in (s, left)] == [(held, len(held), text)] * 2
             left.extend(" dog")
         assert left.token_ids[: len(held)] == held and s.token_ids == held
         assert left.token_ids == held + tiny.tokenizer.encode(" dog", add_special_tokens=False)

@@ -76,6 +76,8 @@ class AsyncBranch(BaseBranch):
             try:
                 yield calls
             except asyncio.CancelledError:
+                if not calls:
+                    raise
                 self._leaving = True
                 try:
                     with suppress(EngineClosedError):

@@ -79,6 +79,7 @@ class Call(Generic[Answer]):
         self._state = state
         self._verb = verb
         self._undo: Verb[None] | None = None  # while it was not carried out
+        self.before = state.token_ids  # what the branch had when it was asked
 
     def __call__(self) -> Answer:
         """Carry it out: in the engine's thread, like the next."""
@@ -123,21 +124,28 @@ class BaseBranch:
         self._state = state
         self._in_use = threading.Lock()
         self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
+        self._restored: list[int] = []  # the tokens that the branch then has
         _branches.add(self)
         weakref.finalize(self, link.door.forget, link.coordinator, state).atexit = False
 
     @property
     def token_ids(self) -> list[int]:
-        return self._state.token_ids
+        """Its tokens; without those of a call that is under way, or is being taken back."""
+        return list(self._restored) if self._is_being_restored else self._state.token_ids
 
     @property
     def num_tokens(self) -> int:
-        return self._state.num_tokens
+        return len(self._restored) if self._is_being_restored else self._state.num_tokens
+
+    @property
+    def _is_being_restored(self) -> bool:
+        undoing = self._undoing
+        return undoing is not None and not undoing.done()
 
     @property
     def text(self) -> str:
         """Text of all tokens, special ones spelled out."""
-        return self._link.frontend.text_of(self._state.token_ids)
+        return self._link.frontend.text_of(self.token_ids)
 
     @property
     def seed(self) -> int:
@@ -196,13 +204,14 @@ class BaseBranch:
         return Call(self._link.coordinator, self._state, verb)
 
     def _taking_back(self, calls: Sequence[Call[Any]]) -> Future[None]:
-        """Take back what was asked for in vain. It comes after the calls: the engine's thread takes what it is asked in
-        order. Raises EngineClosedError."""
+        """Take back what was asked for in vain, one call or more. It comes after them: the engine's thread takes what
+        it is asked in order. Raises EngineClosedError."""
 
         def undo() -> None:
             for call in calls:
                 call.take_back()
 
+        self._restored = calls[0].before
         self._undoing = self._link.door.ask(self._link.coordinator, undo)
         return self._undoing
 
@@ -285,14 +294,15 @@ class Branch(BaseBranch):
         try:
             return self._link.door.ask(self._link.coordinator, call).result()
         except BaseException:  # an interrupt, perhaps, after the verb was carried out
-            self._take_back([call])
+            self._take_back([call], [self])
             raise
 
-    def _take_back(self, calls: Sequence[Call[Any]], others: Sequence[Branch] = ()) -> None:
+    def _take_back(self, calls: Sequence[Call[Any]], branches: Sequence[Branch]) -> None:
+        """`branches`: whose calls they are, one each."""
         with suppress(EngineClosedError):
             undoing = self._taking_back(calls)
-            for branch in others:
-                branch._undoing = undoing
+            for branch, call in zip(branches, calls, strict=True):
+                branch._restored, branch._undoing = call.before, undoing
             undoing.result()
 
 
