@@ -118,6 +118,7 @@ def test_settings_matter(llm: LLM) -> None:
     assert all(a != b for a, b in itertools.combinations(by_stopping, 2))
 
 
+@pytest.mark.slow
 def test_the_grid_when_preempted(llama: Path, beam_oracle: Loading) -> None:
     """Guards against whole groups that are not restored as they were, in memory for little more than one of them."""
     tally = BeamTally(TOLERANCE)

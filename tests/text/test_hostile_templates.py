@@ -355,6 +355,7 @@ def test_other_threads_go_on(source: str) -> None:
     assert any(_gap_of_main_thread(lambda: _hold(source)) < 0.5 for _ in range(TRIES))
 
 
+@pytest.mark.slow
 async def test_gaps_are_seen() -> None:
     """The two tests above would fail if templates were rendered in this process."""
     assert await _gap_of_event_loop(_hold_here) > 0.5
