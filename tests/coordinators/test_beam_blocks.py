@@ -169,9 +169,7 @@ def test_one_step_for_all_and_preemption() -> None:
         assert all(rows <= asked[name][1].width for name, rows in by_request.items() if name in asked)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
-)
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_storm(seed: int) -> None:
     """Searches, samples, completions and aborts at random in a pool too small for them: 3,000 operations a seed, each
     search checked against the plain loop."""
