@@ -14,7 +14,7 @@ from octavo.backends.trace import OpRecord
 from octavo.core.params import SamplingParams
 from octavo.core.plan import Grant, StepPlan
 from octavo.core.sequence import Sequence
-from octavo.core.want import Draw, Sample
+from octavo.core.want import Draw, Sample, Wanted
 from octavo.formats import GGUFFile
 from octavo.kv_cache import KVCacheManager
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig
@@ -240,7 +240,8 @@ def test_the_same_ops_as_a_real_step(tmp_path: Path, variant: str, sequences: li
         sequence.token_ids = list(range(old + new))
         kv.allocate(sequence.block_table, 0, old + new)
         table = tuple(sequence.block_table)
-        grants.append(Grant(str(index), sequence, sequence.token_ids, old, old + new, table, Sample((draw,)), None))
+        wanted = Wanted(old + new - 1, old + new, Sample((draw,)))
+        grants.append(Grant(str(index), index, old, old + new, tuple(range(old, old + new)), table, (wanted,)))
     runner.run(StepPlan(0, tuple(grants)))
     traced = [(record.op, record.inputs, record.output) for record in trace_step(config, sequences)]
     assert ops.calls == traced

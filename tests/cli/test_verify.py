@@ -13,8 +13,9 @@ from octavo.cli import verify_quality
 from octavo.cli.check import Status
 from octavo.cli.verify_exactness import CELLS, QUICK, Cell, Counts, _judge, requests_for
 from octavo.cli.verify_quality import _compare_greedy, _compare_logits, distance
+from octavo.core.plan import StepPlan
+from octavo.models.gemma import Gemma3Model
 from octavo.runner.model_runner import ModelRunner
-from octavo.sampling import Sampler
 
 from .conftest import Invoke
 
@@ -87,17 +88,28 @@ def test_too_little_memory_for_the_comparison(
 # --- what is wrong is found ---
 
 
+def change_logits(monkeypatch: pytest.MonkeyPatch, factor: Callable[[StepPlan], float]) -> None:
+    """Multiply all logits of a step by what its plan says."""
+    head, run = Gemma3Model.head, ModelRunner.run
+    by = np.float32(1)
+
+    def changed(self: Gemma3Model, ops: Any, x: Any) -> Any:
+        return ops.from_numpy(ops.to_numpy(head(self, ops, x)) * by)
+
+    def noting(self: ModelRunner, plan: StepPlan) -> Any:
+        nonlocal by
+        by = np.float32(factor(plan))
+        return run(self, plan)
+
+    monkeypatch.setattr(Gemma3Model, "head", changed)
+    monkeypatch.setattr(ModelRunner, "run", noting)
+
+
 def test_rows_that_depend_on_their_batch(
     invoke: Invoke, tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a matrix that cannot fail: logits moved by the last bits, and only in larger batches."""
-    rows = ModelRunner._logits_rows
-
-    def moved(self: ModelRunner, batch: Any, x: Any) -> Any:
-        for row in rows(self, batch, x):
-            yield row * np.float32(1 + 1e-6) if batch.num_seqs > 1 else row
-
-    monkeypatch.setattr(ModelRunner, "_logits_rows", moved)
+    change_logits(monkeypatch, lambda plan: 1 + 1e-6 if len(plan.grants) > 1 else 1)
     result = invoke("verify", tiny_gemma3_dir, "--json", "--skip", "transformers", *FEW)
     found = checks(json.loads(result.out))
     assert result.code == 3
@@ -110,20 +122,11 @@ def test_rows_that_depend_on_how_a_prompt_is_cut(
     invoke: Invoke, tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A difference in chunks only: other cells pass, so the one that fails says where to look."""
-    run = Sampler.run
 
-    def moved(self: Sampler, logits: Any, want: Any, token_ids: Any, position: int) -> Any:
-        return run(self, logits * np.float32(1 + 1e-6) if moved.chunked else logits, want, token_ids, position)
+    def factor(plan: StepPlan) -> float:
+        return 1 + 1e-6 if any(grant.start and grant.num_tokens > 1 for grant in plan.grants) else 1
 
-    moved.chunked = False  # type: ignore[attr-defined]
-    model_run = ModelRunner.run
-
-    def noting(self: ModelRunner, plan: Any) -> Any:
-        moved.chunked = any(grant.start and grant.num_tokens > 1 for grant in plan.grants)  # type: ignore[attr-defined]
-        return model_run(self, plan)
-
-    monkeypatch.setattr(Sampler, "run", moved)
-    monkeypatch.setattr(ModelRunner, "run", noting)
+    change_logits(monkeypatch, factor)
     result = invoke("verify", tiny_gemma3_dir, "--json", "--skip", "transformers", *FEW)
     found = checks(json.loads(result.out))
     assert result.code == 3
@@ -132,10 +135,7 @@ def test_rows_that_depend_on_how_a_prompt_is_cut(
 
 
 def test_logits_that_are_no_numbers(invoke: Invoke, tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ModelRunner._logits_rows
-    monkeypatch.setattr(
-        ModelRunner, "_logits_rows", lambda self, batch, x: (row * np.float32("nan") for row in rows(self, batch, x))
-    )
+    change_logits(monkeypatch, lambda plan: float("nan"))
     result = invoke("verify", tiny_gemma3_dir, "--skip", "transformers", "--skip", "exactness", *FEW)
     assert result.code == 3
     assert "  failed  loads and answers: " in result.out and "1 of 1 checks failed" in result.out

@@ -18,8 +18,8 @@ from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
 from octavo.core.outputs import RequestMetrics, RequestOutput
-from octavo.core.plan import Grant, GrantResult
-from octavo.core.want import TopK
+from octavo.core.plan import RowResult
+from octavo.core.want import TopK, Want
 from tests.coordinators.plain_search import log_softmax, plain_search
 from tests.engine.fake import VOCAB, FakeExecutor, Harness, expected, next_token
 
@@ -33,19 +33,18 @@ def logits(token_ids: list[int]) -> NDArray[np.float32]:
 class BeamExecutor(FakeExecutor):
     """Answers TopK with the best of a row."""
 
-    def _answer(self, grant: Grant) -> GrantResult:
-        result = super()._answer(grant)
-        if isinstance(grant.want, TopK):
-            row = log_softmax(logits(grant.token_ids[: grant.stop]))
-            best = np.argsort(-row, kind="stable")[: grant.want.k]
-            return GrantResult(candidates=tuple((int(i), float(row[i])) for i in best))
-        return result
+    def row(self, position: int, want: Want, seen: list[int], index: int) -> RowResult:
+        if isinstance(want, TopK):
+            row = log_softmax(logits(seen))
+            best = np.argsort(-row, kind="stable")[: want.k]
+            return RowResult(position, candidates=tuple((int(i), float(row[i])) for i in best))
+        return super().row(position, want, seen, index)
 
 
 class BeamHarness(Harness):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.executor = self.engine._executor = BeamExecutor(self.kv.block_size)
+        self.executor = self.engine._executor = BeamExecutor(self.kv.block_size, self.executor.sequences)
         self.forks = 0
         self.referred = self.distinct = 0  # blocks in tables, and different ones, summed over steps
         fork = self.kv.fork
@@ -165,7 +164,7 @@ def test_one_step_for_all_and_preemption() -> None:
     for plan in harness.executor.plans:
         by_request: dict[str, int] = {}
         for grant in plan.grants:
-            by_request[grant.request_id] = by_request.get(grant.request_id, 0) + (grant.want is not None)
+            by_request[grant.request_id] = by_request.get(grant.request_id, 0) + bool(grant.wants)
         assert all(rows <= asked[name][1].width for name, rows in by_request.items() if name in asked)
 
 

@@ -12,7 +12,7 @@ from octavo.coordinators.samples import SamplesCoordinator
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
-from octavo.core.plan import DrawResult, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
+from octavo.core.plan import DrawResult, GrantResult, RowResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
 from octavo.core.want import Sample
 from octavo.engine import Engine, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
@@ -59,12 +59,13 @@ class Script:
     def result(self) -> StepResult:
         results = []
         for grant in self.plan.grants:
-            assert isinstance(grant.want, Sample)
-            token = self.tokens[grant.stop - grant.want.draws[0].num_prompt_tokens]
+            (wanted,) = grant.wants
+            assert isinstance(wanted.want, Sample)
+            draws = wanted.want.draws
+            token = self.tokens[grant.stop - draws[0].num_prompt_tokens]
             logprobs = TokenLogprobs(TokenLogprob(token, -0.5, 2), (TokenLogprob(3, -0.1, 1),))
-            wanted = grant.want.draws[0].params.logprobs is not None
-            drawn = DrawResult(token, logprobs if wanted else None)
-            results.append(GrantResult(draws=(drawn,) * len(grant.want.draws)))
+            drawn = DrawResult(token, None if draws[0].params.logprobs is None else logprobs)
+            results.append(GrantResult((RowResult(wanted.start, draws=(drawn,) * len(draws)),)))
         return StepResult(tuple(results))
 
     def close(self) -> None: ...

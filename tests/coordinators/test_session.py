@@ -180,8 +180,8 @@ def test_select_scores_every_token(computed: bool) -> None:
     assert user.root.token_ids == prompt and len(user.coordinator.sequences) == 1
     plans = harness.executor.plans[steps:]
     assert max(len(plan.grants) for plan in plans) == 5, "the longer choices ran together"
-    scored = [grant for plan in plans for grant in plan.grants if isinstance(grant.want, Score)]
-    assert sum(len(grant.want.sets) for grant in scored) == 6 + 5, "one row for all first tokens"
+    wants = [one.want for plan in plans for grant in plan.grants for one in grant.wants]
+    assert sum(len(want.sets) for want in wants if isinstance(want, Score)) == 6 + 5, "one row for all first tokens"
     assert harness.executor.computed == 21 + 49 + 2 + 1 + 1 + 2, "and nothing twice"
     (again,) = user.run(user.select(user.root, choices))
     assert again == rows, "KV of a choice is in the cache, its log-probabilities are not"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from octavo.core.params import SamplingParams
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Draw, NextLogprobs, Sample, Score
+from octavo.core.want import Counts, Draw, History, NextLogprobs, Sample, Score, Wanted
 from octavo.kv_cache import KVCacheManager
 
 WANT = Score(((1,),))
@@ -58,7 +59,7 @@ def test_the_last_token_waits_until_something_wants_its_row(sequence: Sequence, 
     sequence.extend([], WANT)
     assert sequence.num_pending == 1
     compute(sequence, kv)
-    assert sequence.num_computed == 5 and sequence.want is None
+    assert sequence.num_computed == 5 and not sequence.wants
 
 
 def test_a_row_can_be_wanted_twice(sequence: Sequence, kv: KVCacheManager) -> None:
@@ -72,15 +73,77 @@ def test_decode_is_a_sample_of_the_last_row(sequence: Sequence) -> None:
     sequence.extend([1, 2, 3])
     draw = Draw(SamplingParams(), 0, (0,), 3)
     sequence.decode(draw)
-    assert sequence.want == Sample((draw,))
+    assert sequence.wants == (Wanted(2, 3, Sample((draw,))),)
     assert sequence.num_pending == 3
 
 
-def test_each_row_asks_for_every_row(sequence: Sequence, kv: KVCacheManager) -> None:
-    sequence.extend([1, 2, 3], each_row=NextLogprobs(0))
-    assert sequence.num_pending == 3
+def test_rows_besides_the_last(sequence: Sequence, kv: KVCacheManager) -> None:
+    rows = [Wanted(1, 3, NextLogprobs((3, 4), 0))]
+    sequence.extend([1, 2, 3, 4], rows=rows)
+    assert sequence.num_pending == 3 and sequence.first_wanted_row == 1, "nothing wants the last token's"
+    assert sequence.wants_within(0, 2) == (Wanted(1, 2, NextLogprobs((3,), 0)),)
     compute(sequence, kv)
-    assert sequence.each_row is None
+    assert not sequence.wants and not sequence.pending
+    sequence.extend([], WANT, rows=rows)
+    assert sequence.pending == (range(1, 4),), "rows that are wanted are computed anew"
+    assert sequence.wants_within(2, 4) == (Wanted(2, 3, NextLogprobs((4,), 0)), Wanted(3, 4, WANT))
+
+
+def test_generating_and_prefilling(sequence: Sequence, kv: KVCacheManager) -> None:
+    assert not sequence.is_generating and not sequence.is_prefilling
+    sequence.extend([1, 2, 3], WANT)
+    assert sequence.is_prefilling and not sequence.is_generating
+    compute(sequence, kv)
+    sequence.extend([4], WANT)
+    assert sequence.is_generating and not sequence.is_prefilling
+    sequence.evict()
+    assert sequence.is_prefilling
+
+
+def test_draws_in_a_plan_have_their_history(sequence: Sequence) -> None:
+    """As of the row: what is appended, or drafted for another row, changes no plan."""
+    draw = Draw(
+        SamplingParams(repetition_penalty=1.1, min_tokens=2),
+        0,
+        (0,),
+        num_prompt_tokens=2,
+        bad_words=((5, 6), (8,)),
+        end_token_ids=(7,),
+        no_repeat_ngram_size=2,
+    )
+    sequence.extend([1, 2], Sample((draw,)))
+    sequence.attach(TokenCounts([1, 2]))
+    sequence.extend([5], Sample((draw,)))
+    prompt = frozenset({1, 2})
+    first = History((7, 6, 8), (1, 2, 5), Counts(prompt, ((5, 1),)))
+    after = History((8,), (1, 2, 5, 5), Counts(prompt, ((5, 2),)))
+    last = History((8,), (1, 2, 5, 5, 6), Counts(prompt, ((5, 2), (6, 1))))
+    after = replace(after, forbidden=(6, 8))
+    wants = sequence.wants_within(2, 3, (5, 6))
+    assert [wanted[:2] for wanted in wants] == [(2, 3), (3, 4), (4, 5)]
+    histories = [wanted.want.draws[0].history for wanted in wants if isinstance(wanted.want, Sample)]
+    assert histories == [first, after, last]
+    counts = sequence.attached(TokenCounts)
+    assert counts is not None and counts.output == {5: 1}, "drafts are nobody's tokens"
+    sequence.extend([9])
+    assert histories[0] == first
+    plain = Draw(SamplingParams(), 0, (0,), 2)
+    assert plain.at([1, 2, 3], None) is plain
+
+
+def test_exactness_ends_somewhere(sequence: Sequence) -> None:
+    """`exact_until` follows forks and truncations that reach past it, and nothing else."""
+    sequence.extend(list(range(10)))
+    sequence.exact_until = 6
+    assert sequence.fork(7, ()).exact_until == 6
+    assert sequence.fork(6, ()).exact_until is None
+    sequence.truncate(7)
+    assert sequence.exact_until == 6
+    sequence.truncate(6)
+    assert sequence.exact_until is None
+    sequence.exact_until = 3
+    sequence.evict()
+    assert sequence.exact_until is None, "what comes back is computed"
 
 
 def test_fork_shares_what_is_committed(sequence: Sequence, kv: KVCacheManager) -> None:
@@ -89,7 +152,7 @@ def test_fork_shares_what_is_committed(sequence: Sequence, kv: KVCacheManager) -
     child = sequence.fork(6, (1,))
     assert child.token_ids == list(range(6)) and child.num_computed == 6
     assert child.block_table == sequence.block_table[:2]
-    assert child.num_pending == 0 and child.want is None and child.stream == (1,)
+    assert child.num_pending == 0 and not child.wants and child.stream == (1,)
     child.extend([77], WANT)
     assert child.num_pending == 1
     assert sequence.token_ids == list(range(10))
@@ -105,7 +168,7 @@ def test_truncate_forgets_tokens_blocks_and_wants(sequence: Sequence, kv: KVCach
     sequence.extend([10, 11], WANT)
     sequence.truncate(3)
     assert sequence.token_ids == [0, 1, 2] and sequence.num_computed == 3 and len(sequence.block_table) == 1
-    assert sequence.num_pending == 0 and sequence.want is None
+    assert sequence.num_pending == 0 and not sequence.wants
     sequence.truncate(0)
     assert kv.num_available == kv.num_blocks
 

@@ -18,8 +18,18 @@ from octavo.coordinators.samples import SamplesCoordinator
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
 from octavo.core.params import SamplingParams
-from octavo.core.plan import DrawResult, Grant, GrantResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
-from octavo.core.want import Draw, Hidden, Sample, Score, TopK
+from octavo.core.plan import (
+    DrawResult,
+    Grant,
+    GrantResult,
+    RowResult,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+    TokenLogprobs,
+)
+from octavo.core.protocols import Proposer
+from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, TopK, Want
 from octavo.engine import Engine, SchedulerConfig
 from octavo.engine.scheduler import Scheduler
 from octavo.kv_cache import KVCacheManager
@@ -40,11 +50,13 @@ def logprob(seen: list[int], token_id: int) -> float:
 
 def salt_of(draw: Draw, seen: list[int]) -> object:
     """What a draw depends on besides the tokens. Penalties look at what is output: that has to be told rightly."""
-    if draw.counts is None:
+    counts = None if draw.history is None else draw.history.counts
+    assert (counts is not None) == draw.params.has_penalties
+    if counts is None:
         return draw.seed, draw.stream
     output = seen[draw.num_prompt_tokens :]
-    assert draw.counts.output == dict(Counter(output)), f"{draw.counts.output} is counted, {output} was drawn"
-    assert draw.counts.prompt == frozenset(seen[: draw.num_prompt_tokens])
+    assert dict(counts.output) == dict(Counter(output)), f"{counts.output} is counted, {output} was drawn"
+    assert counts.prompt == frozenset(seen[: draw.num_prompt_tokens])
     return draw.seed, draw.stream, draw.num_prompt_tokens
 
 
@@ -101,6 +113,7 @@ class FakeTier:
 @dataclass
 class FakeExecutor:
     block_size: int
+    sequences: Callable[[], dict[int, list[int]]] = dict  # the engine's: tokens by sequence id
     fail: Callable[[Grant], bool] = lambda grant: False
     fail_copies: bool = False
     fail_loads: bool = False
@@ -121,6 +134,7 @@ class FakeExecutor:
     def result(self) -> StepResult:
         plan = self._plan
         self.plans.append(plan)
+        self._known = self.sequences()
         if plan.copies and self.fail_copies:
             raise RuntimeError("copying failed")
         for source, target in plan.copies:
@@ -139,7 +153,7 @@ class FakeExecutor:
             raise RuntimeError("a row failed")
         for grant in plan.grants:
             self.computed += grant.num_tokens
-            numbers = self._prefixes(grant)
+            numbers = self._prefixes(self._seen(grant))
             for position in range(grant.start, grant.stop):
                 self._slots[self._slot(grant, position)] = numbers[position]
         return StepResult(tuple(self._answer(grant) for grant in plan.grants))
@@ -150,10 +164,16 @@ class FakeExecutor:
     def _slot(self, grant: Grant, position: int) -> tuple[int, int]:
         return grant.block_table[position // self.block_size], position % self.block_size
 
-    def _prefixes(self, grant: Grant) -> list[int]:
+    def _seen(self, grant: Grant) -> list[int]:
+        """The tokens up to the end of a grant: those of its sequence, and the drafts behind them."""
+        token_ids = self._known[grant.sequence_id][: grant.stop - grant.num_drafts] + list(grant.drafts)
+        assert tuple(token_ids[grant.start :]) == grant.token_ids and len(token_ids) == grant.stop
+        return token_ids
+
+    def _prefixes(self, token_ids: list[int]) -> list[int]:
         """A number for the tokens up to each position: equal where these are, and only there."""
         number, numbers = 0, []
-        for token_id in grant.token_ids[: grant.stop]:
+        for token_id in token_ids:
             number = self._numbers.setdefault((number, token_id), len(self._numbers) + 1)
             numbers.append(number)
         return numbers
@@ -168,31 +188,42 @@ class FakeExecutor:
         return token_ids[::-1]
 
     def _answer(self, grant: Grant) -> GrantResult:
-        for position, expected in enumerate(self._prefixes(grant)):
+        token_ids = self._seen(grant)
+        for position, expected in enumerate(self._prefixes(token_ids)):
             held = self._slots.get(self._slot(grant, position))
             assert held == expected, (
-                f"sequence {grant.sequence.id} reads what was computed after {self._tokens(held)} "
-                f"at {position}, not after {grant.token_ids[: position + 1]}"
+                f"sequence {grant.sequence_id} reads what was computed after {self._tokens(held)} "
+                f"at {position}, not after {token_ids[: position + 1]}"
             )
-        seen = grant.token_ids[: grant.stop]
-        next_logprobs = []
-        if grant.each_row is not None:
-            for position in range(max(grant.start, grant.each_row.start), min(grant.stop, len(grant.token_ids) - 1)):
-                token_id = grant.token_ids[position + 1]
-                value = logprob(grant.token_ids[: position + 1], token_id)
-                next_logprobs.append(TokenLogprobs(TokenLogprob(token_id, value, 1)))
-        match grant.want:
+        rows = []
+        for start, stop, want in grant.wants:
+            assert grant.start <= start < stop <= grant.stop
+            rows += [
+                self.row(position, want, token_ids[: position + 1], position - start) for position in range(start, stop)
+            ]
+        return GrantResult(tuple(rows))
+
+    def row(self, position: int, want: Want, seen: list[int], index: int) -> RowResult:
+        """What the row that follows these tokens says, of a want's row number `index`."""
+        match want:
             case Sample(draws):
-                drawn = tuple(DrawResult(next_token(seen, salt_of(draw, seen))) for draw in draws)
-                return GrantResult(draws=drawn, next_logprobs=next_logprobs)
+                return RowResult(
+                    position, draws=tuple(DrawResult(next_token(seen, salt_of(draw, seen))) for draw in draws)
+                )
             case TopK(k, _):
-                return GrantResult(candidates=tuple((next_token(seen, rank), -float(rank)) for rank in range(k)))
+                return RowResult(
+                    position, candidates=tuple((next_token(seen, rank), -float(rank)) for rank in range(k))
+                )
             case Score(sets):
-                scores = tuple(max(logprob(seen, token_id) for token_id in one) for one in sets)
-                return GrantResult(scores=scores, next_logprobs=next_logprobs)
+                return RowResult(
+                    position, scores=tuple(max(logprob(seen, token_id) for token_id in one) for one in sets)
+                )
             case Hidden(layers):
-                return GrantResult(hidden=tuple(layers))
-        return GrantResult(next_logprobs=next_logprobs)
+                return RowResult(position, hidden=tuple(layers))
+            case NextLogprobs(token_ids):
+                token_id = token_ids[index]
+                return RowResult(position, logprobs=TokenLogprobs(TokenLogprob(token_id, logprob(seen, token_id), 1)))
+        raise AssertionError(want)
 
     def close(self) -> None:
         self.closed = True
@@ -207,15 +238,16 @@ class Harness:
         block_size: int = 4,
         caching: bool = True,
         ticks: Callable[[], int] | None = None,
+        proposer: Proposer | None = None,
         **config: object,
     ) -> None:
         """`ticks`: there is a tier, and its blocks come after so many steps."""
         defaults: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
-        self.executor = FakeExecutor(block_size)
+        self.executor = FakeExecutor(block_size, lambda: {one.id: one.token_ids for one in self.sequences()})
         self.now = 0.0
         self.tier = None if ticks is None else FakeTier(self.executor, ticks)
         self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now, tier=self.tier)
-        self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now)  # type: ignore[arg-type]
+        self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now, proposer)  # type: ignore[arg-type]
         self.engine.scheduler.schedule = self._scheduled  # type: ignore[method-assign]
         self.outputs: dict[str, RequestOutput] = {}  # all of each request so far
         self._so_far: defaultdict[str, OutputSoFar] = defaultdict(OutputSoFar)

@@ -34,7 +34,7 @@ class Beams(Coordinator):
         self.sequences[0].extend(self.prompt, self.want)
 
     def update(self, results: SequenceOf[SequenceResult]) -> None:
-        answered = [result for result in results if result.result.candidates]
+        answered = [row.candidates for result in results for row in result.rows]
         if not answered:
             return
         self.rows_per_step.append(len(answered))
@@ -43,9 +43,9 @@ class Beams(Coordinator):
             branches = [root.fork(root.num_tokens, (i,)) for i in range(self.width)]
             self.drop(root)
             self.sequences.extend(branches)
-            tokens = [token for token, _ in answered[0].result.candidates]
+            tokens = [token for token, _ in answered[0]]
         else:
-            tokens = [r.result.candidates[i][0] for i, r in enumerate(answered)]
+            tokens = [candidates[i][0] for i, candidates in enumerate(answered)]
         for sequence, token in zip(self.sequences, tokens, strict=True):
             sequence.extend([token], self.want)
         if self.sequences[0].num_tokens - len(self.prompt) == self.steps:

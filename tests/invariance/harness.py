@@ -13,6 +13,7 @@ from octavo.coordinators.completion import Completion
 from octavo.core.events import EventKind
 from octavo.core.outputs import CompletionOutput, Logprob
 from octavo.core.plan import StepPlan
+from octavo.core.want import Sample
 
 TOLERANCE = 1e-4  # of log-probabilities
 Request = tuple[list[int], SamplingParams]
@@ -36,7 +37,7 @@ class Counts:
 
     def add_plan(self, plan: StepPlan) -> None:
         grants = plan.grants
-        self.chunks += sum(grant.stop < len(grant.token_ids) for grant in grants)
+        self.chunks += sum(not any(isinstance(one.want, Sample) for one in grant.wants) for grant in grants)
         requests = {grant.request_id for grant in grants}
         self.mixed += len(requests) > 1
         sizes = {grant.num_tokens == 1 for grant in grants}

@@ -14,7 +14,7 @@ from octavo.backends.reference import ReferenceOps
 from octavo.core.params import SamplingParams
 from octavo.core.plan import Grant, GrantResult, StepPlan
 from octavo.core.sequence import Sequence
-from octavo.core.want import Draw, NextLogprobs, Sample, Want
+from octavo.core.want import Draw, NextLogprobs, Sample, Want, Wanted
 from octavo.formats import GGUFFile, open_weights
 from octavo.kv_cache import KVCacheManager
 from octavo.models import Model, model_class
@@ -75,9 +75,10 @@ class Probe:
         return sequence
 
     def step(
-        self, *parts: tuple[Sequence, int, Want | None], each_row: NextLogprobs | None = None
+        self, *parts: tuple[Sequence, int, Want | None], next_logprobs: int | None = None
     ) -> tuple[GrantResult, ...]:
-        """Compute each sequence up to a position and commit it."""
+        """Compute each sequence up to a position and commit it. `next_logprobs`: so many best tokens are wanted, beside
+        the next one, of each row that is computed and has one."""
         grants = []
         for sequence, stop, want in parts:
             copies = self.kv.allocate(sequence.block_table, sequence.num_computed, stop)
@@ -85,13 +86,12 @@ class Probe:
             grants.append(
                 Grant(
                     request_id=str(sequence.id),
-                    sequence=sequence,
-                    token_ids=sequence.token_ids,
+                    sequence_id=sequence.id,
                     start=sequence.num_computed,
                     stop=stop,
+                    token_ids=tuple(sequence.token_ids[sequence.num_computed : stop]),
                     block_table=tuple(sequence.block_table),
-                    want=want,
-                    each_row=each_row,
+                    wants=_wants(sequence, stop, want, next_logprobs),
                 )
             )
         results = self.runner.run(StepPlan(0, tuple(grants))).results
@@ -105,7 +105,7 @@ class Probe:
         sequence = self.sequence(token_ids)
         for stop in [*range(chunk or len(token_ids), len(token_ids), chunk or 1), len(token_ids)]:
             want = Sample((GREEDY,)) if stop == len(token_ids) else None
-            self.step((sequence, stop, want), each_row=NextLogprobs(0))
+            self.step((sequence, stop, want), next_logprobs=0)
         sequence.drop()
         return np.array(self.tap.rows)
 
@@ -115,7 +115,18 @@ class Probe:
         sequence = self.sequence(token_ids)
         for _ in range(num_tokens):
             (result,) = self.step((sequence, len(sequence.token_ids), Sample((GREEDY,))))
-            sequence.token_ids.append(result.draws[0].token_id)
+            sequence.token_ids.append(result.rows[-1].draws[0].token_id)
         tokens = sequence.token_ids[len(token_ids) :]
         sequence.drop()
         return tokens, np.array(self.tap.rows)
+
+
+def _wants(sequence: Sequence, stop: int, want: Want | None, next_logprobs: int | None) -> tuple[Wanted, ...]:
+    if isinstance(want, Sample):
+        want = Sample(tuple(draw.at(sequence.token_ids[:stop], None) for draw in want.draws))
+    wants = [] if want is None else [Wanted(stop - 1, stop, want)]
+    following = tuple(sequence.token_ids[sequence.num_computed + 1 : stop + 1])
+    if next_logprobs is not None and following:
+        start = sequence.num_computed
+        wants.insert(0, Wanted(start, start + len(following), NextLogprobs(following, next_logprobs)))
+    return tuple(wants)

@@ -158,5 +158,5 @@ def test_hidden_states(tiny: Tiny) -> None:
         for prompt, result in zip(prompts, results, strict=True):
             with torch.no_grad():
                 theirs = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-            for layer, state in zip(asked, result.hidden, strict=True):
+            for layer, state in zip(asked, result.rows[0].hidden, strict=True):
                 np.testing.assert_allclose(state, theirs[layer][0, -1].numpy(), atol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 from octavo.build import loading
 from octavo.config import EngineConfig
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
-from octavo.core.want import NextLogprobs, Sample
+from octavo.core.want import Sample
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import edit_config, make, save_tensors, tensors_of, tokens
 
@@ -135,11 +135,11 @@ def test_nan_weights_fail_only_requests_that_meet_them(folder: Path) -> None:
     probe = Probe(folder)
     prompts = [clean, [7, *clean], clean]
     grants = [(probe.sequence(prompt), len(prompt), Sample((GREEDY,))) for prompt in prompts]
-    for each_row in (None, NextLogprobs(2)):
+    for next_logprobs in (None, 2):
         for sequence, _, _ in grants:
             sequence.num_computed = 0
-        good, bad, also_good = probe.step(*grants, each_row=each_row)
-        assert bad.error is not None and "NaN" in bad.error and not bad.draws
+        good, bad, also_good = probe.step(*grants, next_logprobs=next_logprobs)
+        assert bad.error is not None and "NaN" in bad.error and not bad.rows
         for result in (good, also_good):
             assert result.error is None
-            assert [draw.token_id for draw in result.draws] == expected
+            assert [draw.token_id for draw in result.rows[-1].draws] == expected

@@ -6,34 +6,28 @@ import numpy as np
 
 from octavo.core.params import SamplingParams
 from octavo.core.plan import Grant
-from octavo.core.sequence import Sequence
-from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, Want
-from octavo.kv_cache import KVCacheManager
-from octavo.runner.input_batch import make_batch, rows_with_next
+from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, Wanted
+from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
 
 DRAW = Draw(SamplingParams(), seed=0, stream=(0,), num_prompt_tokens=1)
 SAMPLE = Sample((DRAW,))
 
 
-def grant(
-    token_ids: list[int],
-    start: int,
-    stop: int,
-    table: tuple[int, ...] = (0, 1, 2, 3),
-    want: Want | None = None,
-    each_row: NextLogprobs | None = None,
-) -> Grant:
-    sequence = Sequence(0, KVCacheManager(1, 1), lambda: 0)
-    return Grant("request", sequence, token_ids, start, stop, table, want, each_row)
+def grant(token_ids: list[int], start: int, table: tuple[int, ...] = (0, 1, 2, 3), *wants: Wanted) -> Grant:
+    return Grant("request", 0, start, start + len(token_ids), tuple(token_ids), table, wants)
+
+
+def next_logprobs(start: int, token_ids: tuple[int, ...]) -> Wanted:
+    return Wanted(start, start + len(token_ids), NextLogprobs(token_ids, 1))
 
 
 def test_layout_by_hand() -> None:
-    """Blocks of 4. Guards against slots of the wrong block, positions that begin at 0, and tokens past `stop`."""
+    """Blocks of 4. Guards against slots of the wrong block, and positions that begin at 0."""
     batch = make_batch(
         [
-            grant([10, 11, 12, 13, 14, 15, 16], 3, 6, table=(7, 2), want=None),  # the seventh token is not granted
-            grant([20], 0, 1, table=(5,), want=SAMPLE),
-            grant([30, 31, 32, 33, 34, 35, 36, 37, 38], 8, 9, table=(1, 0, 9), want=Score(((1,),))),
+            grant([13, 14, 15], 3, (7, 2)),
+            grant([20], 0, (5,), Wanted(0, 1, SAMPLE)),
+            grant([38], 8, (1, 0, 9), Wanted(8, 9, Score(((1,),)))),
         ],
         block_size=4,
     )
@@ -60,37 +54,35 @@ def test_no_grants() -> None:
 
 
 def test_wanted_rows() -> None:
-    """Guards against a row too many where the last one is wanted twice, and a row too few where a prompt's next token
-    is not granted yet."""
-    each = NextLogprobs(1)
-    ids = [1, 2, 3, 4, 5, 6]
+    """Guards against a row too many where one is wanted twice, and against answers that go to another row."""
 
-    def rows(start: int, stop: int, want: Want | None, each_row: NextLogprobs | None) -> list[int]:
-        return make_batch([grant(ids, start, stop, want=want, each_row=each_row)], 4).logits_indices.tolist()
+    def rows(token_ids: list[int], start: int, *wants: Wanted) -> tuple[list[int], list[tuple[int, int]]]:
+        one = grant(token_ids, start, (0, 1, 2, 3), *wants)
+        asked = [(request.row, request.position) for request in logits_requests([one])]
+        return make_batch([one], 4).logits_indices.tolist(), asked
 
-    assert rows(0, 6, None, None) == []
-    assert rows(0, 6, SAMPLE, None) == [5]
-    assert rows(0, 3, None, each) == [0, 1, 2]  # the fourth token is known: row 2 has a next one
-    assert rows(3, 6, None, each) == [0, 1]  # nothing follows the last
-    assert rows(3, 6, SAMPLE, each) == [0, 1, 2]
-    assert rows(0, 3, SAMPLE, each) == [0, 1, 2]  # the last row serves both
-    assert rows(0, 6, Hidden((0,)), None) == []
-    assert rows(0, 6, Hidden((0,)), each) == [0, 1, 2, 3, 4]
-    assert rows(5, 6, None, each) == []
-    two = make_batch([grant(ids, 0, 2, each_row=each), grant(ids, 4, 6, want=SAMPLE)], 4)
-    assert two.logits_indices.tolist() == [0, 1, 3]
-
-
-def test_rows_with_next() -> None:
-    assert list(rows_with_next(grant([1, 2, 3], 0, 3))) == [0, 1]
-    assert list(rows_with_next(grant([1, 2, 3], 0, 2))) == [0, 1]
-    assert list(rows_with_next(grant([1, 2, 3], 2, 3))) == []
+    sample, hidden = Wanted(5, 6, SAMPLE), Wanted(4, 6, Hidden((0,)))
+    assert rows([1, 2, 3, 4, 5, 6], 0) == ([], [])
+    assert rows([1, 2, 3, 4, 5, 6], 0, sample) == ([5], [(0, 5)])
+    assert rows([4, 5, 6], 3, next_logprobs(3, (5, 6)), sample) == ([0, 1, 2], [(0, 3), (1, 4), (2, 5)])
+    assert rows([5, 6], 4, next_logprobs(4, (6, 7)), sample) == ([0, 1], [(0, 4), (1, 5), (1, 5)]), (
+        "one row serves both"
+    )
+    assert rows([5, 6], 4, sample, sample) == ([1], [(0, 5), (0, 5)])
+    assert rows([5, 6], 4, hidden, sample) == ([1], [(0, 5)])
+    two = [grant([1, 2], 0, (0,), next_logprobs(0, (2, 3))), grant([5, 6], 4, (0, 1), hidden, sample)]
+    batch = make_batch(two, 4)
+    assert batch.logits_indices.tolist() == [0, 1, 3]
+    assert [(r.row, r.position) for r in logits_requests(two)] == [(0, 0), (1, 1), (2, 5)]
+    assert [r.want for r in logits_requests(two)] == [NextLogprobs((2,), 1), NextLogprobs((3,), 1), SAMPLE]
+    assert hidden_rows(two, batch) == {0: [2, 3]}
 
 
-def test_rows_before_the_start_are_not_asked() -> None:
-    """Guards log-probabilities that are made, and paid for, at positions which may as well come from the cache."""
-    ids = [1, 2, 3, 4, 5]
-    for start, stop, rows in ((0, 5, [2, 3]), (0, 2, []), (1, 4, [1, 2]), (3, 5, [0]), (4, 5, [])):
-        one = grant(ids, start, stop, each_row=NextLogprobs(0, start=2))
-        assert list(rows_with_next(one)) == rows
-        assert make_batch([one], 4).logits_indices.tolist() == rows
+def test_parts_of_what_is_wanted() -> None:
+    """A prompt in chunks gets the log-probabilities of each chunk's own rows."""
+    wanted = next_logprobs(2, (13, 14, 15))  # of the rows of positions 2 to 4
+    assert wanted.within(0, 2) is None and wanted.within(5, 9) is None
+    assert wanted.within(0, 4) == next_logprobs(2, (13, 14))
+    assert wanted.within(3, 4) == next_logprobs(3, (14,))
+    assert wanted.within(4, 9) == next_logprobs(4, (15,))
+    assert Wanted(2, 5, SAMPLE).within(3, 9) == Wanted(3, 5, SAMPLE)

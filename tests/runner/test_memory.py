@@ -11,7 +11,7 @@ import pytest
 
 from octavo import LLM
 from octavo.core.errors import OutOfMemoryError
-from octavo.core.want import NextLogprobs, Sample
+from octavo.core.want import Sample
 from octavo.runner.memory import available_memory, plan_memory, rows_per_slice, size
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import make
@@ -140,7 +140,7 @@ def test_a_step_keeps_to_its_scratch(
     probe.tap.rows = _Nothing()
     tracemalloc.start()
     try:
-        probe.step(*parts, each_row=NextLogprobs(0))
+        probe.step(*parts, next_logprobs=0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

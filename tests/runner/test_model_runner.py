@@ -10,7 +10,7 @@ import pytest
 
 from octavo.core.params import SamplingParams
 from octavo.core.plan import BlockCopy, Grant, StepPlan
-from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, TopK
+from octavo.core.want import Draw, Hidden, Sample, Score, TopK, Wanted
 from octavo.runner.model_runner import LocalExecutor
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import make, tokens
@@ -37,16 +37,18 @@ def test_all_wants_in_one_step(folder: Path) -> None:
     parts = [(probe.sequence(p), len(p), want) for p, want in zip(prompts, wants, strict=True)]
     results = probe.step(*parts)
     rows = [log_softmax(single.logits(prompt)[-1]) for prompt in prompts]
-    assert len(results[0].draws) == 2
-    assert results[0].draws[0].token_id == rows[0].argmax()
+    assert len(results[0].rows[0].draws) == 2
+    assert results[0].rows[0].draws[0].token_id == rows[0].argmax()
     assert results[1] == type(results[1])()
     best = np.argsort(-rows[2])[:4]
-    assert [token for token, _ in results[2].candidates] == best.tolist()
-    np.testing.assert_allclose([value for _, value in results[2].candidates], rows[2][best], atol=1e-5)
-    np.testing.assert_allclose(results[3].scores, [np.log(np.exp(rows[3][list(s)]).sum()) for s in sets], atol=1e-5)
-    assert [state.shape for state in results[4].hidden] == [(32,), (32,)]
+    assert [token for token, _ in results[2].rows[0].candidates] == best.tolist()
+    np.testing.assert_allclose([value for _, value in results[2].rows[0].candidates], rows[2][best], atol=1e-5)
+    np.testing.assert_allclose(
+        results[3].rows[0].scores, [np.log(np.exp(rows[3][list(s)]).sum()) for s in sets], atol=1e-5
+    )
+    assert [state.shape for state in results[4].rows[0].hidden] == [(32,), (32,)]
     alone = single.step((single.sequence(prompts[5]), 7, wants[5]))
-    assert results[5].draws == alone[0].draws
+    assert results[5] == alone[0]
 
 
 def test_next_logprobs_beside_wants(folder: Path) -> None:
@@ -55,11 +57,12 @@ def test_next_logprobs_beside_wants(folder: Path) -> None:
     prompts = [tokens(length, seed=length) for length in (6, 4, 9)]
     wants = [Sample((GREEDY,)), None, Hidden((1,))]
     parts = [(probe.sequence(p), len(p), want) for p, want in zip(prompts, wants, strict=True)]
-    results = probe.step(*parts, each_row=NextLogprobs(2))
+    results = probe.step(*parts, next_logprobs=2)
     for prompt, result in zip(prompts, results, strict=True):
         rows = [log_softmax(row) for row in single.logits(prompt)]
-        assert len(result.next_logprobs) == len(prompt) - 1
-        for row, entry, token_id in zip(rows, result.next_logprobs, prompt[1:], strict=False):
+        entries = [one.logprobs for one in result.rows if one.logprobs is not None]
+        assert len(entries) == len(prompt) - 1
+        for row, entry, token_id in zip(rows, entries, prompt[1:], strict=False):
             assert entry.token.token_id == token_id
             assert entry.token.logprob == pytest.approx(row[token_id], abs=1e-5)
             assert entry.token.rank == 1 + (row > row[token_id]).sum()
@@ -79,13 +82,21 @@ def test_copies_come_before_everything(folder: Path) -> None:
     assert copies is not None and len(copies) == 1 and isinstance(copies[0], BlockCopy)
     assert probe.kv.allocate(sequence.block_table, 13, 15) == ()
     grants = tuple(
-        Grant(str(one.id), one, one.token_ids, 13, 15, tuple(one.block_table), Score(((1,), (2,))), None)
+        Grant(
+            str(one.id),
+            one.id,
+            13,
+            15,
+            tuple(one.token_ids[13:]),
+            tuple(one.block_table),
+            (Wanted(14, 15, Score(((1,), (2,)))),),
+        )
         for one in (sequence, fork)
     )
     results = probe.runner.run(StepPlan(0, grants, copies)).results
     for one, result in zip((sequence, fork), results, strict=True):
         row = log_softmax(Probe(folder).logits(one.token_ids)[-1])
-        np.testing.assert_allclose(result.scores, row[[1, 2]], atol=1e-5)
+        np.testing.assert_allclose(result.rows[0].scores, row[[1, 2]], atol=1e-5)
 
 
 def test_a_plan_of_copies_alone(folder: Path) -> None:
@@ -102,12 +113,12 @@ def test_errors_of_a_draw_stay_with_it(folder: Path) -> None:
     draws = [GREEDY, impossible, GREEDY]
     results = probe.step(
         *((probe.sequence(p), len(p), Sample((draw,))) for p, draw in zip(prompts, draws, strict=True)),
-        each_row=NextLogprobs(0),
+        next_logprobs=0,
     )
     assert results[1].error is not None and "rule out the whole vocabulary" in results[1].error
     for index in (0, 2):
         assert results[index].error is None
-        assert results[index].draws[0].token_id == single.logits(prompts[index])[-1].argmax()
+        assert results[index].rows[-1].draws[0].token_id == single.logits(prompts[index])[-1].argmax()
 
 
 def test_a_closed_executor_says_so(folder: Path) -> None:

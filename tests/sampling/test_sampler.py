@@ -10,7 +10,7 @@ import pytest
 
 from octavo.core.params import SamplingParams
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Draw, Sample, Score, TopK
+from octavo.core.want import Draw, NextLogprobs, Sample, Score, TopK
 from octavo.sampling import Sampler
 from octavo.sampling.rows import NumpyRows, log_softmax
 from octavo.sampling.sampler import SamplingError
@@ -32,13 +32,14 @@ def draw(prompt: list[int] | None = None, output: list[int] | None = None, **par
         counts = TokenCounts(prompt)
         counts.advance(output)
     bad = tuple(tuple(int(x) for x in word.split()) for word in sampling.bad_words or ())
-    made = Draw(sampling, sampling.seed or 0, (0,), len(prompt), counts, bad, tuple(sampling.stop_token_ids or ()))
-    return made, prompt + output
+    made = Draw(sampling, sampling.seed or 0, (0,), len(prompt), bad, tuple(sampling.stop_token_ids or ()))
+    token_ids = prompt + output
+    return made.at(token_ids, None if counts is None else counts.counts), token_ids
 
 
 def sample(logits: np.ndarray, **params: Any) -> int:
     made, token_ids = draw(**params)
-    return sampler.run(logits, Sample((made,)), token_ids, len(token_ids) - 1).draws[0].token_id
+    return sampler.run(logits, Sample((made,)), len(token_ids) - 1).draws[0].token_id
 
 
 def kept(logits: np.ndarray, **params: Any) -> list[int]:
@@ -113,8 +114,8 @@ def test_penalties_equal_their_formulas() -> None:
     for token in set(output):
         values[token] -= 0.7 + 0.2 * output.count(token)
     expected = int(values.argmax())
-    assert sampler.run(logits, Sample((made,)), token_ids, len(token_ids) - 1).draws[0].token_id == expected
-    processed = sampler.run(logits, TopK(VOCAB, made), token_ids, len(token_ids) - 1).candidates
+    assert sampler.run(logits, Sample((made,)), len(token_ids) - 1).draws[0].token_id == expected
+    processed = sampler.run(logits, TopK(VOCAB, made), len(token_ids) - 1).candidates
     assert len(processed) == VOCAB
 
 
@@ -125,15 +126,15 @@ def test_repetition_penalty_equals_transformers() -> None:
     logits = row(6)
     made, token_ids = draw([1, 2, 3], [9, 9], repetition_penalty=1.7)
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), torch.tensor(log_softmax(logits)[None]))
-    ours = dict(sampler.run(logits, TopK(VOCAB, made), token_ids, len(token_ids) - 1).candidates)
+    ours = dict(sampler.run(logits, TopK(VOCAB, made), len(token_ids) - 1).candidates)
     assert np.allclose([ours[i] for i in range(VOCAB)], theirs[0].numpy(), atol=1e-6)
 
 
 def test_top_k_candidates_are_best_first_and_ties_go_to_the_lower_id() -> None:
     logits = np.zeros(VOCAB, np.float32)
     logits[[30, 10]] = 2.0
-    made, token_ids = draw()
-    candidates = sampler.run(logits, TopK(4, made), token_ids, 2).candidates
+    made, _ = draw()
+    candidates = sampler.run(logits, TopK(4, made), 2).candidates
     assert [token for token, _ in candidates] == [10, 30, 0, 1]
     assert candidates[0][1] == pytest.approx(log_softmax(logits)[10], abs=1e-6)
 
@@ -183,8 +184,8 @@ def test_one_row_feeds_many_draws() -> None:
     logits = row(9, scale=0.1)
     sampling = SamplingParams(temperature=1.0, n=8)
     draws = tuple(Draw(sampling, 5, (index,), 1) for index in range(8))
-    together = [drawn.token_id for drawn in sampler.run(logits, Sample(draws), [1], 0).draws]
-    alone = [sampler.run(logits, Sample((one,)), [1], 0).draws[0].token_id for one in draws]
+    together = [drawn.token_id for drawn in sampler.run(logits, Sample(draws), 0).draws]
+    alone = [sampler.run(logits, Sample((one,)), 0).draws[0].token_id for one in draws]
     assert together == alone
     assert len(set(together)) > 1
 
@@ -192,7 +193,7 @@ def test_one_row_feeds_many_draws() -> None:
 def test_score_is_the_mass_of_a_set() -> None:
     logits = row(10)
     probabilities = np.exp(log_softmax(logits))
-    scores = sampler.run(logits, Score(((3,), (1, 2, 5), tuple(range(VOCAB)))), [1], 0).scores
+    scores = sampler.run(logits, Score(((3,), (1, 2, 5), tuple(range(VOCAB)))), 0).scores
     assert scores == pytest.approx(
         [math.log(probabilities[3]), math.log(probabilities[[1, 2, 5]].sum()), 0.0], abs=1e-9
     )
@@ -204,17 +205,19 @@ def test_logprobs_and_ranks() -> None:
     values = log_softmax(logits)
     order = np.argsort(-logits, kind="stable")
     for rank, token in enumerate(order, 1):
-        found = sampler.logprobs(logits, int(token), 3)
+        found = sampler.run(logits, NextLogprobs((int(token),), 3), 0).logprobs
+        assert found is not None
         assert found.token.rank == rank
         assert found.token.logprob == pytest.approx(values[token])
         assert [entry.token_id for entry in found.top] == order[:3].tolist()
-    assert sampler.logprobs(logits, 0, 0).top == ()
+    found = sampler.run(logits, NextLogprobs((0,), 0), 0).logprobs
+    assert found is not None and found.top == ()
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = row(12)
     made, token_ids = draw(temperature=0, logit_bias={7: 50.0}, logprobs=1)
-    drawn = sampler.run(logits, Sample((made,)), token_ids, len(token_ids) - 1).draws[0]
+    drawn = sampler.run(logits, Sample((made,)), len(token_ids) - 1).draws[0]
     assert drawn.token_id == 7 and drawn.logprobs is not None
     assert drawn.logprobs.token.logprob == pytest.approx(log_softmax(logits)[7])
 
@@ -223,15 +226,15 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_damaged_logits_are_an_error_not_a_token(value: float) -> None:
     logits = row()
     logits[3] = value
-    made, token_ids = draw()
+    made, _ = draw()
     with pytest.raises(SamplingError, match=r"NaN|inf"):
-        sampler.run(logits, Sample((made,)), token_ids, 2)
+        sampler.run(logits, Sample((made,)), 2)
 
 
 def test_nothing_left_to_draw_is_an_error() -> None:
-    made, token_ids = draw(allowed_token_ids=[4], bad_words=["4"])
+    made, _ = draw(allowed_token_ids=[4], bad_words=["4"])
     with pytest.raises(SamplingError, match="no token can be drawn"):
-        sampler.run(row(), Sample((made,)), token_ids, 2)
+        sampler.run(row(), Sample((made,)), 2)
 
 
 def test_best_equals_a_stable_sort() -> None:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from octavo.build import build_engine
 from octavo.core.outputs import OutputSoFar
 from octavo.core.params import OutputKind, SamplingParams
-from octavo.core.want import Hidden
-from octavo.runner.input_batch import rows_with_next
+from octavo.runner.input_batch import logits_requests
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
     from octavo.core.outputs import CompletionOutput, RequestOutput
-    from octavo.core.plan import Grant, StepPlan
+    from octavo.core.plan import StepPlan, StepResult
 
 Request = tuple[list[int], SamplingParams]
 
@@ -64,15 +63,12 @@ class EngineDriver:
         arrived = self.clock()
         answers = {coordinator.request_id: Answer(arrived) for coordinator in made}
         prompt_lens = {c.request_id: len(ids) for c, (ids, _) in zip(made, requests, strict=True)}
-        plans: list[tuple[StepPlan, int]] = []
-        schedule = self._engine.scheduler.schedule
+        plans: list[StepPlan] = []
 
-        def watched() -> StepPlan:
-            plan = schedule()
-            plans.append((plan, sum(map(_rows, plan.grants))))  # now: sequences grow when the step returns
-            return plan
+        def listener(plan: StepPlan, result: StepResult) -> None:
+            plans.append(plan)
 
-        self._engine.scheduler.schedule = watched  # type: ignore[method-assign]
+        self._engine.step_listeners.append(listener)
         try:
             for coordinator in made:
                 self._engine.add(coordinator)
@@ -82,13 +78,14 @@ class EngineDriver:
                 ended = self.clock()
                 for output in outputs:
                     _note(answers[output.request_id], output, ended)
-                plan, rows = plans.pop()
-                if on_plan is not None:
-                    on_plan(plan)
-                if on_step is not None:
-                    on_step(_step(plan, rows, started, ended, prompt_lens))
+                while plans:  # none, if nothing could run
+                    plan = plans.pop()
+                    if on_plan is not None:
+                        on_plan(plan)
+                    if on_step is not None:
+                        on_step(_step(plan, started, ended, prompt_lens))
         finally:
-            del self._engine.scheduler.schedule  # the method of the class shows again
+            self._engine.step_listeners.remove(listener)
             for coordinator in made:
                 self._engine.abort(coordinator.request_id)
         return [answers[coordinator.request_id] for coordinator in made]
@@ -109,22 +106,14 @@ def _note(answer: Answer, output: RequestOutput, now: float) -> None:
     answer.output = answer.so_far.take(output)
 
 
-def _step(plan: StepPlan, rows: int, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
+def _step(plan: StepPlan, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
     return Step(
         started,
         ended,
         tuple((grant.start, grant.num_tokens) for grant in plan.grants),
-        rows,
+        len({request.row for request in logits_requests(plan.grants)}),
         sum(max(min(grant.stop, prompt_lens[grant.request_id]) - grant.start, 0) for grant in plan.grants),
     )
-
-
-def _rows(grant: Grant) -> int:
-    """Rows of a grant whose logits are made."""
-    rows = set() if grant.each_row is None else set(rows_with_next(grant))
-    if grant.want is not None and not isinstance(grant.want, Hidden):
-        rows.add(grant.num_tokens - 1)
-    return len(rows)
 
 
 def completions(answer: Answer) -> list[CompletionOutput]:

@@ -18,6 +18,7 @@ from octavo.cli.check import Check, Status, judged
 from octavo.cli.driver import Answer, EngineDriver, Request, completions
 from octavo.config import EngineConfig
 from octavo.core.params import SamplingParams
+from octavo.core.want import Sample
 
 if TYPE_CHECKING:
     from octavo.core.outputs import CompletionOutput
@@ -46,7 +47,7 @@ class Counts:
 
     def add_plan(self, plan: StepPlan) -> None:
         self.mixed += len({grant.request_id for grant in plan.grants}) > 1
-        self.chunks += sum(grant.stop < len(grant.token_ids) for grant in plan.grants)
+        self.chunks += sum(not any(isinstance(one.want, Sample) for one in grant.wants) for grant in plan.grants)
         blocks = [block for grant in plan.grants for block in grant.block_table]
         self.shared += len(set(blocks)) < len(blocks)
         self.copies += len(plan.copies)

@@ -15,7 +15,7 @@ from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.events import Reason
 from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.core.params import OutputKind
-from octavo.core.plan import GrantResult, TokenLogprobs
+from octavo.core.plan import RowResult, TokenLogprobs
 from octavo.core.protocols import TextStream
 from octavo.core.repetition import repeats
 from octavo.core.sequence import Sequence
@@ -94,22 +94,20 @@ class BeamCoordinator(Coordinator):
         self.sequences.append(prompt)
         for group in self._groups:
             group.beams = [_Beam(prompt)]
-        counts = TokenCounts(self.request.prompt_token_ids) if self.request.params.has_penalties else None
-        prompt.extend(self.request.prompt_token_ids, want=self._want(counts))
-        if counts is not None:
-            prompt.attach(counts)
+        prompt.extend(self.request.prompt_token_ids, want=self._want())
+        if self.request.params.has_penalties:
+            prompt.attach(TokenCounts(self.request.prompt_token_ids))
         if self.request.params.stop and (text := self._text_stream()) is not None:
             self._text_type = type(text)
             prompt.attach(text)
 
-    def _want(self, counts: TokenCounts | None) -> TopK:
+    def _want(self) -> TopK:
         request, params = self.request, self.params
         draw = Draw(
             params=request.params,
             seed=0,  # nothing is drawn
             stream=(),
             num_prompt_tokens=len(request.prompt_token_ids),
-            counts=counts,
             bad_words=request.bad_words,
             end_token_ids=request.end_token_ids,
             no_repeat_ngram_size=params.no_repeat_ngram_size,
@@ -136,7 +134,7 @@ class BeamCoordinator(Coordinator):
     # --- a step ---
 
     def update(self, results: SequenceOf[SequenceResult]) -> None:
-        answers = {result.sequence.id: result.result for result in results if result.result.candidates}
+        answers = {result.sequence.id: row for result in results for row in result.rows if row.candidates}
         if not answers:
             return  # part of the prompt, or of what is restored
         chosen: Counter[int] = Counter()  # tokens that earlier groups took in this step
@@ -154,7 +152,7 @@ class BeamCoordinator(Coordinator):
         if not moves:
             self._reason = self._best()[0].what.finish_reason
 
-    def _step(self, group: _Group, answers: dict[int, GrantResult], chosen: Counter[int]) -> list[Candidate]:
+    def _step(self, group: _Group, answers: dict[int, RowResult], chosen: Counter[int]) -> list[Candidate]:
         """One step of a group: the candidates that become its beams."""
         rows = [self._row(answers[beam.sequence.id].candidates, chosen) for beam in group.beams]
         ranked = group.search.rank(rows)
@@ -197,7 +195,7 @@ class BeamCoordinator(Coordinator):
                 return "repetition", "repetition_detected"
         return None
 
-    def _chain(self, beam: _Beam, candidate: Candidate, answers: dict[int, GrantResult]) -> _Chain | None:
+    def _chain(self, beam: _Beam, candidate: Candidate, answers: dict[int, RowResult]) -> _Chain | None:
         if self.params.logprobs is None:
             return None
         answer = answers[beam.sequence.id]
@@ -207,7 +205,7 @@ class BeamCoordinator(Coordinator):
     def _generated(self, sequence: Sequence) -> list[int]:
         return sequence.token_ids[len(self.request.prompt_token_ids) :]
 
-    def _move(self, moves: list[tuple[_Group, _Beam, Candidate]], answers: dict[int, GrantResult]) -> None:
+    def _move(self, moves: list[tuple[_Group, _Beam, Candidate]], answers: dict[int, RowResult]) -> None:
         """Let the sequences be those of the new beams, in order. All forks are made before anything is appended."""
         for group in self._groups:
             group.beams = []
@@ -223,7 +221,7 @@ class BeamCoordinator(Coordinator):
                 sequence.drop()
         self.sequences[:] = [beam.sequence for group in self._groups for beam in group.beams]
         for sequence, (_, _, candidate) in zip(self.sequences, moves, strict=True):
-            sequence.extend((candidate.token_id,), want=self._want(sequence.attached(TokenCounts)))
+            sequence.extend((candidate.token_id,), want=self._want())
         self.metrics.num_generated_tokens += self.params.num_outputs
 
     # --- ending, and what the user sees ---

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from octavo.core.outputs import CompletionOutput, Logprob
 from octavo.core.params import SamplingParams
-from octavo.core.plan import DrawResult, TokenLogprobs
+from octavo.core.plan import DrawResult, RowResult, TokenLogprobs
 from octavo.core.protocols import TextCodec, TextStream
 from octavo.core.repetition import repeats
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Draw, NextLogprobs, Sample
+from octavo.core.want import Draw, NextLogprobs, Sample, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,10 @@ class CompletionRequest:
         """Tokens that end an output, and may not be drawn before `min_tokens`."""
         return tuple(sorted({*self.eos_token_ids, *(self.params.stop_token_ids or ())}))
 
-    def prompt_want(self) -> NextLogprobs | None:
-        top = self.params.prompt_logprobs
-        return None if top is None else NextLogprobs(top)
+    def prompt_rows(self) -> tuple[Wanted, ...]:
+        """What is wanted of the rows of the prompt, besides the last."""
+        top, following = self.params.prompt_logprobs, tuple(self.prompt_token_ids[1:])
+        return () if top is None else (Wanted(0, len(following), NextLogprobs(following, top)),)
 
 
 class PromptLogprobs:
@@ -51,12 +52,12 @@ class PromptLogprobs:
             [None] * len(request.prompt_token_ids) if wanted else None
         )
 
-    def put(self, start: int, rows: SequenceOf[TokenLogprobs]) -> None:
-        """`rows[i]` is the log-probability of the token at position start + 1 + i."""
+    def put(self, rows: SequenceOf[RowResult]) -> None:
+        """The row at a position speaks of the token after it."""
         if self._entries is not None:
-            for position, row in enumerate(rows, start + 1):
-                if position < len(self._entries):
-                    self._entries[position] = to_dict(row)
+            for row in rows:
+                if row.logprobs is not None:
+                    self._entries[row.position + 1] = to_dict(row.logprobs)
 
     def take(self) -> list[dict[int, Logprob] | None] | None:
         return self._entries
@@ -90,7 +91,6 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     text_stream: TextStream | None = None
-    counts: TokenCounts | None = None
     stream: tuple[int, ...] = ()  # of its draws; the index alone if none is given
     sent: Sent = Sent()
 
@@ -99,8 +99,6 @@ class Completion:
         params = self.request.params
         if params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
-        if params.has_penalties:
-            self.counts = TokenCounts(self.request.prompt_token_ids)
         if self.request.codec is not None and params.detokenize:
             self.text_stream = self.request.codec.text_stream(
                 self.request.prompt_token_ids,
@@ -113,26 +111,42 @@ class Completion:
 
     @property
     def draw(self) -> Draw:
-        """The next draw. Its stream is the sample's own, so that outputs differ and each is reproducible."""
+        """Its draws. The stream is the sample's own, so that outputs differ and each is reproducible."""
         request = self.request
         return Draw(
             params=request.params,
             seed=request.seed,
             stream=self.stream,
             num_prompt_tokens=len(request.prompt_token_ids),
-            counts=self.counts,
             bad_words=request.bad_words,
             end_token_ids=request.end_token_ids,
         )
 
-    def attach_to(self, sequence: Sequence) -> None:
-        """Let this output's state follow the sequence that carries it."""
-        for state in (self.counts, self.text_stream):
-            if state is not None:
-                sequence.attach(state)
+    @property
+    def want(self) -> Sample:
+        """The next token; of those after it, as many may be guessed as the output has room for."""
+        return Sample((self.draw,), max(self.request.max_tokens - len(self.token_ids) - 1, 0))
 
-    def take(self, drawn: DrawResult, sequence: Sequence) -> None:
-        """Append a drawn token to the output and its sequence, and ask for the next unless this was the last."""
+    def attach_to(self, sequence: Sequence) -> None:
+        """Let this output's state follow the sequence that carries it. Counts for penalties may do so already: those
+        of the prompt, forked with it."""
+        if self.text_stream is not None:
+            sequence.attach(self.text_stream)
+        if self.request.params.has_penalties and sequence.attached(TokenCounts) is None:
+            sequence.attach(TokenCounts(self.request.prompt_token_ids))
+
+    def take(self, draws: SequenceOf[DrawResult], sequence: Sequence) -> int:
+        """Append drawn tokens to the output and its sequence, up to one that ends it, or else ask for the next. Returns
+        how many there were."""
+        for number, drawn in enumerate(draws, 1):
+            self._append(drawn, sequence)
+            if self.finish_reason is not None:
+                return number
+        if draws:
+            sequence.extend((), want=self.want)
+        return len(draws)
+
+    def _append(self, drawn: DrawResult, sequence: Sequence) -> None:
         self.token_ids.append(drawn.token_id)
         if self.logprobs is not None and drawn.logprobs is not None:
             self.logprobs.append(to_dict(drawn.logprobs))
@@ -143,7 +157,7 @@ class Completion:
                 self.text_stream.advance((drawn.token_id,))
             self.finish("stop", None if drawn.token_id in self.request.eos_token_ids else drawn.token_id)
             return
-        sequence.extend((drawn.token_id,), want=Sample((self.draw,)))
+        sequence.extend((drawn.token_id,))
         if self.text_stream is not None and self.text_stream.stop_reason is not None:
             self.finish("stop", self.text_stream.stop_reason)
         elif len(self.token_ids) >= self.request.max_tokens:

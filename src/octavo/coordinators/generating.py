@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs
@@ -28,10 +29,9 @@ class GeneratingCoordinator(Coordinator):
         self._last_finish_reason: str | None = None
         self._prompt_logprobs_sent = False
 
-    def take(self, index: int, drawn: DrawResult, sequence: Sequence) -> None:
+    def take(self, index: int, draws: SequenceOf[DrawResult], sequence: Sequence) -> None:
         completion = self.completions[index]
-        completion.take(drawn, sequence)
-        self.metrics.num_generated_tokens += 1
+        self.metrics.num_generated_tokens += completion.take(draws, sequence)
         if completion.finish_reason is not None:
             self._last_finish_reason = completion.finish_reason
             self.drop(sequence)

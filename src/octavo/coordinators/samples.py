@@ -9,6 +9,7 @@ from octavo.coordinators.generating import GeneratingCoordinator
 from octavo.core.coordinator import NewSequence, SequenceResult
 from octavo.core.plan import DrawResult
 from octavo.core.sequence import Sequence
+from octavo.core.token_counts import TokenCounts
 from octavo.core.want import Sample
 
 
@@ -17,7 +18,9 @@ class SamplesCoordinator(GeneratingCoordinator):
         prompt = new_sequence(())
         self.sequences.append(prompt)
         draws = tuple(completion.draw for completion in self.completions)
-        prompt.extend(self.request.prompt_token_ids, want=Sample(draws), each_row=self.request.prompt_want())
+        prompt.extend(self.request.prompt_token_ids, want=Sample(draws), rows=self.request.prompt_rows())
+        if self.request.params.has_penalties:
+            prompt.attach(TokenCounts(self.request.prompt_token_ids))  # each fork has its own
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -25,12 +28,12 @@ class SamplesCoordinator(GeneratingCoordinator):
 
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         for result in results:
-            self.prompt_logprobs.put(result.start, result.result.next_logprobs)
-            draws = result.result.draws
+            self.prompt_logprobs.put(result.rows)
+            draws = result.draws
             if draws and result.sequence.stream == ():
                 self._branch(result.sequence, draws)
             elif draws:
-                self.take(result.sequence.stream[0], draws[0], result.sequence)
+                self.take(result.sequence.stream[0], draws, result.sequence)
 
     def _branch(self, prompt: Sequence, draws: SequenceOf[DrawResult]) -> None:
         """Every output gets its own fork of the prompt and its first token."""
@@ -39,4 +42,4 @@ class SamplesCoordinator(GeneratingCoordinator):
         self.sequences.extend(branches)
         for completion, branch, drawn in zip(self.completions, branches, draws, strict=True):
             completion.attach_to(branch)
-            self.take(completion.index, drawn, branch)
+            self.take(completion.index, [drawn], branch)

@@ -22,7 +22,8 @@ from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoErr
 from octavo.core.events import Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
-from octavo.core.want import NextLogprobs, Sample, Score
+from octavo.core.token_counts import TokenCounts
+from octavo.core.want import NextLogprobs, Score, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -336,13 +337,11 @@ class _Generating(_Task):
 
     def begin(self) -> None:
         self.branch.num_generated += 1
-        self.sequence.extend((), want=Sample((self.completion.draw,)))
+        self.sequence.extend((), want=self.completion.want)
         self.completion.attach_to(self.sequence)
 
     def take(self, result: SequenceResult) -> bool:
-        for drawn in result.result.draws:
-            self.completion.take(drawn, self.sequence)
-            self.session.metrics.num_generated_tokens += 1
+        self.session.metrics.num_generated_tokens += self.completion.take(result.draws, self.sequence)
         return self.completion.finish_reason is not None
 
     def end(self) -> CompletionOutput:
@@ -388,7 +387,7 @@ class _Generating(_Task):
         self._leave(self.start)
 
     def _leave(self, num_tokens: int) -> None:
-        for state in (self.completion.counts, self.completion.text_stream):
+        for state in (self.sequence.attached(TokenCounts), self.completion.text_stream):
             if state is not None:
                 self.sequence.detach(state)
         self.sequence.truncate(num_tokens)
@@ -415,10 +414,10 @@ class _Selecting(_Task):
 
     def take(self, result: SequenceResult) -> bool:
         if result.sequence is self.sequence:
-            if not result.result.scores:
+            if not result.rows:
                 return False  # part of a branch that is computed again
-            for row, score in zip(self.logprobs, result.result.scores, strict=True):
-                row[0] = score
+            for logprobs, score in zip(self.logprobs, result.rows[0].scores, strict=True):
+                logprobs[0] = score
             for index, choice in enumerate(self.choices):
                 if len(choice) > 1:
                     self._fork(index, choice)
@@ -429,21 +428,22 @@ class _Selecting(_Task):
     def _fork(self, index: int, choice: SequenceOf[int]) -> None:
         """The last token's row is not needed, so the token is not appended: the row before scores it."""
         fork = self.sequence.fork(self.start, ())
-        each_row = NextLogprobs(0, self.start) if len(choice) > 2 else None
-        fork.extend(choice[:-1], want=Score(((choice[-1],),)), each_row=each_row)
+        following = tuple(choice[1:-1])
+        rows = (Wanted(self.start, self.start + len(following), NextLogprobs(following, 0)),) if following else ()
+        fork.extend(choice[:-1], want=Score(((choice[-1],),)), rows=rows)
         self.forks[fork.id] = index, fork
         self.session.work_for(self, fork)
 
     def _take_further(self, result: SequenceResult) -> None:
         index, fork = self.forks[result.sequence.id]
-        row = self.logprobs[index]
-        first = max(result.start, self.start) + 1 - self.start  # the row at a position speaks of the token after it
-        for offset, entry in enumerate(result.result.next_logprobs):
-            row[first + offset] = entry.token.logprob
-        if result.result.scores:
-            row[-1] = result.result.scores[0]
-            del self.forks[fork.id]
-            self.session.drop(fork)
+        logprobs = self.logprobs[index]
+        for row in result.rows:
+            if row.logprobs is not None:
+                logprobs[row.position + 1 - self.start] = row.logprobs.token.logprob  # of the token after it
+            if row.scores:
+                logprobs[-1] = row.scores[0]
+                del self.forks[fork.id]
+                self.session.drop(fork)
 
     def end(self) -> list[list[float]]:
         return self.logprobs

@@ -6,7 +6,6 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.coordinators.generating import GeneratingCoordinator
 from octavo.core.coordinator import NewSequence, SequenceResult
-from octavo.core.want import Sample
 
 
 class SingleCoordinator(GeneratingCoordinator):
@@ -14,13 +13,10 @@ class SingleCoordinator(GeneratingCoordinator):
         sequence = new_sequence((0,))
         self.sequences.append(sequence)
         completion = self.completions[0]
-        sequence.extend(
-            self.request.prompt_token_ids, want=Sample((completion.draw,)), each_row=self.request.prompt_want()
-        )
+        sequence.extend(self.request.prompt_token_ids, want=completion.want, rows=self.request.prompt_rows())
         completion.attach_to(sequence)
 
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         for result in results:
-            self.prompt_logprobs.put(result.start, result.result.next_logprobs)
-            for drawn in result.result.draws:
-                self.take(0, drawn, result.sequence)
+            self.prompt_logprobs.put(result.rows)
+            self.take(0, result.draws, result.sequence)

@@ -12,7 +12,7 @@ from octavo.core.events import Reason
 
 if TYPE_CHECKING:
     from octavo.core.outputs import RequestMetrics, RequestOutput
-    from octavo.core.plan import GrantResult
+    from octavo.core.plan import DrawResult, RowResult
     from octavo.core.sequence import Sequence
 
 NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence with this stream
@@ -20,12 +20,21 @@ NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence
 
 @dataclass(slots=True)
 class SequenceResult:
-    """A step computed positions [start, stop) of a sequence, already committed."""
+    """A step computed positions [start, stop) of a sequence, already committed.
+
+    Those that the sequence has no tokens for are verified drafts, in front of the last of `rows`' draws: they are to be
+    appended before the sequence is asked anything else, or forgotten by `truncate`.
+    """
 
     sequence: Sequence
     start: int
     stop: int
-    result: GrantResult
+    rows: SequenceOf[RowResult]  # in the order of its wants
+
+    @property
+    def draws(self) -> list[DrawResult]:
+        """All that was drawn, row by row."""
+        return [drawn for row in self.rows for drawn in row.draws]
 
 
 class Coordinator(ABC):

@@ -1,14 +1,16 @@
-"""The contract of a step: what the scheduler asks of the executor, and what comes back."""
+"""The contract of a step: what the scheduler asks of the executor, and what comes back.
+
+Both are values: ids, ints, tuples of tokens, frozen parameters. Nothing in a plan changes while its step is under way,
+so it can be recorded, carried out again, or sent to another process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from octavo.core.sequence import Sequence
-    from octavo.core.want import NextLogprobs, Want
+    from octavo.core.want import Wanted
 
 
 class BlockCopy(NamedTuple):
@@ -27,20 +29,28 @@ class BlockLoad(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Positions [start, stop) of one sequence, to be computed in this step."""
+    """Positions [start, stop) of one sequence, to be computed in this step.
+
+    The last `num_drafts` of its tokens are guesses that the sequence does not have. Their rows are wanted like that of
+    the token before them, each with the history of the guesses up to it: so they verify each other.
+    """
 
     request_id: str  # of the request that owns the sequence
-    sequence: Sequence  # whose it is; the executor reads nothing of it but its id
-    token_ids: list[int]  # the sequence's own list; positions >= stop may be present and must not be read as input
+    sequence_id: int
     start: int
     stop: int
+    token_ids: tuple[int, ...]  # at these positions
     block_table: tuple[int, ...]  # as of this step; covers positions [0, stop)
-    want: Want | None  # of row stop - 1
-    each_row: NextLogprobs | None  # of every row whose next token is known
+    wants: tuple[Wanted, ...] = ()  # of rows of this grant
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +91,23 @@ class DrawResult:
 
 
 @dataclass(frozen=True, slots=True)
-class GrantResult:
-    """What one grant gave. `error` is set when this grant alone failed; then nothing of it is committed."""
+class RowResult:
+    """What one row gave, of one want."""
 
+    position: int
     draws: tuple[DrawResult, ...] = ()  # Sample: in the order of its draws
     candidates: tuple[tuple[int, float], ...] = ()  # TopK: (token id, processed log-probability), best first
     candidate_logprobs: tuple[TokenLogprobs, ...] = ()  # TopK: beside the candidates, when asked for
     scores: tuple[float, ...] = ()  # Score: log-probability of each set
     hidden: tuple[Any, ...] = ()  # Hidden: float32 arrays [hidden_size], in the order asked
-    next_logprobs: SequenceOf[TokenLogprobs] = ()  # NextLogprobs: one per granted row whose next token is known
+    logprobs: TokenLogprobs | None = None  # NextLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GrantResult:
+    """What one grant gave. `error` is set when this grant alone failed; then nothing of it is committed."""
+
+    rows: tuple[RowResult, ...] = ()  # want by want, row by row
     error: str | None = None
 
 

@@ -137,7 +137,9 @@ class BlockTier(Protocol):
 class Proposer(Protocol):
     """Drafts tokens that may follow a sequence, for speculative decoding."""
 
-    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]: ...
+    def propose(self, token_ids: Sequence[int], max_tokens: int) -> Sequence[int]:
+        """At most `max_tokens` of them. `token_ids` must not be kept or changed."""
+        ...
 
 
 class Clock(Protocol):

@@ -5,6 +5,7 @@ next steps under the scheduler's budget.
 
 A position's KV is either committed (below `num_computed`) or not computed. The last token stays uncomputed until
 something wants its row, so forking and then decoding, a full cache hit and n samples of a prompt are no special cases.
+What is to be computed is a list of ranges of positions; the verbs there are now leave at most one, at the end.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from octavo.core.want import Sample
+from octavo.core.token_counts import TokenCounts
+from octavo.core.want import Sample, TopK, Wanted
 
 if TYPE_CHECKING:
     from octavo.core.protocols import SequenceState
-    from octavo.core.want import Draw, NextLogprobs, Want
+    from octavo.core.want import Draw, Want
 
 
 State = TypeVar("State")
@@ -47,12 +49,12 @@ class Sequence:
         "asked",
         "block_table",
         "dropped",
-        "each_row",
+        "exact_until",
         "id",
         "num_computed",
         "stream",
         "token_ids",
-        "want",
+        "wants",
     )
 
     def __init__(
@@ -67,9 +69,10 @@ class Sequence:
         self.token_ids: list[int] = []
         self.block_table = kv.new_table() if block_table is None else block_table
         self.num_computed = 0  # KV of positions [0, num_computed) is committed
+        # The first position whose KV was not computed by ordinary attention over all before it; None: there is none.
+        self.exact_until: int | None = None
         self.asked = False  # a verb has asked for work that is not done yet
-        self.want: Want | None = None  # of the last token's row
-        self.each_row: NextLogprobs | None = None  # of the rows not yet computed
+        self.wants: tuple[Wanted, ...] = ()  # of rows; none before the first of them is computed
         self.stream = stream
         self.dropped = False
         self._attached: list[tuple[SequenceState, int]] = []  # (state, length of the sequence when it was attached)
@@ -84,38 +87,87 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """Positions below this are to be computed: all, or all but the last when nothing wants its row."""
-        if self.want is not None or self.each_row is not None:
-            return len(self.token_ids)
+        """Positions below this are to be computed: up to the last wanted row, or all but the last."""
+        if self.wants:
+            return max(wanted.stop for wanted in self.wants)
         return max(len(self.token_ids) - 1, 0)
+
+    @property
+    def pending(self) -> tuple[range, ...]:
+        """The positions that are to be computed, in this order."""
+        if not self.asked or self.num_computed >= (target := self.target):
+            return ()
+        return (range(self.num_computed, target),)
 
     @property
     def num_pending(self) -> int:
         return max(self.target - self.num_computed, 0) if self.asked else 0
 
+    @property
+    def is_generating(self) -> bool:
+        """Whether all that is pending is its last token: it goes on in every step, token by token."""
+        return self.num_pending == 1
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more is pending: a prompt, or what was preempted. Its rows can be cut into chunks, and be cached."""
+        return self.num_pending > 1
+
+    @property
+    def first_wanted_row(self) -> int:
+        """Rows from here on are computed for it, whatever is cached."""
+        return min((wanted.start for wanted in self.wants), default=self.target)
+
+    def wants_within(self, start: int, stop: int, drafts: SequenceOf[int] = ()) -> tuple[Wanted, ...]:
+        """What is wanted of rows [start, stop), as values; with `drafts`, which follow the last token, the same of
+        their rows as of that token's."""
+        wants = []
+        for wanted in self.wants:
+            part = wanted.within(start, stop)
+            if part is not None:
+                wants += [self._at_row(part, ()), *(self._at_row(part, drafts[: i + 1]) for i in range(len(drafts)))]
+        return tuple(wants)
+
+    def _at_row(self, wanted: Wanted, drafts: SequenceOf[int]) -> Wanted:
+        """With the history of its row; all draws but those of the last token's row have none."""
+        start, stop, want = wanted
+        if not isinstance(want, Sample | TopK):
+            return wanted
+        counts = self.attached(TokenCounts)
+        token_ids: SequenceOf[int] = self.token_ids
+        if drafts:
+            start, stop = start + len(drafts), stop + len(drafts)
+            token_ids = [*token_ids, *drafts]
+            if counts is not None:
+                counts = counts.fork()
+                counts.advance(drafts)
+        known = None if counts is None else counts.counts
+        if isinstance(want, TopK):
+            draw = want.draw.at(token_ids, known)
+            return wanted if draw is want.draw else Wanted(start, stop, TopK(want.k, draw, want.logprobs))
+        return Wanted(start, stop, Sample(tuple(draw.at(token_ids, known) for draw in want.draws), want.max_drafts))
+
     def commit(self, stop: int) -> None:
-        """The step that computed positions up to `stop` has returned. Called by the engine alone."""
+        """The step that computed positions up to `stop` has returned. Called by the engine alone. Positions past the
+        last token are those of verified drafts, which the coordinator appends next."""
         self.num_computed = stop
         if stop >= self.target:
             self.asked = False
-            self.want = None
-            self.each_row = None
+            self.wants = ()
 
     # --- the verbs ---
 
-    def extend(
-        self, token_ids: SequenceOf[int], want: Want | None = None, each_row: NextLogprobs | None = None
-    ) -> None:
-        """Append tokens; `want` is of the last one's row, `each_row` of every row that is computed for them."""
+    def extend(self, token_ids: SequenceOf[int], want: Want | None = None, rows: SequenceOf[Wanted] = ()) -> None:
+        """Append tokens; `want` is of the last one's row, `rows` of others."""
         self.token_ids.extend(token_ids)
         for state, _ in self._attached:
             state.advance(token_ids)
         self.asked = True
-        self.want = want
-        self.each_row = each_row
-        if (want is not None or each_row is not None) and self.num_computed >= len(self.token_ids):
-            # The row is wanted again (a fork, or a second question): its KV is recomputed to the same bits.
-            self.num_computed = len(self.token_ids) - 1
+        last = len(self.token_ids) - 1
+        self.wants = tuple(rows) if want is None else (*rows, Wanted(last, last + 1, want))
+        # A row may be wanted again (a fork, or a second question): its KV is recomputed to the same bits.
+        for wanted in self.wants:
+            self.num_computed = min(self.num_computed, wanted.start)
 
     def decode(self, draw: Draw) -> None:
         """Draw a token from the last row. The coordinator appends what comes back with `extend`."""
@@ -130,6 +182,8 @@ class Sequence:
         child = Sequence(self._new_id(), self._kv, self._new_id, stream, table)
         child.token_ids = self.token_ids[:at]
         child.num_computed = num_computed
+        if self.exact_until is not None and self.exact_until < at:
+            child.exact_until = self.exact_until
         for state, since in self._attached:
             if since <= at:
                 copy = state.fork()
@@ -147,9 +201,10 @@ class Sequence:
             state.rollback(gone)
         del self.token_ids[num_tokens:]
         self.num_computed = min(self.num_computed, num_tokens)
+        if self.exact_until is not None and self.exact_until >= num_tokens:
+            self.exact_until = None
         self.asked = False
-        self.want = None
-        self.each_row = None
+        self.wants = ()
         self._kv.truncate(self.block_table, self.num_computed)
 
     def drop(self) -> None:
@@ -178,6 +233,7 @@ class Sequence:
         """Give the blocks back but stay alive: all KV is to be recomputed. Called by the scheduler alone."""
         self._kv.free(self.block_table)
         self.num_computed = 0
+        self.exact_until = None  # of what is computed from here on
 
 
 class SequenceIds(Protocol):

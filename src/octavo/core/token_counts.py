@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from octavo.core.want import Counts
+
 
 class TokenCounts:
     """Which tokens the prompt holds and how often each was generated. Attached to a sequence (SequenceState)."""
@@ -14,6 +16,11 @@ class TokenCounts:
         self.prompt: frozenset[int] = frozenset(prompt_token_ids)
         self.output: dict[int, int] = {}  # token id -> occurrences, each >= 1
         self._history: list[int] = []
+
+    @property
+    def counts(self) -> Counts:
+        """As they are now."""
+        return Counts(self.prompt, tuple(self.output.items()))
 
     def fork(self) -> TokenCounts:
         copy = TokenCounts.__new__(TokenCounts)

@@ -1,13 +1,29 @@
-"""What a granted range is to give back besides KV: the five wants."""
+"""What a row of a granted range is to give back besides KV: the wants. All of them are values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from octavo.core.params import SamplingParams
-    from octavo.core.token_counts import TokenCounts
+
+
+class Counts(NamedTuple):
+    """The tokens before a row, as penalties see them."""
+
+    prompt: frozenset[int]
+    output: tuple[tuple[int, int], ...]  # (token id, occurrences), each at least 1
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a draw's processors need of the tokens before its row."""
+
+    forbidden: tuple[int, ...] = ()  # by bad_words and min_tokens: cannot be drawn
+    token_ids: tuple[int, ...] = ()  # all of them; empty unless no_repeat_ngram_size looks at them
+    counts: Counts | None = None  # None unless a penalty needs them
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +34,37 @@ class Draw:
     seed: int  # resolved: never None, in [0, 2**64)
     stream: tuple[int, ...]  # path fixed by the request (sample index, fork, margin); keys the noise with the position
     num_prompt_tokens: int  # tokens of the sequence from here on are "output" for penalties, bad_words and min_tokens
-    counts: TokenCounts | None = None  # attached to the sequence; None unless a penalty needs it
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words, every spelling of each
     end_token_ids: tuple[int, ...] = ()  # cannot be drawn while fewer than params.min_tokens were
     no_repeat_ngram_size: int = 0  # no n-gram of so many tokens comes twice, the prompt's included; 0: off
+    history: History | None = None  # in a plan, of its row; None: no processor needs any
+
+    def at(self, token_ids: SequenceOf[int], counts: Counts | None) -> Draw:
+        """The same draw of the row that follows `token_ids`, with the history that its processors need."""
+        num_output = len(token_ids) - self.num_prompt_tokens
+        too_early = bool(self.end_token_ids) and num_output < self.params.min_tokens
+        if not (too_early or self.bad_words or self.no_repeat_ngram_size or counts is not None):
+            return self
+        forbidden = list(self.end_token_ids) if too_early else []
+        for word in self.bad_words:
+            before = len(word) - 1
+            if before <= num_output and tuple(token_ids[len(token_ids) - before :]) == word[:-1]:
+                forbidden.append(word[-1])
+        seen = tuple(token_ids) if self.no_repeat_ngram_size else ()
+        return replace(self, history=History(tuple(forbidden), seen, counts))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Draw one token per draw from the last row; one row may feed many draws."""
+    """Draw one token per draw; one row may feed many draws."""
 
     draws: tuple[Draw, ...]
+    max_drafts: int = 0  # most tokens that may be guessed to follow the row's own, and be verified in the same step
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The `k` best tokens of the last row by log-probability after the draw's processors (beam search).
+    """The `k` best tokens by log-probability after the draw's processors (beam search).
 
     The log-softmax is taken first and the processors then act on log-probabilities, without renormalising, as
     transformers' beam search does.
@@ -46,26 +77,45 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """For each set of token ids, the logarithm of its probability mass under the last row (raw logits)."""
+    """For each set of token ids, the logarithm of its probability mass (raw logits)."""
 
     sets: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Hidden states of the last row after these layers, float32 [hidden_size] each; 0 is the embedding."""
+    """Hidden states after these layers, float32 [hidden_size] each; 0 is the embedding."""
 
     layers: tuple[int, ...]
 
 
-Want = Sample | TopK | Score | Hidden  # and None: nothing
-
-
 @dataclass(frozen=True, slots=True)
 class NextLogprobs:
-    """For every granted row from `start` on but the sequence's last: the log-probability and rank of the token that
-    follows it, and the `top` best tokens (prompt_logprobs). It stands beside a Want, which speaks of the last row
-    alone."""
+    """The log-probability and rank of a given token, one for each row, and the `top` best tokens (prompt_logprobs)."""
 
+    token_ids: tuple[int, ...]
     top: int
-    start: int = 0  # rows at positions before this one are not asked: their KV may come from the prefix cache
+
+    def of_row(self, index: int) -> NextLogprobs:
+        return NextLogprobs((self.token_ids[index],), self.top)
+
+
+Want = Sample | TopK | Score | Hidden | NextLogprobs
+
+
+class Wanted(NamedTuple):
+    """Something wanted of each row of a range of positions."""
+
+    start: int
+    stop: int
+    want: Want
+
+    def within(self, start: int, stop: int) -> Wanted | None:
+        """The part of it that is wanted of rows [start, stop)."""
+        first, end = max(self.start, start), min(self.stop, stop)
+        if first >= end:
+            return None
+        if isinstance(self.want, NextLogprobs):
+            token_ids = self.want.token_ids[first - self.start : end - self.start]
+            return Wanted(first, end, NextLogprobs(token_ids, self.want.top))
+        return self if (first, end) == self[:2] else Wanted(first, end, self.want)

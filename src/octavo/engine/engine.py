@@ -7,17 +7,18 @@ request: it ends with a reason, its blocks go home, the engine goes on.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 
 from octavo.core.coordinator import Coordinator, SequenceResult
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
-from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult
-from octavo.core.protocols import Clock, Executor
+from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
+from octavo.core.protocols import Clock, Executor, Proposer
 from octavo.core.sequence import Sequence
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
@@ -26,17 +27,30 @@ from octavo.kv_cache.explain import explain
 
 log = logging.getLogger(__name__)
 
+StepListener = Callable[[StepPlan, StepResult], None]
+
 _WAIT_FOR_LOADS = 0.02  # seconds that a step waits when nothing else can be done: commands wait as long
 
 
 class Engine:
-    """Single-threaded: `add`, `abort` and `step` are called by one thread at a time."""
+    """Single-threaded: `add`, `abort` and `step` are called by one thread at a time.
 
-    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, executor: Executor, clock: Clock) -> None:
+    `step_listeners` are called with each plan, as far as it was carried out, and its results, before requests get them.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        executor: Executor,
+        clock: Clock,
+        proposer: Proposer | None = None,
+    ) -> None:
         self.clock = clock
         self.kv = kv
         self.events = EventRing(clock)
-        self.scheduler = Scheduler(config, kv, self.events)
+        self.step_listeners: list[StepListener] = []
+        self.scheduler = Scheduler(config, kv, self.events, proposer)
         kv.on_evict = self._note_eviction
         self._executor = executor
         self._sequence_ids = count()
@@ -121,6 +135,8 @@ class Engine:
                 coordinator.metrics.first_scheduled_time = now
         plan, result = self._execute(plan)
         self._learn_speed(plan, result)
+        for listener in self.step_listeners:
+            listener(plan, result)
         return outputs + self._update(plan, result)
 
     def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:
@@ -205,7 +221,7 @@ class Engine:
                 self.events.emit(EventKind.EVICTED, coordinator.request_id, Reason.STEP_RAISED, detail)
             # In lockstep the rows of the others wait for those that are computed anew.
             withheld.update(one.id for one in (coordinator.sequences if broken and coordinator.lockstep else broken))
-        return tuple(grant for grant in grants if grant.sequence.id not in withheld)
+        return tuple(grant for grant in grants if grant.sequence_id not in withheld)
 
     def _execute_singly(self, plan: StepPlan) -> StepResult:
         results: list[GrantResult] = []
@@ -224,7 +240,7 @@ class Engine:
         return self.scheduler.in_order({grant.request_id for grant in plan.grants})
 
     def _update(self, plan: StepPlan, step: StepResult) -> list[RequestOutput]:
-        by_sequence = {g.sequence.id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
+        by_sequence = {g.sequence_id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
         outputs = [self._advance(coordinator, by_sequence) for coordinator in self._requests_of(plan)]
         return [output for output in outputs if output is not None]
 
@@ -234,21 +250,32 @@ class Engine:
         """Commit what a request got in this step and hand it over; what is new for the user. Whatever its own
         bookkeeping raises ends this request alone."""
         try:
-            granted = [by_sequence[s.id] for s in coordinator.sequences if s.id in by_sequence]
-            granted = [(g, r) for g, r in granted if r.error is None or not coordinator.contain(g.sequence, r.error)]
-            error = next((result.error for _, result in granted if result.error is not None), None)
+            granted = [(s, *by_sequence[s.id]) for s in coordinator.sequences if s.id in by_sequence]
+            granted = [(s, g, r) for s, g, r in granted if r.error is None or not coordinator.contain(s, r.error)]
+            error = next((result.error for _, _, result in granted if result.error is not None), None)
             if error is not None:
                 return self._end(coordinator, "error", error)
-            for grant, _ in granted:
-                grant.sequence.commit(grant.stop)
-                self.kv.commit(grant.sequence.block_table, grant.token_ids, grant.stop)
-            coordinator.update([SequenceResult(g.sequence, g.start, g.stop, r) for g, r in granted])
+            results = [self._commit(sequence, grant, result) for sequence, grant, result in granted]
+            coordinator.update(results)
             return self._end(coordinator, None) if coordinator.finished else coordinator.take_output(self.clock())
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of Rust code is no Exception
             log.exception("request %s failed on its results", coordinator.request_id)
             return self._end(coordinator, "error", f"{type(error).__name__}: {error}")
+
+    def _commit(self, sequence: Sequence, grant: Grant, result: GrantResult) -> SequenceResult:
+        """What was computed counts, up to the first draft that differs from what was drawn."""
+        stop, token_ids, rows = grant.stop, sequence.token_ids, result.rows
+        if grant.num_drafts:
+            accepted = num_accepted(grant, rows)
+            stop -= grant.num_drafts - accepted
+            token_ids, rows = [*token_ids, *grant.drafts[:accepted]], rows[: accepted + 1]
+            self.kv.truncate(sequence.block_table, stop)
+        sequence.commit(stop)
+        exact = stop if sequence.exact_until is None else min(stop, sequence.exact_until)
+        self.kv.commit(sequence.block_table, token_ids, exact)
+        return SequenceResult(sequence, grant.start, stop, rows)
 
     def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> RequestOutput:
         """Its last output. The request is gone from the engine whatever its own bookkeeping raises."""
@@ -278,3 +305,10 @@ class Engine:
         kind = EventKind.FAILED if ended is Reason.ERROR else EventKind.FINISHED
         self.events.emit(kind, request_id, ended, output.error or "")
         return output
+
+
+def num_accepted(grant: Grant, rows: SequenceOf[RowResult]) -> int:
+    """How many of a grant's drafts are what was drawn in their places. The token drawn after them is the next one: so a
+    verified sequence is the one that would have been drawn token by token."""
+    drawn = (row.draws[0].token_id for row in rows)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(grant.drafts, drawn, strict=False)))

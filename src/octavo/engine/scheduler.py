@@ -3,7 +3,7 @@
 A sequence has pending positions. Each step grants tokens under a budget, and all that is granted runs as one ragged
 batch. Chunked prefill, continuous batching, preemption and restoring are all this one rule. Order within a step:
 
-1. running sequences with one pending position, so that whoever is generating goes on in every step;
+1. running sequences that generate, so that they go on in every step;
 2. running sequences with more, in the order of their requests;
 3. waiting requests, in order, none overtaking another, while places, tokens and blocks last.
 
@@ -35,7 +35,9 @@ from octavo.core.coordinator import Coordinator
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.plan import BlockCopy, Grant, StepPlan
+from octavo.core.protocols import Proposer
 from octavo.core.sequence import Sequence
+from octavo.core.want import Sample
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.radix_tree import Node
 
@@ -89,7 +91,7 @@ class _Step:
         self.following: set[int] = set()  # ids of sequences that wait for a block of another's
 
     def add(self, grant: Grant) -> None:
-        self.grants[grant.sequence.id] = grant
+        self.grants[grant.sequence_id] = grant
         self.tokens_left -= grant.num_tokens
         self.rows_left -= 1
 
@@ -101,9 +103,14 @@ class _Step:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, events: EventRing) -> None:
+    """`proposer` guesses tokens of sequences that generate, to be verified with the row before them."""
+
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, events: EventRing, proposer: Proposer | None = None
+    ) -> None:
         self.config = config
         self.kv = kv
+        self._proposer = proposer
         self._events = events
         self._waiting: list[_Entry] = []
         self._running: list[_Entry] = []
@@ -199,11 +206,11 @@ class Scheduler:
                 self.settle(entry.coordinator)
             except Exception as error:
                 self._break(step, entry, error)
-        for single in (True, False):
+        for generating in (True, False):
             for entry in tuple(self._running):
                 try:
                     for unit in self._units(entry.coordinator):
-                        if (unit[0].num_pending == 1) == single:
+                        if unit[0].is_generating == generating:
                             self._grant(step, entry, unit)
                 except Exception as error:
                     self._break(step, entry, error)
@@ -230,17 +237,15 @@ class Scheduler:
         pending = [sequence for sequence in coordinator.sequences if sequence.num_pending]
         if not coordinator.lockstep or len(coordinator.sequences) == 1:
             return [[sequence] for sequence in pending]
-        behind = [[sequence] for sequence in pending if sequence.num_pending > 1]
+        behind = [[sequence] for sequence in pending if sequence.is_prefilling]
         return behind or ([pending] if pending else [])  # rows that stand ready wait for those being restored
 
     def _take_cached(self, coordinator: Coordinator) -> None:
         """Let the cache answer what it can of the pending work. A wanted row is always computed."""
         for sequence in coordinator.sequences:
-            if sequence.num_pending < 2:
+            if not sequence.is_prefilling:
                 continue
-            limit = sequence.target - (sequence.want is not None)
-            if sequence.each_row is not None:
-                limit = min(limit, sequence.each_row.start)
+            limit = min(sequence.first_wanted_row, sequence.target)
             table, before = sequence.block_table, sequence.num_computed
             computed = self.kv.match(table, sequence.token_ids, before, limit)
             if computed == before:
@@ -255,7 +260,7 @@ class Scheduler:
     def _follows(self, step: _Step, entry: _Entry, sequence: Sequence) -> bool:
         """Whether the block that this sequence needs next is on its way: computed by another one in this step, or
         loaded."""
-        if sequence.num_pending < 2:
+        if not sequence.is_prefilling:
             return False
         if self.kv.awaits_load(sequence.block_table):
             # It takes a block, like one that is computed: whoever waits for it makes room.
@@ -265,7 +270,8 @@ class Scheduler:
                 return True
             if not entry.running:  # what gave way was the request itself
                 return True
-        target = sequence.target if sequence.each_row is None else min(sequence.target, sequence.each_row.start)
+        # A last row alone may lie in a cached block: it is then computed in a copy.
+        target = sequence.target if sequence.first_wanted_row >= sequence.target - 1 else sequence.first_wanted_row
         block = self.kv.pending_block(sequence.block_table, sequence.token_ids, target)
         if block is None:
             return False
@@ -284,36 +290,52 @@ class Scheduler:
 
     def _grant(self, step: _Step, entry: _Entry, unit: list[Sequence]) -> None:
         """Grant all of a unit or nothing of it."""
-        if not entry.running or (len(unit) > 1 and any(sequence.num_pending != 1 for sequence in unit)):
+        if not entry.running or (len(unit) > 1 and not all(sequence.is_generating for sequence in unit)):
             return  # preempted, or part of it evicted, earlier in this very step
         if len(unit) > min(step.rows_left, step.tokens_left) or self._follows(step, entry, unit[0]):
             return
         coordinator = entry.coordinator
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
         for sequence in unit:
-            pending = sequence.num_pending
-            if holds_row_back and pending > 1:
-                pending -= 1  # the wanted row waits for the others'
-            most = self.config.max_chunk_tokens or step.tokens_left
-            stop = sequence.num_computed + min(pending, step.tokens_left, most)
-            while (copies := self.kv.allocate(sequence.block_table, sequence.num_computed, stop)) is None:
-                if not self._reclaim(step, entry, sequence):
-                    for granted in unit:
-                        step.remove(granted)
-                    return
+            (pending,) = sequence.pending
+            most = min(self.config.max_chunk_tokens or step.tokens_left, step.tokens_left)
+            if holds_row_back and sequence.is_prefilling:
+                most = min(most, len(pending) - 1)  # the wanted row waits for the others'
+            start, stop = pending.start, pending.start + min(len(pending), most)
+            drafts = self._propose(step, sequence)
+            copies = self.kv.allocate(sequence.block_table, start, stop + len(drafts)) if drafts else None
+            if copies is None:  # nobody makes room for guesses
+                drafts = ()
+                while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
+                    if not self._reclaim(step, entry, sequence):
+                        for granted in unit:
+                            step.remove(granted)
+                        return
+            end = stop + len(drafts)
             step.copies += copies
             step.add(
                 Grant(
                     request_id=coordinator.request_id,
-                    sequence=sequence,
-                    token_ids=sequence.token_ids,
-                    start=sequence.num_computed,
-                    stop=stop,
-                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(stop)]),
-                    want=sequence.want if stop == sequence.num_tokens else None,
-                    each_row=sequence.each_row,
+                    sequence_id=sequence.id,
+                    start=start,
+                    stop=end,
+                    token_ids=(*sequence.token_ids[start:stop], *drafts),
+                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(end)]),
+                    wants=sequence.wants_within(start, stop, drafts),
+                    num_drafts=len(drafts),
                 )
             )
+
+    def _propose(self, step: _Step, sequence: Sequence) -> tuple[int, ...]:
+        """Guesses for a sequence that generates, as many as others leave of the budget: a token is theirs for each row
+        that may still come."""
+        if self._proposer is None or not sequence.is_generating:
+            return ()
+        want = sequence.wants[-1].want if sequence.wants else None
+        if not isinstance(want, Sample) or len(want.draws) != 1:
+            return ()
+        most = min(want.max_drafts, step.tokens_left - step.rows_left)
+        return tuple(self._proposer.propose(sequence.token_ids, most))[:most] if most > 0 else ()
 
     # --- admission ---
 

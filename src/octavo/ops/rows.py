@@ -1,14 +1,24 @@
-"""What the sampler needs of one row of logits, float32 [vocab]. Ties go to the lower id."""
+"""What is asked of rows of logits, and what the sampler needs of one, float32 [vocab]. Ties go to the lower id."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from octavo.core.want import Want
+
     Row = NDArray[np.float32]
+
+
+class RowRequest(NamedTuple):
+    """Something wanted of one row of logits."""
+
+    row: int
+    position: int  # of the row in its sequence: a draw from it is the token at the next one
+    want: Want  # Sample, TopK, Score, or NextLogprobs of one token
 
 
 class RowOps(Protocol):

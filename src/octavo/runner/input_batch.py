@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from octavo.core.plan import Grant
-from octavo.core.want import Hidden
+from octavo.core.want import Hidden, NextLogprobs
 from octavo.ops import Batch
+from octavo.ops.rows import RowRequest
 
 
 def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
@@ -26,16 +27,15 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
     for index, grant in enumerate(grants):
         table = grant.block_table
         first = len(input_ids)
-        input_ids += grant.token_ids[grant.start : grant.stop]
+        input_ids += grant.token_ids
         positions += range(grant.start, grant.stop)
         slots += [table[p // block_size] * block_size + p % block_size for p in range(grant.start, grant.stop)]
         query_start_loc.append(len(input_ids))
         tables[index, : len(table)] = table
-        if grant.each_row is not None:
-            wanted += [first + row for row in rows_with_next(grant)]
-        last = len(input_ids) - 1
-        if grant.want is not None and not isinstance(grant.want, Hidden) and wanted[-1:] != [last]:
-            wanted.append(last)
+        for start, stop, want in grant.wants:
+            if not isinstance(want, Hidden):
+                rows = range(first + start - grant.start, first + stop - grant.start)
+                wanted += rows[1:] if wanted[-1:] == [rows[0]] else rows
     return Batch(
         input_ids=np.array(input_ids, np.int32),
         positions=np.array(positions, np.int32),
@@ -48,7 +48,29 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
     )
 
 
-def rows_with_next(grant: Grant) -> range:
-    """Rows of a grant, from 0, whose next token the sequence already has and whose log-probability may be asked for."""
-    first = 0 if grant.each_row is None else max(grant.each_row.start - grant.start, 0)
-    return range(first, min(grant.stop, len(grant.token_ids) - 1) - grant.start)
+def logits_requests(grants: Sequence[Grant]) -> list[RowRequest]:
+    """What is wanted of logits, in the order of the batch's `logits_indices`: a row may be asked several times."""
+    requests: list[RowRequest] = []
+    number, last = -1, (-1, -1)
+    for index, grant in enumerate(grants):
+        for start, stop, want in grant.wants:
+            if isinstance(want, Hidden):
+                continue
+            for position in range(start, stop):
+                number += last != (index, position)
+                last = index, position
+                single = want if not isinstance(want, NextLogprobs) else want.of_row(position - start)
+                requests.append(RowRequest(number, position, single))
+    return requests
+
+
+def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, list[int]]:
+    """Rows of the batch whose hidden states are wanted, ascending, by layer."""
+    found: dict[int, list[int]] = {}
+    for index, grant in enumerate(grants):
+        first = int(batch.query_start_loc[index]) - grant.start
+        for start, stop, want in grant.wants:
+            if isinstance(want, Hidden):
+                for layer in dict.fromkeys(want.layers):
+                    found.setdefault(layer, []).extend(range(first + start, first + stop))
+    return found

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, TokenLogprobs
+from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
 from octavo.core.protocols import BlockTier
 from octavo.core.want import Hidden
 from octavo.models import Model
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
-from octavo.runner.input_batch import make_batch, rows_with_next
+from octavo.ops.rows import RowRequest
+from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
 from octavo.runner.memory import rows_per_slice
 from octavo.sampling import Sampler
 from octavo.sampling.sampler import SamplingError
+
+Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
 
 
 class ModelRunner:
@@ -46,7 +48,7 @@ class ModelRunner:
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
-        x, hidden = self._forward(batch, plan.grants)
+        x, hidden = self._forward(batch, hidden_rows(plan.grants, batch))
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
@@ -56,17 +58,15 @@ class ModelRunner:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
         return self._ops.read_block(self._kv, block)
 
-    def _forward(self, batch: Batch, grants: tuple[Grant, ...]) -> tuple[Array, dict[int, NDArray[np.floating]]]:
-        """[T, hidden] after the last layer, and for each layer somebody wants to see, its rows of all grants' ends."""
-        wanted = {layer for grant in grants if isinstance(grant.want, Hidden) for layer in grant.want.layers}
-        ends = batch.query_start_loc[1:] - 1
-        hidden: dict[int, NDArray[np.floating]] = {}
+    def _forward(self, batch: Batch, wanted: dict[int, list[int]]) -> tuple[Array, Hiddens]:
+        """[T, hidden] after the last layer, and the wanted rows after others."""
         if not wanted:
-            return self._trunk(batch), hidden
+            return self._trunk(batch), {}
+        hidden: Hiddens = {}
         x = self._model.embed(self._ops, batch)
         for index in range(self._num_layers + 1):
             if index in wanted:
-                hidden[index] = self._ops.to_numpy(self._ops.take_rows(x, ends))
+                hidden[index] = iter(self._ops.to_numpy(self._ops.take_rows(x, np.array(wanted[index], np.int32))))
             if index < self._num_layers:
                 x = self._model.layer(self._ops, index, x, batch, self._kv[index])
         return x, hidden
@@ -77,55 +77,39 @@ class ModelRunner:
             x = self._model.layer(self._ops, index, x, batch, kv)
         return x
 
-    def _answer(
-        self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: dict[int, NDArray[np.floating]]
-    ) -> tuple[GrantResult, ...]:
-        rows = self._logits_rows(batch, x)
-        results = []
-        for index, grant in enumerate(grants):
-            if isinstance(grant.want, Hidden):
-                next_logprobs, error = self._next_logprobs(grant, rows)
-                states = tuple(hidden[layer][index].copy() for layer in grant.want.layers)
-                results.append(GrantResult(hidden=states, next_logprobs=next_logprobs, error=error))
-            else:
-                results.append(self._answer_one(grant, rows))
-        return tuple(results)
+    def _answer(self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: Hiddens) -> tuple[GrantResult, ...]:
+        answers = self._sample(batch, x, logits_requests(grants))
+        return tuple(_collect(grant, answers, hidden) for grant in grants)
 
-    def _logits_rows(self, batch: Batch, x: Array) -> Iterator[NDArray[np.float32]]:
-        """Logits of the wanted rows one by one, made slice by slice so that memory stays bounded."""
+    def _sample(self, batch: Batch, x: Array, requests: Sequence[RowRequest]) -> Iterator[RowResult | SamplingError]:
+        """Logits are made slice by slice, so that memory stays bounded."""
+        at = 0
         for first in range(0, len(batch.logits_indices), self._rows_per_slice):
             chosen = batch.logits_indices[first : first + self._rows_per_slice]
             logits = self._model.head(self._ops, self._ops.take_rows(x, chosen))
-            yield from np.asarray(self._ops.to_numpy(logits), np.float32)
+            asked = []
+            while at < len(requests) and requests[at].row < first + len(chosen):
+                asked.append(requests[at]._replace(row=requests[at].row - first))
+                at += 1
+            yield from self._sampler.sample(np.asarray(self._ops.to_numpy(logits), np.float32), asked)
 
-    def _next_logprobs(
-        self, grant: Grant, rows: Iterator[NDArray[np.float32]]
-    ) -> tuple[tuple[TokenLogprobs, ...], str | None]:
-        if grant.each_row is None:
-            return (), None
-        entries: list[TokenLogprobs] = []
-        error = None
-        for row in rows_with_next(grant):
-            logits = next(rows)  # taken even after an error: the rows behind belong to others
-            try:
-                token_id = grant.token_ids[grant.start + row + 1]
-                entries.append(self._sampler.logprobs(logits, token_id, grant.each_row.top))
-            except SamplingError as failure:
-                error = str(failure)
-        return tuple(entries), error
 
-    def _answer_one(self, grant: Grant, rows: Iterator[NDArray[np.float32]]) -> GrantResult:
-        next_logprobs, error = self._next_logprobs(grant, rows)
-        if grant.want is None or isinstance(grant.want, Hidden):
-            return GrantResult(next_logprobs=next_logprobs, error=error)
-        logits = next(rows)
-        if error is not None:
-            return GrantResult(error=error)
-        try:
-            result = self._sampler.run(logits, grant.want, grant.token_ids, grant.stop - 1)
-        except SamplingError as failure:
-            return GrantResult(error=str(failure))
-        return replace(result, next_logprobs=next_logprobs)
+def _collect(grant: Grant, answers: Iterator[RowResult | SamplingError], hidden: Hiddens) -> GrantResult:
+    """The rows of one grant. All of its answers are taken, also after an error: those behind belong to others."""
+    rows: list[RowResult] = []
+    error: str | None = None
+    for start, stop, want in grant.wants:
+        for position in range(start, stop):
+            if isinstance(want, Hidden):
+                states = {layer: next(hidden[layer]).copy() for layer in dict.fromkeys(want.layers)}
+                rows.append(RowResult(position, hidden=tuple(states[layer] for layer in want.layers)))
+                continue
+            answer = next(answers)
+            if isinstance(answer, SamplingError):
+                error = error or str(answer)
+            else:
+                rows.append(answer)
+    return GrantResult(error=error) if error is not None else GrantResult(tuple(rows))
 
 
 class _Done:

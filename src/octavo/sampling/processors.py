@@ -9,45 +9,33 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.want import Draw
+from octavo.core.params import SamplingParams
+from octavo.core.want import Counts, Draw
 
 Row = NDArray[np.float32]
 
 
-def changes_logits(draw: Draw, num_output_tokens: int) -> bool:
+def changes_logits(draw: Draw) -> bool:
     """Whether `process` would do anything: if not, the row need not be copied."""
-    params = draw.params
-    return bool(
-        params.allowed_token_ids
-        or draw.bad_words
-        or params.logit_bias
-        or params.has_penalties
-        or (num_output_tokens < params.min_tokens and draw.end_token_ids)
-        or draw.no_repeat_ngram_size
-    )
+    return bool(draw.history is not None or draw.params.allowed_token_ids or draw.params.logit_bias)
 
 
-def process(row: Row, draw: Draw, token_ids: Sequence[int], position: int) -> None:
-    """Apply everything before the temperature, in place. `row` [vocab] follows the token at `position`."""
-    params = draw.params
+def process(row: Row, draw: Draw) -> None:
+    """Apply everything before the temperature, in place. `row` [vocab] follows the tokens of the draw's history."""
+    params, history = draw.params, draw.history
     if params.allowed_token_ids is not None:
         kept = list(params.allowed_token_ids)
         values = row[kept]
         row.fill(-np.inf)
         row[kept] = values
-    num_output = position + 1 - draw.num_prompt_tokens
-    for word in draw.bad_words:
-        before = len(word) - 1
-        if before <= num_output and tuple(token_ids[position + 1 - before : position + 1]) == word[:-1]:
-            row[word[-1]] = -np.inf
-    if num_output < params.min_tokens and draw.end_token_ids:
-        row[list(draw.end_token_ids)] = -np.inf
+    if history is not None and history.forbidden:
+        row[list(history.forbidden)] = -np.inf
     for token_id, bias in (params.logit_bias or {}).items():
         row[token_id] += np.float32(bias)
-    if draw.counts is not None:
-        _penalise(row, draw)
-    if draw.no_repeat_ngram_size:
-        row[_completions(token_ids[: position + 1], draw.no_repeat_ngram_size)] = -np.inf
+    if history is not None and history.counts is not None:
+        _penalise(row, params, history.counts)
+    if history is not None and draw.no_repeat_ngram_size:
+        row[_completions(history.token_ids, draw.no_repeat_ngram_size)] = -np.inf
 
 
 def _completions(token_ids: Sequence[int], size: int) -> NDArray[np.intp]:
@@ -61,17 +49,15 @@ def _completions(token_ids: Sequence[int], size: int) -> NDArray[np.intp]:
     return seen[size - 1 :][matches]
 
 
-def _penalise(row: Row, draw: Draw) -> None:
-    params, counts = draw.params, draw.counts
-    if counts is None:
-        return
+def _penalise(row: Row, params: SamplingParams, counts: Counts) -> None:
+    output = dict(counts.output)
     if params.repetition_penalty != 1.0:
-        seen = np.fromiter(counts.prompt | counts.output.keys(), np.int64)
+        seen = np.fromiter(counts.prompt | output.keys(), np.int64)
         values = row[seen]
         penalty = np.float32(params.repetition_penalty)
         row[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if counts.output and (params.presence_penalty or params.frequency_penalty):
-        generated = np.fromiter(counts.output.keys(), np.int64)
-        times = np.fromiter(counts.output.values(), np.float32)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        generated = np.fromiter(output.keys(), np.int64)
+        times = np.fromiter(output.values(), np.float32)
         row[generated] -= np.float32(params.presence_penalty)
         row[generated] -= np.float32(params.frequency_penalty) * times

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.plan import DrawResult, GrantResult, TokenLogprob, TokenLogprobs
-from octavo.core.want import Draw, Sample, Score, TopK
-from octavo.ops.rows import RowOps
+from octavo.core.plan import DrawResult, RowResult, TokenLogprob, TokenLogprobs
+from octavo.core.want import Draw, NextLogprobs, Sample, Score, TopK, Want
+from octavo.ops.rows import RowOps, RowRequest
 from octavo.sampling.processors import changes_logits, process
 from octavo.sampling.rows import NumpyRows
 
@@ -27,22 +27,32 @@ class Sampler:
     def __init__(self, rows: RowOps | None = None) -> None:
         self._rows = rows if rows is not None else NumpyRows()
 
-    def run(self, row: Row, want: Sample | TopK | Score, token_ids: Sequence[int], position: int) -> GrantResult:
-        """Answer one want of the row that follows `token_ids[position]`. Raises SamplingError."""
-        best = self._check(row)
-        if isinstance(want, Sample):
-            return GrantResult(draws=tuple(self._draw(row, best, draw, token_ids, position) for draw in want.draws))
-        if isinstance(want, TopK):
-            return self._top_k(row, want, token_ids, position)
-        return GrantResult(scores=self._score(row, want))
+    def sample(self, logits: NDArray[np.float32], requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        """Answer what is asked of rows of logits [R, vocab]. A row that cannot be sampled fails by itself."""
+        results: list[RowResult | SamplingError] = []
+        for request in requests:
+            try:
+                results.append(self.run(logits[request.row], request.want, request.position))
+            except SamplingError as error:
+                results.append(error)
+        return results
 
-    def logprobs(self, row: Row, token_id: int, top: int) -> TokenLogprobs:
-        """Log-probability and rank of one token, and the `top` best. Of the raw logits."""
-        self._check(row)
-        return self._logprobs(row, [token_id], top)[0]
+    def run(self, row: Row, want: Want, position: int) -> RowResult:
+        """Answer one want of the row at a position. Raises SamplingError."""
+        best = self._check(row)
+        match want:
+            case Sample():
+                return RowResult(position, draws=tuple(self._draw(row, best, draw, position) for draw in want.draws))
+            case TopK():
+                return self._top_k(row, want, position)
+            case Score():
+                return RowResult(position, scores=self._score(row, want))
+            case NextLogprobs():
+                return RowResult(position, logprobs=self._logprobs(row, want.token_ids, want.top)[0])
+        raise TypeError(f"{want!r} is not wanted of logits")
 
     def _logprobs(self, row: Row, token_ids: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
-        """The same of several tokens, one by one."""
+        """Log-probability and rank of each token, and the `top` best. Of the raw logits."""
         normalizer = self._rows.log_sum_exp(row)
 
         def entry(token_id: int, rank: int) -> TokenLogprob:
@@ -61,12 +71,12 @@ class Sampler:
             raise SamplingError(f"the model's logits contain {kind}: its weights may be damaged")
         return best
 
-    def _draw(self, row: Row, best: int, draw: Draw, token_ids: Sequence[int], position: int) -> DrawResult:
+    def _draw(self, row: Row, best: int, draw: Draw, position: int) -> DrawResult:
         params = draw.params
         processed = row
-        if changes_logits(draw, position + 1 - draw.num_prompt_tokens):
+        if changes_logits(draw):
             processed = row.copy()
-            process(processed, draw, token_ids, position)
+            process(processed, draw)
             best, highest = self._rows.greatest(processed)
             if not math.isfinite(highest):
                 raise SamplingError(
@@ -85,15 +95,16 @@ class Sampler:
                 stream=draw.stream,
                 position=position + 1,
             )
-        logprobs = None if params.logprobs is None else self.logprobs(row, chosen, params.logprobs)
+        logprobs = None if params.logprobs is None else self._logprobs(row, (chosen,), params.logprobs)[0]
         return DrawResult(chosen, logprobs)
 
-    def _top_k(self, row: Row, want: TopK, token_ids: Sequence[int], position: int) -> GrantResult:
+    def _top_k(self, row: Row, want: TopK, position: int) -> RowResult:
         values = self._rows.log_softmax(row)
-        if changes_logits(want.draw, position + 1 - want.draw.num_prompt_tokens):
-            process(values, want.draw, token_ids, position)
+        if changes_logits(want.draw):
+            process(values, want.draw)
         chosen = [int(i) for i in self._rows.best(values, min(want.k, len(values)))]
-        return GrantResult(
+        return RowResult(
+            position,
             candidates=tuple((i, float(values[i])) for i in chosen),
             candidate_logprobs=() if want.logprobs is None else self._logprobs(row, chosen, want.logprobs),
         )

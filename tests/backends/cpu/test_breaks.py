@@ -157,8 +157,8 @@ BREAKS = [
         12,
         "a request for every row's log-probabilities skips what is cached",
         "src/octavo/engine/scheduler.py",
-        "                limit = min(limit, sequence.each_row.start)\n",
-        "                pass\n",
+        "limit = min(sequence.first_wanted_row, sequence.target)\n",
+        "limit = sequence.target - 1\n",
         ("tests/invariance/test_prompt_logprobs.py", "tests/invariance/test_prefix_cache.py"),
     ),
 ]
