@@ -153,7 +153,7 @@ class FakeExecutor:
             raise RuntimeError("a row failed")
         for grant in plan.grants:
             self.computed += grant.num_tokens
-            numbers = self._prefixes(self._seen(grant))
+            numbers = self._prefixes(self.seen(grant))
             for position in range(grant.start, grant.stop):
                 self._slots[self._slot(grant, position)] = numbers[position]
         return StepResult(tuple(self._answer(grant) for grant in plan.grants))
@@ -164,7 +164,7 @@ class FakeExecutor:
     def _slot(self, grant: Grant, position: int) -> tuple[int, int]:
         return grant.block_table[position // self.block_size], position % self.block_size
 
-    def _seen(self, grant: Grant) -> list[int]:
+    def seen(self, grant: Grant) -> list[int]:
         """The tokens up to the end of a grant: those of its sequence, and the drafts behind them."""
         token_ids = self._known[grant.sequence_id][: grant.stop - grant.num_drafts] + list(grant.drafts)
         assert tuple(token_ids[grant.start :]) == grant.token_ids and len(token_ids) == grant.stop
@@ -188,7 +188,7 @@ class FakeExecutor:
         return token_ids[::-1]
 
     def _answer(self, grant: Grant) -> GrantResult:
-        token_ids = self._seen(grant)
+        token_ids = self.seen(grant)
         for position, expected in enumerate(self._prefixes(token_ids)):
             held = self._slots.get(self._slot(grant, position))
             assert held == expected, (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +25,8 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import CompletionOutput, RequestMetrics
-from octavo.core.plan import Grant
+from octavo.core.plan import Grant, StepPlan, StepResult
+from octavo.engine.engine import num_accepted
 from tests.coordinators.test_session import User, scores
 from tests.engine.fake import VOCAB, Harness, next_token
 
@@ -78,6 +79,27 @@ class Storm:
     branches: dict[str, list[BranchState]] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
 
+    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Guesses, some of them wrong, for whatever began with the same prompt."""
+        token_ids = list(token_ids)
+        salts = [
+            (seed, (index,), len(prompt)) if penalties else (seed, (index,))
+            for prompt, _, n, seed, penalties in self.asked.values()
+            for index in range(n)
+            if token_ids[: len(prompt)] == prompt
+        ]
+        known = list(token_ids)
+        salt = self.rng.choice(salts) if salts else 0
+        for _ in range(self.rng.randint(0, min(max_tokens, 6))):
+            known.append(self.rng.randrange(VOCAB) if self.rng.random() < 0.2 else next_token(known, salt))
+        return known[len(token_ids) :]
+
+    def _note_drafts(self, plan: StepPlan, result: StepResult) -> None:
+        for grant, one in zip(plan.grants, result.results, strict=True):
+            accepted = num_accepted(grant, one.rows)
+            self.counts["accepted"] += accepted
+            self.counts["rejected"] += grant.num_drafts - accepted
+
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
         self.faults = self.seed % 3 == 2  # rows, copies and loads that fail
@@ -92,7 +114,9 @@ class Storm:
             max_chunk_tokens=rng.choice([None, 3]),
             policy=rng.choice(["fcfs", "priority"]),
             max_overtakes=rng.choice([0, 1, 16]),
+            proposer=self if self.seed % 2 else None,
         )
+        harness.engine.step_listeners.append(self._note_drafts)
         if harness.tier is not None:
             harness.tier.damaged = lambda: rng.random() < 0.05
         if self.faults:
@@ -100,10 +124,9 @@ class Storm:
         self.capacity = harness.kv.capacity
         self.beginnings = [[rng.randrange(VOCAB) for _ in range(self.capacity)] for _ in range(3)]
 
-    @staticmethod
-    def row_fails(grant: Grant) -> bool:
+    def row_fails(self, grant: Grant) -> bool:
         """Tokens that no row survives: 49 twice in a row. So what fails is a function of the request alone."""
-        return (49, 49) in pairwise(grant.token_ids[: grant.stop])
+        return (49, 49) in pairwise(self.harness.executor.seen(grant))
 
     def failing(self, token_ids: list[int]) -> bool:
         return self.faults and (49, 49) in pairwise(token_ids)
@@ -312,7 +335,7 @@ def seen() -> Iterator[Counter[str]]:
     yield counts
     wanted = {
         "answered", "found", "answered by sessions", "failed", "refused", "did not fit", "cancelled", "undone",
-        "closed",
+        "closed", "accepted", "rejected",
         "preempted", "evicted", "idle", "copied", "hit", "loaded", "damaged", "retried", "waited for loads",
     }  # fmt: skip
     if counts["seeds"] >= SEEDS:

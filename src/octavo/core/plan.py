@@ -6,7 +6,7 @@ so it can be recorded, carried out again, or sent to another process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ class Grant:
     @property
     def drafts(self) -> tuple[int, ...]:
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    def without_drafts(self) -> Grant:
+        """The same as it would be if nobody had guessed."""
+        stop = self.stop - self.num_drafts
+        wants = tuple(wanted for wanted in self.wants if wanted.stop <= stop)
+        return replace(self, stop=stop, token_ids=self.token_ids[: stop - self.start], wants=wants, num_drafts=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,18 @@ class Engine:
             result = self._execute_singly(plan)
             blocks -= lost
         self.kv.settle_loads(blocks)
-        return plan, result
+        return self._retry_without_drafts(plan, result)
+
+    def _retry_without_drafts(self, plan: StepPlan, step: StepResult) -> tuple[StepPlan, StepResult]:
+        """A guess that cannot be computed is no fault of the request for which it was made."""
+        grants, results = list(plan.grants), list(step.results)
+        failed = [i for i, result in enumerate(results) if result.error is not None and grants[i].num_drafts]
+        for i in failed:
+            grants[i] = grants[i].without_drafts()
+            (results[i],) = self._execute_singly(replace(plan, grants=(grants[i],))).results
+        if not failed:
+            return plan, step
+        return replace(plan, grants=tuple(grants)), replace(step, results=tuple(results))
 
     def _move_singly(self, plan: StepPlan) -> set[int]:
         """Copy and load block by block; those that could not be written."""
