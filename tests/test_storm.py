@@ -164,7 +164,7 @@ async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype:
             str(tiny_gemma3_dir), **config, kv_cache_memory_bytes=BLOCKS * size, max_num_batched_tokens=48,
             kv_offload_dir=str(folder), kv_offload_bytes=60 * size,
         )  # fmt: skip
-        llm._loop.engine.kv._tier._timer = lambda: 0.0  # type: ignore[union-attr] # whatever the disk does, it is asked
+        llm._loop.engine.kv.prefixes.tier._timer = lambda: 0.0  # type: ignore[union-attr] # whatever the disk does, it is asked
         counts: Counter[str] = Counter()
         checks: list[Callable[[], None]] = []
         running: set[asyncio.Task[None]] = set()

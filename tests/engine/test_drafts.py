@@ -54,7 +54,7 @@ def guessing(share_wrong: float, **settings: object) -> tuple[Harness, Verified]
 
 def cached_prefixes(harness: Harness) -> list[list[int]]:
     """The tokens of everything in the tree."""
-    nodes = list(harness.kv._tree.nodes())
+    nodes = list(harness.kv.prefixes.tree.nodes())
     return [[token_id for above in [*node.path()][::-1] for token_id in above.key] for node in nodes]
 
 

@@ -79,7 +79,7 @@ def test_restored_from_files_and_after_a_restart(cold: LLM, tiny_gemma3_dir: Pat
             for _ in range(2):
                 for request, known in zip(asked, expected, strict=True):
                     assert bits(run(llm, [request])) == known
-                    llm._engine.kv._tier.flush()
+                    llm._engine.kv.prefixes.tier.flush()
             loaded = llm.cache_stats.loaded_blocks
         assert loaded > 10, f"start {restart}"
     with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv", kv_cache_dtype="int8") as llm:
@@ -96,7 +96,7 @@ def test_many_at_once_with_files(cold: LLM, tiny_gemma3_dir: Path, tmp_path: Pat
         for _ in range(4):
             outputs = run(llm, asked)
             assert [bits([output]) for output in outputs] == expected
-            llm._engine.kv._tier.flush()
+            llm._engine.kv.prefixes.tier.flush()
         assert llm.cache_stats.loaded_blocks > 0 and llm.cache_stats.copied_blocks > 0
         assert llm._engine.events.of(EventKind.PREEMPTED)
 
@@ -159,12 +159,12 @@ def test_explanations_of_what_fills_no_block(tiny_gemma3_dir: Path, tmp_path: Pa
 def test_explanations_know_what_is_in_files(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
     with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv") as llm:
         vocab_size = llm.model_config.vocab_size
-        llm._engine.kv._tier._timer = lambda: 0.0  # loading is never slower than computing
+        llm._engine.kv.prefixes.tier._timer = lambda: 0.0  # loading is never slower than computing
         asked = {"prompt_token_ids": prompt(100, vocab_size, 1)}
         llm.generate(asked, GREEDY, use_tqdm=False)
         assert llm.explain_cache(asked).num_kept_tokens == 0
         llm.generate({"prompt_token_ids": prompt(280, vocab_size, 2)}, GREEDY.but(max_tokens=2), use_tqdm=False)
-        llm._engine.kv._tier.flush()
+        llm._engine.kv.prefixes.tier.flush()
         told = llm.explain_cache(asked)
         assert told.num_cached_tokens + told.num_kept_tokens == 96 and told.num_kept_tokens >= 16
         assert told.evicted_reason is None, "what is kept is not gone"
@@ -182,14 +182,14 @@ def test_a_reset_forgets_the_files_and_a_clean_close_keeps_them(tiny_gemma3_dir:
     with open_llm(tiny_gemma3_dir, 320, **settings) as llm:
         run(llm, [(token_ids, GREEDY)])
         run(llm, [(prompt(280, llm.model_config.vocab_size, 2), GREEDY)])
-        llm._engine.kv._tier.flush()
+        llm._engine.kv.prefixes.tier.flush()
         assert list((tmp_path / "kv").glob("*.kv"))
         llm.reset_prefix_cache()
         assert run(llm, [(token_ids, GREEDY)])[0].num_cached_tokens == 0
     kept = len(list((tmp_path / "kv").glob("*.kv")))
     assert kept == (200 + 12 - 1) // 16, "the last token drawn was not computed"
     with open_llm(tiny_gemma3_dir, 320, **settings) as llm:
-        llm._engine.kv._tier._timer = lambda: 0.0
+        llm._engine.kv.prefixes.tier._timer = lambda: 0.0
         (output,) = outputs = run(llm, [(token_ids, GREEDY)])
         assert output.num_cached_tokens == 192 and bits(outputs) == expected
         llm.reset_prefix_cache()

@@ -103,7 +103,7 @@ def test_random_operations_conserve_blocks(seed: int) -> None:
             start = max(tokens - rng.randrange(3), 0)
             stop = tokens + rng.randint(1, 3 * block_size)
             before = kv.num_available
-            missing = kv.blocks_missing(table, start, stop)
+            missing = kv.tables.blocks_missing(table, start, stop)
             if kv.allocate(table, start, stop) is None:
                 refused += 1
                 assert kv.num_available == before < missing

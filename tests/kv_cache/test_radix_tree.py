@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from octavo.core.namespace import Namespace
 from octavo.kv_cache import BlockTable, KVCacheManager
 
 SIZE = 2
@@ -29,7 +30,7 @@ class Held:
 def cached_prefixes(kv: KVCacheManager) -> dict[tuple[object, Prefix], int]:
     """Every prefix in the tree, with its namespace, and the block that ends it."""
     found = {}
-    for node in kv._tree.nodes():
+    for node in kv.prefixes.tree.nodes():
         path = list(node.path())[::-1]
         namespace = path[0].parent.namespace  # type: ignore[union-attr] # the first one's parent is a root
         found[namespace, tuple(token for step in path for token in step.key)] = node.block
@@ -65,13 +66,13 @@ class PrefixCache(RuleBasedStateMachine):
 
     @rule(target=tables, token_ids=TOKENS, salt=st.sampled_from("ab"))
     def begin(self, token_ids: list[int], salt: str) -> Held:
-        held = Held(self.kv.new_table("r", salt), token_ids, salt)
+        held = Held(self.kv.new_table("r", Namespace(salt)), token_ids, salt)
         self.live.append(held)
         return held
 
     @rule(held=tables)
     def match(self, held: Held) -> None:
-        namespace = ("salt", held.salt)
+        namespace = Namespace(held.salt)
         before = held.computed
         limit = len(held.token_ids) - 1
         longest = before
@@ -90,7 +91,7 @@ class PrefixCache(RuleBasedStateMachine):
         if stop == held.computed:
             return
         self.before_use = self.in_use()
-        free, taken = self.kv._pool.num_free, self.kv.blocks_missing(held.table, held.computed, stop)
+        free, taken = self.kv.tables.pool.num_free, self.kv.tables.blocks_missing(held.table, held.computed, stop)
         if self.kv.allocate(held.table, held.computed, stop) is None:
             assert taken > self.kv.num_available
             return
@@ -98,7 +99,7 @@ class PrefixCache(RuleBasedStateMachine):
         held.computed = stop
         self.kv.commit(held.table, held.token_ids, stop)
         for end in range(SIZE, stop + 1, SIZE):
-            prefix = (("salt", held.salt), tuple(held.token_ids[:end]))
+            prefix = (Namespace(held.salt), tuple(held.token_ids[:end]))
             if not held.out:
                 self.known.setdefault(prefix, held.table[end // SIZE - 1])
         assert cached_prefixes(self.kv) == self.known
@@ -206,7 +207,7 @@ def test_least_recently_used_first_and_tails_before_heads() -> None:
     table = kv.new_table()
     assert kv.allocate(table, 0, 4 * 5) is not None
     assert gone == [(2, "new"), (1, "new"), (2, "old")]
-    assert [evicted.reason for evicted in kv.evictions._entries.values()] == ["capacity"] * 3
+    assert [evicted.reason for evicted in kv.explanations.evictions._entries.values()] == ["capacity"] * 3
 
 
 def test_what_is_in_use_is_never_evicted() -> None:
@@ -264,6 +265,6 @@ def roots() -> Iterator[KVCacheManager]:
 def test_namespaces_leave_nothing_behind(roots: KVCacheManager) -> None:
     """A salt for each user must not grow a table of salts."""
     for user in range(100):
-        roots.free(computed(roots, list(range(8)), salt=f"user {user}"))
-        roots.match(roots.new_table(salt=f"reader {user}"), list(range(8)), 0, 7)
-    assert len(roots._tree._roots) <= 2 and len(roots._tree._idle_leaves) <= 2 * 4 + 64
+        roots.free(computed(roots, list(range(8)), namespace=Namespace(f"user {user}")))
+        roots.match(roots.new_table(namespace=Namespace(f"reader {user}")), list(range(8)), 0, 7)
+    assert len(roots.prefixes.tree._roots) <= 2 and len(roots.prefixes.tree._idle_leaves) <= 2 * 4 + 64

@@ -13,6 +13,7 @@ from octavo.coordinators.completion import CompletionRequest, Sent, to_dict
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.events import Reason
+from octavo.core.namespace import Namespace
 from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.core.params import OutputKind
 from octavo.core.plan import RowResult, TokenLogprobs
@@ -60,7 +61,7 @@ class BeamCoordinator(Coordinator):
         super().__init__(request.request_id, request.priority, metrics)
         self.request = request
         self.params = params
-        self.cache_salt = request.cache_salt
+        self.namespace = Namespace(request.cache_salt)
         self.reads_cache = not params.skip_reading_prefix_cache
         self.error: str | None = None
         self._shown_prompt = list(request.prompt_token_ids)  # the user's to change; the request's own is not

@@ -8,6 +8,7 @@ from dataclasses import replace
 from octavo.coordinators.completion import Completion, CompletionRequest, PromptLogprobs
 from octavo.core.coordinator import Coordinator
 from octavo.core.events import Reason
+from octavo.core.namespace import Namespace
 from octavo.core.outputs import RequestMetrics, RequestOutput
 from octavo.core.params import OutputKind
 from octavo.core.plan import DrawResult
@@ -20,7 +21,7 @@ class GeneratingCoordinator(Coordinator):
     def __init__(self, request: CompletionRequest, metrics: RequestMetrics) -> None:
         super().__init__(request.request_id, request.priority, metrics)
         self.request = request
-        self.cache_salt = request.cache_salt
+        self.namespace = Namespace(request.cache_salt)
         self.reads_cache = not request.params.skip_reading_prefix_cache
         self.completions = [Completion(request, index) for index in range(request.params.n)]
         self.prompt_logprobs = PromptLogprobs(request)

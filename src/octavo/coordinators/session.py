@@ -20,6 +20,7 @@ from octavo.coordinators.completion import Completion, CompletionRequest
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.events import Reason
+from octavo.core.namespace import Namespace
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
@@ -77,7 +78,7 @@ class SessionCoordinator(Coordinator):
     ) -> None:
         super().__init__(request_id, priority, metrics)
         self.seed = seed
-        self.cache_salt = cache_salt
+        self.namespace = Namespace(cache_salt)
         self.root = BranchState(())
         self.error: str | None = None
         self._encode = encode

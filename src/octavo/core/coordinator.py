@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.core.events import Reason
+from octavo.core.namespace import SHARED
 
 if TYPE_CHECKING:
     from octavo.core.outputs import RequestMetrics, RequestOutput
@@ -46,7 +47,7 @@ class Coordinator(ABC):
 
     lockstep = False  # all its wanted rows in one step, or none
     width = 1  # most sequences alive at once
-    cache_salt: str | None = None  # prefix cache blocks are shared among requests with equal salts
+    namespace = SHARED  # of the prefix cache: what it computes is found by requests of the same
     reads_cache = True  # whether blocks that other requests computed may be used
 
     def __init__(self, request_id: str, priority: int, metrics: RequestMetrics) -> None:

@@ -16,6 +16,7 @@ from itertools import count, takewhile
 from octavo.core.coordinator import Coordinator, SequenceResult
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
+from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
 from octavo.core.protocols import Clock, Executor, Proposer
@@ -23,7 +24,6 @@ from octavo.core.sequence import Sequence
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.eviction_log import Evicted
-from octavo.kv_cache.explain import explain
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Engine:
         self.events.emit(EventKind.QUEUED, coordinator.request_id)
 
     def _new_sequence(self, coordinator: Coordinator, stream: tuple[int, ...]) -> Sequence:
-        table = self.kv.new_table(coordinator.request_id, coordinator.cache_salt, private=not coordinator.reads_cache)
+        table = self.kv.new_table(coordinator.request_id, coordinator.namespace, private=not coordinator.reads_cache)
         return Sequence(next(self._sequence_ids), self.kv, self._sequence_ids.__next__, stream, table)
 
     def _note_eviction(self, evicted: Evicted) -> None:
@@ -99,7 +99,7 @@ class Engine:
 
     def explain_cache(self, token_ids: SequenceOf[int], salt: str | None = None) -> CacheExplanation:
         """How much of a prompt is cached now, and why not more."""
-        return explain(self.kv, token_ids, salt, self.clock())
+        return self.kv.explain(token_ids, Namespace(salt))
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -143,9 +143,7 @@ class Engine:
         """How long a block of a prompt takes to compute: what a cached one has to be faster than."""
         seconds = result.timings.get("model")
         if seconds is not None and plan.num_tokens >= self.kv.block_size * max(len(plan.grants), 1):
-            block = seconds / plan.num_tokens * self.kv.block_size
-            known = self.kv.compute_seconds
-            self.kv.compute_seconds = block if known is None else 0.8 * known + 0.2 * block
+            self.kv.learn_speed(seconds / plan.num_tokens)
 
     def _end_stalled(self) -> list[RequestOutput]:
         """Nothing can run, though somebody wants to: the one that does not fit ends with an error, better than waiting

@@ -38,8 +38,7 @@ from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.protocols import Proposer
 from octavo.core.sequence import Sequence
 from octavo.core.want import Sample
-from octavo.kv_cache import KVCacheManager
-from octavo.kv_cache.radix_tree import Node
+from octavo.kv_cache import CachedPrefix, KVCacheManager, PendingKV
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class _Entry:
     running: bool = False
     preempted: int = 0  # times, since it arrived
     overtaken: int = 0  # later requests admitted before it for their cached prefixes
-    cached: Node | None = None  # how far its prompt was found in the cache when it was last looked up
+    cached: CachedPrefix | None = None  # how far its prompt was found in the cache when it was last looked up
 
     def __lt__(self, other: _Entry) -> bool:
         return self.key < other.key
@@ -166,7 +165,7 @@ class Scheduler:
         entry = self._entries.pop(coordinator.request_id)
         self._leave_queue(entry)
         coordinator.drop_all()
-        self.kv.end_request(coordinator.request_id, coordinator.cache_salt)
+        self.kv.end_request(coordinator.request_id, coordinator.namespace)
 
     def stalled(self) -> Coordinator | None:
         """Who is to blame when there is work and an empty step: the first of those that run. Everything that others had
@@ -405,8 +404,8 @@ class Scheduler:
     def _cached_blocks(self, entry: _Entry) -> int:
         """Blocks of a waiting request's first sequence that are cached now."""
         for sequence in self._without_blocks(entry.coordinator)[:1]:
-            entry.cached = self.kv.probe(sequence.block_table, sequence.token_ids, entry.cached)
-        return 0 if entry.cached is None else entry.cached.depth
+            entry.cached = self.kv.cached_prefix(sequence.block_table, sequence.token_ids, entry.cached)
+        return 0 if entry.cached is None else entry.cached.num_blocks
 
     def _why_not(self, step: _Step, entry: _Entry) -> Reason | None:
         """Why a waiting request cannot run yet; None when it can."""
@@ -420,33 +419,12 @@ class Scheduler:
             return Reason.TOKEN_BUDGET
         # Its whole pending work must fit now, and a block more for everybody running: to admit a request only to
         # preempt it a few steps later computes its prompt twice. Each time that happened it waits for more.
-        needed = places * (1 + entry.preempted) + self._distinct_blocks(coordinator)
+        needed = places * (1 + entry.preempted) + self.kv.blocks_needed(_pending_kv(coordinator))
         if needed > self.kv.num_available:
             self._cached_blocks(entry)
             # What others hold costs nothing; what is cached and idle counts as available until it is taken.
-            needed -= sum(not node.idle for node in entry.cached.path()) if entry.cached is not None else 0
+            needed -= 0 if entry.cached is None else entry.cached.num_in_use
         return Reason.NO_BLOCKS if needed > self.kv.num_available else None
-
-    def _distinct_blocks(self, coordinator: Coordinator) -> int:
-        """Blocks that the pending work of a waiting request takes; its sequences share what they have in common."""
-        size = self.kv.block_size
-        sequences = self._without_blocks(coordinator)
-        more = sum(  # what sequences of a session that was parked hold already, they keep
-            self.kv.blocks_missing(sequence.block_table, sequence.num_computed, sequence.target)
-            for sequence in coordinator.sequences
-            if sequence.num_pending and sequence.block_table
-        )
-        if len(sequences) == 1:
-            return more + self.kv.blocks_for(sequences[0].target)
-        prefixes: set[int] = set()
-        partial = 0
-        for sequence in sequences:
-            prefix = 0
-            for start in range(0, sequence.target - size + 1, size):
-                prefix = hash((prefix, *sequence.token_ids[start : start + size]))
-                prefixes.add(prefix)
-            partial += sequence.target % size > 0
-        return more + len(prefixes) + partial
 
     def _without_blocks(self, coordinator: Coordinator) -> list[Sequence]:
         """Sequences with pending work that are to be computed from the start; of most waiting requests that is all."""
@@ -509,3 +487,12 @@ class Scheduler:
         sequence.evict()
         entry.cached = None
         self._events.emit(EventKind.EVICTED, entry.coordinator.request_id, reason, f"sequence {sequence.id}")
+
+
+def _pending_kv(coordinator: Coordinator) -> list[PendingKV]:
+    """What its sequences still have to compute. What those of a session that was parked hold already, they keep."""
+    return [
+        PendingKV(sequence.block_table, sequence.token_ids, sequence.num_computed, sequence.target)
+        for sequence in coordinator.sequences
+        if sequence.num_pending
+    ]

@@ -2,6 +2,7 @@
 
 from octavo.kv_cache.block_pool import BlockPool
 from octavo.kv_cache.block_table import BlockTable
-from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.manager import KVCacheManager, PendingKV
+from octavo.kv_cache.prefix_cache import CachedPrefix
 
-__all__ = ["BlockPool", "BlockTable", "KVCacheManager"]
+__all__ = ["BlockPool", "BlockTable", "CachedPrefix", "KVCacheManager", "PendingKV"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from octavo.core.namespace import Namespace
 from octavo.kv_cache.radix_tree import Key, Node
 
 
@@ -42,7 +43,7 @@ class EndingLog:
         return (ending for ending in reversed(self._endings) if ending.prefix == prefix)
 
 
-def prefix_hash(namespace: Hashable, token_ids: Sequence[int], block_size: int, num_blocks: int) -> int:
+def prefix_hash(namespace: Namespace, token_ids: Sequence[int], block_size: int, num_blocks: int) -> int:
     """Of the first blocks of these tokens, as `Node.prefix_hash` has it."""
     found = hash(namespace)
     for block in range(num_blocks):
@@ -69,7 +70,7 @@ class EvictionLog:
             self._entries.popitem(last=False)
         return entry
 
-    def find(self, namespace: Hashable, token_ids: Sequence[int], block_size: int, depth: int) -> Evicted | None:
+    def find(self, namespace: Namespace, token_ids: Sequence[int], block_size: int, depth: int) -> Evicted | None:
         """The eviction of block number depth - 1 of these tokens, if it is remembered."""
         entry = self._entries.get(prefix_hash(namespace, token_ids, block_size, depth))
         key = tuple(token_ids[(depth - 1) * block_size : depth * block_size])

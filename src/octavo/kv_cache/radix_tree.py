@@ -11,8 +11,10 @@ none is left.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
+
+from octavo.core.namespace import SHARED, Namespace
 
 Key = tuple[int, ...]  # the tokens of one block
 
@@ -50,12 +52,12 @@ class Node:
         self.last_used = 0  # tick of the tree's own clock
 
     @property
-    def namespace(self) -> Hashable:
+    def namespace(self) -> Namespace:
         """Its root's. In time of its depth."""
         node = self
         while node.parent is not None:
             node = node.parent
-        return node._namespace if isinstance(node, Root) else None
+        return node._namespace if isinstance(node, Root) else SHARED  # of what has left the tree
 
     def path(self) -> Iterator[Node]:
         """This node and those above it, without the root."""
@@ -70,12 +72,12 @@ class Root(Node):
 
     __slots__ = ("_namespace",)
 
-    def __init__(self, namespace: Hashable) -> None:
+    def __init__(self, namespace: Namespace) -> None:
         super().__init__(None, (), -1, "", 0.0, hash(namespace))
         self._namespace = namespace
 
     @property
-    def namespace(self) -> Hashable:
+    def namespace(self) -> Namespace:
         return self._namespace
 
 
@@ -83,7 +85,7 @@ class RadixTree:
     """Prefixes in namespaces; a block can be found only from the root of its own."""
 
     def __init__(self) -> None:
-        self._roots: dict[Hashable, Root] = {}
+        self._roots: dict[Namespace, Root] = {}
         self._of_block: dict[int, Node] = {}
         self._idle_leaves: list[tuple[int, int, Node]] = []  # a heap by last use; entries may be out of date
         self._ticks = count(1)
@@ -93,7 +95,7 @@ class RadixTree:
     def num_nodes(self) -> int:
         return len(self._of_block)
 
-    def root(self, namespace: Hashable) -> Node | None:
+    def root(self, namespace: Namespace) -> Node | None:
         """None while nothing of the namespace is cached."""
         return self._roots.get(namespace)
 
@@ -113,7 +115,7 @@ class RadixTree:
             start += block_size
 
     def insert(
-        self, parent: Node | None, namespace: Hashable, key: Key, block: int, request_id: str, now: float
+        self, parent: Node | None, namespace: Namespace, key: Key, block: int, request_id: str, now: float
     ) -> Node:
         """A new child of `parent`, or of the namespace's root. Its block is in use: the caller's table refers to it."""
         if parent is None:
@@ -170,7 +172,7 @@ class RadixTree:
         elif parent.idle:
             self._push(parent)
 
-    def merge(self, source: Hashable, target: Hashable) -> list[int]:
+    def merge(self, source: Namespace, target: Namespace) -> list[int]:
         """Let all that is cached in one namespace, none of it in use, be the other's. Returns the blocks for which the
         other had one already: they are in the tree no longer."""
         root = self._roots.pop(source, None)
@@ -193,7 +195,7 @@ class RadixTree:
             node.parent, node.children = None, {}
         return [node.block for node in left]
 
-    def below(self, namespace: Hashable) -> list[Node]:
+    def below(self, namespace: Namespace) -> list[Node]:
         """All nodes of a namespace, each before those below it."""
         root = self._roots.get(namespace)
         nodes: list[Node] = [] if root is None else [root]

@@ -7,10 +7,11 @@ else that is cached. So requests with one prefix load it once, and no table name
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
+from octavo.core.namespace import Namespace
 from octavo.kv_cache.radix_tree import Key, Node
 
 MOST_LOADS = 64  # at once: their KV is held outside of the pool
@@ -21,7 +22,7 @@ GIVE_UP_SECONDS = 10.0  # after which a disk does not answer: whoever waits comp
 class Load:
     digest: bytes  # names its prefix in the tier
     parent: Node | Load | None  # what holds the block before it; None: it is the first of its namespace
-    namespace: Hashable
+    namespace: Namespace
     key: Key  # its tokens
     request_id: str  # who asked first
     future: Future[bytes | None]
