@@ -645,10 +645,10 @@ def test_a_request_that_fails_in_the_engine_says_so(tiny: LLM, monkeypatch: pyte
     runner = tiny._engine._executor._runner  # type: ignore[attr-defined]
     run = runner._sampler.run
 
-    def failing(logits: Any, want: Any, *rest: Any) -> Any:
-        if want.draws[0].seed == 666 and rest[1] > 10:
+    def failing(logits: Any, want: Any, position: int) -> Any:
+        if want.draws[0].seed == 666 and position > 10:
             raise ArithmeticError("bad row")
-        return run(logits, want, *rest)
+        return run(logits, want, position)
 
     monkeypatch.setattr(runner._sampler, "run", failing)
     good, bad, fine = tiny.generate([PROMPT] * 3, [params(), params(seed=666), params()])

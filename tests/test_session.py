@@ -19,6 +19,7 @@ from octavo.session import Branch, Session
 from tests.backends.cpu.test_processes import in_fork
 from tests.invariance.harness import Counts, _Watched
 from tests.pace import held
+from tests.sessions import coordinator_of, run_as, state_of
 from tests.test_llm import check_idle, interrupt_at_step
 
 TEXT = "the quick brown fox jumps over"
@@ -112,9 +113,7 @@ def test_generate_is_that_of_a_plain_request(either: LLM, monkeypatch: pytest.Mo
     params = SamplingParams(**SAMPLED, logprobs=2, presence_penalty=0.5, seed=11, output_kind="final_only")
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         either.reset_prefix_cache()
-        coordinator = either._frontend.make({"prompt_token_ids": prompt}, params)
-        coordinator.completions[0].stream = (number, 0)
-        (alone,) = either._run([coordinator], False)
+        alone = run_as(either, prompt, params, stream=(number, 0))
         assert alone.outputs[0].token_ids == output.token_ids
         assert same_logprobs(alone.outputs[0], output, exact(either))
 
@@ -342,7 +341,7 @@ def test_forgotten_sessions_and_branches_free_their_blocks(tiny: LLM) -> None:
     s.extend(TEXT)
     branches = s.fork(3)
     s.generate_all(branches, **SAMPLED)
-    coordinator = s._link.coordinator
+    coordinator = coordinator_of(s)
     assert len(coordinator.sequences) == 4
     del branches[1:]
     gc.collect()
@@ -390,7 +389,7 @@ def test_threads_share_a_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> No
             texts[index] = branches[index].generate(**SAMPLED | {"max_tokens": 60}).text
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        with held(tiny._engine, lambda: all(branch._state.task is not None for branch in branches)):
+        with held(tiny._engine, lambda: all(state_of(branch).task is not None for branch in branches)):
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -414,7 +413,7 @@ def test_one_branch_in_two_threads(tiny: LLM) -> None:
     thread = threading.Thread(target=work)
     with held(tiny._engine, lambda: False, after=20):
         thread.start()
-        while s._state.sequence.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
+        while state_of(s).sequence.num_tokens <= len(tiny.tokenizer.encode(TEXT)):
             time.sleep(0.001)
         assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)), "what is under way does not show"
         for verb in (lambda: s.extend("x"), s.generate, s.fork):
@@ -479,7 +478,7 @@ async def test_async_text_is_computed_ahead_and_then_nothing_runs(llm: AsyncLLM)
     """Guards an engine thread that spins while a session is idle."""
     async with llm.session() as s:
         await s.extend(TEXT)
-        sequence = s._state.sequence
+        sequence = state_of(s).sequence
         assert sequence is not None
         while llm._loop.engine.has_unfinished_requests:
             await asyncio.sleep(0.005)
@@ -497,7 +496,7 @@ async def test_async_cancelling_restores_the_branch(llm: AsyncLLM) -> None:
         length = s.num_tokens
         with held(llm._loop.engine, lambda: False, after=20):
             task = asyncio.create_task(s.generate(**SLOW))
-            while s._state.sequence.num_tokens == length:
+            while state_of(s).sequence.num_tokens == length:
                 await asyncio.sleep(0.001)
             assert s.num_tokens == length, "what is under way does not show"
             with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
@@ -524,7 +523,7 @@ async def test_async_endings(llm: AsyncLLM) -> None:
     await s.extend(TEXT)
     left, right = await s.fork(2)
     tasks = [asyncio.create_task(left.generate(**SLOW)), asyncio.create_task(right.select([" x" * 100, " y"]))]
-    while left._state.sequence.num_tokens == s.num_tokens:
+    while state_of(left).sequence.num_tokens == s.num_tokens:
         await asyncio.sleep(0.001)
     await asyncio.to_thread(llm.close)
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -547,7 +546,7 @@ def test_a_fork_of_the_process_frees_branches(tiny: LLM) -> None:
         (expected,) = other.generate_all([other], **SAMPLED)
         thread = threading.Thread(target=lambda: s.generate(**SLOW))
         thread.start()
-        while s._state.task is None or not s._in_use.locked():
+        while state_of(s).task is None or not s._in_use.locked():
             time.sleep(0.001)
 
         def work() -> None:

@@ -18,6 +18,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.async_session import AsyncSession
 from octavo.core.outputs import RequestOutput
 from octavo.session import Session
+from tests.sessions import coordinator_of, state_of
 from tests.test_llm import check_idle, interrupt_at_step
 
 TEXT = "the quick brown fox jumps over"
@@ -104,7 +105,7 @@ async def went_on(llm: AsyncLLM, cancel: Callable[[AsyncSession, int], Any] | No
             held = s.token_ids
             await cancel(s, steps)
             assert s.token_ids == held and s.num_tokens == len(held), "at once, not after a while"
-            assert len(s._link.coordinator.sequences) == 1 and s._state.num_forks == 0
+            assert len(coordinator_of(s).sequences) == 1 and state_of(s).num_forks == 0
         first = await s.generate(**LOOKING)
         (fork,) = await s.fork(1)
         second = await fork.generate(**LOOKING)
@@ -138,8 +139,8 @@ async def test_verbs_whose_callers_are_gone(llm: AsyncLLM, verb: str, when: str)
     async def cancel(s: AsyncSession, _: int) -> None:
         for _ in range(10):
             with pytest.MonkeyPatch.context() as patch:
-                asked = Asked(s._link.door.ask)
-                patch.setattr(s._link.door, "ask", asked)
+                asked = Asked(s._link.ask)
+                patch.setattr(s._link, "ask", asked)
                 call = {"fork": s.fork(4), "extend": s.extend(" dog"), "truncate": s.truncate(2)}
                 task = asyncio.create_task(call.pop(verb))  # type: ignore[arg-type]
                 for other in call.values():
@@ -184,14 +185,14 @@ async def test_looked_at_while_it_is_taken_back(llm: AsyncLLM) -> None:
         await s.extend(TEXT)
         held, text = s.token_ids, s.text
         with pytest.MonkeyPatch.context() as patch:
-            asked = Asked(s._link.door.ask)
-            patch.setattr(s._link.door, "ask", asked)
+            asked = Asked(s._link.ask)
+            patch.setattr(s._link, "ask", asked)
             task = asyncio.create_task(s.generate(max_tokens=5, ignore_eos=True))
             while not asked.times:
                 await asyncio.sleep(0)
-        while not s._state.num_generated or s._state.task is not None:  # the event loop hears of no end
+        while not state_of(s).num_generated or state_of(s).task is not None:  # the event loop hears of no end
             time.sleep(0.001)
-        assert s._state.num_tokens == len(held) + 5
+        assert state_of(s).num_tokens == len(held) + 5
         llm._loop.ask(lambda engine: stopped.wait(20))
         try:
             task.cancel()
@@ -212,8 +213,8 @@ async def test_cancelled_before_anything_was_asked(llm: AsyncLLM) -> None:
         await s.extend(TEXT)
         held = s.token_ids
         with pytest.MonkeyPatch.context() as patch:
-            asked = Asked(s._link.door.ask)
-            patch.setattr(s._link.door, "ask", asked)
+            asked = Asked(s._link.ask)
+            patch.setattr(s._link, "ask", asked)
             patch.setattr(s, "_generating", lambda params: ready.wait(20))
             task = asyncio.create_task(s.generate(**LOOKING))
             while not s._in_use.locked():
@@ -274,7 +275,7 @@ def test_interrupts(tiny: LLM, step: int) -> None:
                 with interrupt_at_step(tiny, step), pytest.raises(KeyboardInterrupt):
                     call()
                 assert [branch.token_ids for branch in (s, left, right)] == [held] * 3
-                assert len(s._link.coordinator.sequences) == 3
+                assert len(coordinator_of(s).sequences) == 3
         return [told(output) for output in s.generate_all([s, left, right], **LOOKING)]
 
     with tiny.session(seed=5) as s:
@@ -298,22 +299,22 @@ def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
             waits.append(True)
             if len(waits) == 1:  # the call's own
                 wait(futures)
-                s._link.door.ask(s._link.coordinator, lambda: stopped.wait(10))
+                tiny._loop.ask(lambda engine: stopped.wait(10))
                 raise KeyboardInterrupt
             stopped.set()
             return wait(futures)
 
-        taking_back = s._taking_back
+        take_back = s._link.take_back
 
         def interrupted_again(calls: Any) -> Any:
-            undoing = taking_back(calls)
+            undoing = take_back(calls)
             monkeypatch.setattr(undoing, "result", raising)
             return undoing
 
         def raising() -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(s, "_taking_back", interrupted_again)
+        monkeypatch.setattr(s._link, "take_back", interrupted_again)
         with monkeypatch.context() as patch:
             patch.setattr(session_module, "wait", interrupted_wait)
             with pytest.raises(KeyboardInterrupt):

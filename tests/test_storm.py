@@ -19,6 +19,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.core.events import EventKind
 from octavo.core.outputs import RequestOutput
 from tests.invariance.harness import prompt
+from tests.sessions import run_as, state_of
 
 BLOCKS = 22
 CONFIG: dict[str, Any] = {"backend": "cpu", "threads": 2, "max_model_len": 256, "max_num_seqs": 12}
@@ -89,17 +90,17 @@ class Client:
                     call = calls.pop(rng.randrange(3))
                     for other in calls:
                         other.close()
-                    held, made = branch.token_ids, branch._state.num_generated
+                    held, made = branch.token_ids, state_of(branch).num_generated
                     try:
                         await asyncio.wait_for(call, rng.choice([0.0, 0.001, 0.01]))
                     except TimeoutError:
-                        assert branch.token_ids == held and branch._state.num_generated == made
+                        assert branch.token_ids == held and state_of(branch).num_generated == made
                         self.counts["taken back"] += 1
-                before, number = branch.token_ids, branch._state.num_generated
+                before, number = branch.token_ids, state_of(branch).num_generated
                 params = self.session_params()
                 got = await branch.generate(params)
                 assert branch.token_ids == before + got.token_ids
-                stream = (*branch._state.path, number)
+                stream = (*state_of(branch).path, number)
                 self.checks.append(lambda a=before, p=params, st=stream, g=got: self.plain(a, p, st, g))  # type: ignore[misc]
                 self.counts["continued"] += 1
 
@@ -110,9 +111,7 @@ class Client:
         return [{"prompt_token_ids": prompt(length, self.vocab_size, length)} for length in (1, 5, 20)]
 
     def plain(self, before: list[int], params: SamplingParams, stream: tuple[int, ...], got: Any) -> None:
-        request = self.alone._frontend.make({"prompt_token_ids": before}, params.but(output_kind="final_only"))
-        request.completions[0].stream = stream
-        (output,) = self.alone._run([request], False)
+        output = run_as(self.alone, before, params, stream=stream)
         assert (output.outputs[0].token_ids, bits(output.outputs[0])) == (got.token_ids, bits(got))
 
 

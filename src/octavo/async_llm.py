@@ -6,29 +6,25 @@ asyncio is imported where it is used: the command line iterates without it, and 
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from octavo.build import build_engine
-from octavo.config import EngineConfig
+from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import RequestFailedError
-from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
-from octavo.core.params import OutputKind, SamplingParams
+from octavo.core.outputs import CacheExplanation, RequestOutput
+from octavo.core.params import SamplingParams
 from octavo.core.values import exact_record, exact_str
 
 if TYPE_CHECKING:
     import asyncio
 
     from octavo.async_session import AsyncSession
-    from octavo.core.coordinator import Coordinator
-    from octavo.frontend import ChatPrompt, Messages, Prompt
+    from octavo.frontend import ChatPrompt, Messages, Prompt, Request
 
 
 _MAX_WAITING = 60.0  # seconds that a request with a template of its own waits for its turn
@@ -40,25 +36,14 @@ def _unless_late(write: Callable[[], ChatPrompt], asked: float) -> ChatPrompt:
     return write()
 
 
-class AsyncLLM:
+class AsyncLLM(BaseLLM):
     """`LLM` for asyncio. Make it anywhere; call its methods from one or several event loops.
 
     Args and errors of the constructor are those of `LLM`; it blocks while the model loads.
     """
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
-        self.config = EngineConfig.resolve({"model": model, **config})
-        built = build_engine(self.config)
-        self._frontend = built.frontend
-        self.tokenizer = built.tokenizer
-        self.model_config = built.model_config
-        self.memory_plan = built.memory_plan
-        self.max_model_len = built.max_model_len
-        self.system_fingerprint = built.system_fingerprint
-        self._generation_config = built.generation_config
-        self._loop = built.start()
-        # An AsyncLLM that is forgotten, not closed, must not leave its thread and its memory behind.
-        self._finalizer = weakref.finalize(self, self._loop.close)
+        super().__init__(model, **config)
         self._guests: tuple[int, ThreadPoolExecutor] | None = None
 
     async def generate(
@@ -82,8 +67,8 @@ class AsyncLLM:
         given = SamplingParams() if sampling_params is None else sampling_params
         params = exact_record("sampling_params", given, SamplingParams)
         # Tokenising a long prompt takes a while: not on the event loop.
-        coordinator = await asyncio.to_thread(self._frontend.make, prompt, params, request_id, priority)
-        async with aclosing(self._follow(coordinator, params.output_kind)) as answer:
+        request = await asyncio.to_thread(self._frontend.make, prompt, params, request_id, priority)
+        async with aclosing(self._follow(request)) as answer:
             async for output in answer:
                 yield output
 
@@ -100,24 +85,24 @@ class AsyncLLM:
         import asyncio
 
         given = BeamSearchParams() if params is None else exact_record("params", params, BeamSearchParams)
-        coordinator = await asyncio.to_thread(self._frontend.make_beams, prompt, given, request_id, priority)
-        async with aclosing(self._follow(coordinator, given.output_kind)) as answer:
+        request = await asyncio.to_thread(self._frontend.make_beams, prompt, given, request_id, priority)
+        async with aclosing(self._follow(request)) as answer:
             async for output in answer:
                 yield output
 
-    async def _follow(self, coordinator: Coordinator, kind: OutputKind | str) -> AsyncGenerator[RequestOutput, None]:
+    async def _follow(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request, yielding its outputs; if the caller goes away, it is ended."""
         import asyncio
 
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        read = self._frontend.reader(kind)
+        read = self._frontend.reader(request)
 
         def deliver(output: RequestOutput | Exception) -> None:
             with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        self._loop.add([coordinator], deliver)
+        self._loop.add([request.spec], deliver)
         finished = False
         try:
             while not finished:
@@ -126,7 +111,7 @@ class AsyncLLM:
                 yield read(self._checked(output))
         finally:
             if not finished:
-                self._loop.abort([coordinator.request_id], deliver)
+                self._loop.abort([request.spec.request_id], deliver)
 
     @staticmethod
     def _checked(output: RequestOutput | Exception) -> RequestOutput:
@@ -143,13 +128,23 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
-        **options: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through a chat template; see `generate` and, for the options, `LLM.chat_prompt`."""
+        """Answer a conversation through a chat template; see `generate`, and for the rest `LLM.chat`.
+
+        Args:
+            **variables: further variables of the template, like chat_template_kwargs.
+        """
         import asyncio
 
-        write = partial(self._frontend.chat_prompt, messages, chat_template, options)
+        options = chat_options(add_generation_prompt, continue_final_message, tools, documents) | variables
+        write = partial(self._frontend.chat_prompt, messages, chat_template, options, chat_template_kwargs)
         if self._frontend.is_own_template(chat_template):
             prompt = await asyncio.to_thread(write)
         else:
@@ -169,18 +164,11 @@ class AsyncLLM:
             self._guests = os.getpid(), ThreadPoolExecutor(2, "octavo-templates")
         return self._guests[1]
 
-    def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
-        """The prompt that `chat` answers: see `LLM.chat_prompt`. Not for the event loop: a long one takes a while."""
-        return self._frontend.chat_prompt(messages, chat_template, options)
-
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
         """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""
         from octavo.async_session import AsyncSession
-        from octavo.session import Door
 
-        coordinator = self._frontend.make_session(seed, priority, cache_salt)
-        self._loop.add_session(coordinator)
-        return AsyncSession(Door(self, self._loop), self._frontend, coordinator)
+        return AsyncSession(self._begin_session(seed, priority, cache_salt))
 
     async def explain_cache(self, prompt: Prompt) -> CacheExplanation:
         """See `LLM.explain_cache`."""
@@ -195,16 +183,6 @@ class AsyncLLM:
 
         return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.reset_prefix_cache()))
 
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """See `LLM.generation_config`."""
-        return self._generation_config()
-
-    @property
-    def cache_stats(self) -> CacheStats:
-        """See `LLM.cache_stats`."""
-        return replace(self._loop.engine.kv.stats)
-
     async def abort(self, request_id: str) -> None:
         """End a request; whoever iterates over it gets a last output with finish_reason "abort". An id that nobody has
         is no error: it may have ended. Raises InvalidRequestError for what is no string."""
@@ -212,11 +190,7 @@ class AsyncLLM:
 
     @property
     def num_unfinished_requests(self) -> int:
-        return self._loop.engine.num_requests
-
-    def close(self) -> None:
-        """End all requests with EngineClosedError and stop the thread. Idempotent."""
-        self._finalizer()
+        return self._engine.num_requests
 
     async def __aenter__(self) -> AsyncLLM:
         return self

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-from octavo.coordinators.completion import CompletionRequest
-from octavo.coordinators.single import SingleCoordinator
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.outputs import CompletionOutput, Logprob, OutputSoFar, RequestOutput
 from octavo.core.params import MAX_N, MAX_SEED, OutputKind, SamplingParams, integer
 from octavo.core.protocols import Clock
+from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.values import (
     MAX_CHARACTERS,
     exact_bool,
@@ -30,11 +29,6 @@ from octavo.core.values import (
 from octavo.text.model_tokens import ModelTokens
 from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from octavo.coordinators.beams import BeamCoordinator
-    from octavo.coordinators.generating import GeneratingCoordinator
-    from octavo.coordinators.session import SessionCoordinator
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -68,10 +62,25 @@ class Limits:
     priority_allowed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What goes to the engine, and the text of its prompt, which does not."""
+
+    spec: RequestSpec
+    prompt: str | None  # None: token ids alone were given
+
+    @property
+    def output_kind(self) -> OutputKind:
+        params = self.spec.params if self.spec.beams is None else self.spec.beams
+        return OutputKind(params.output_kind)
+
+
 class Frontend:
     """Makes requests for one engine. Thread-safe."""
 
-    def __init__(self, codec: Tokenizer, limits: Limits, system_fingerprint: str | None, clock: Clock) -> None:
+    def __init__(
+        self, codec: Tokenizer, tokens: ModelTokens, limits: Limits, system_fingerprint: str | None, clock: Clock
+    ) -> None:
         self._codec = codec
         # A template may leave much out of what it writes, but no conversation is a hundred times the context.
         most = min(MAX_CHARACTERS, max(1 << 20, 64 * limits.max_model_len))
@@ -79,7 +88,7 @@ class Frontend:
         self._limits = limits
         self._system_fingerprint = system_fingerprint
         self._clock = clock
-        self._tokens = ModelTokens(codec, limits.vocab_size)
+        self._tokens = tokens
         # Not to meet an id that a user chose: those look like "request-0" often enough.
         self._id_prefix = os.urandom(4).hex()
         self._ids = count()
@@ -91,16 +100,10 @@ class Frontend:
         request_id: str | None = None,
         priority: int = 0,
         name: str = "prompt",
-    ) -> GeneratingCoordinator:
-        """A coordinator for one prompt; errors call it `name`. Raises InvalidRequestError naming the field."""
+    ) -> Request:
+        """A request for one prompt; errors call it `name`. Raises InvalidRequestError naming the field."""
         params = exact_record("sampling_params", params, SamplingParams)
-        request = self._request(prompt, params, request_id, priority, name)
-        metrics = RequestMetrics(arrival_time=self._clock())
-        if params.n == 1:
-            return SingleCoordinator(request, metrics)
-        from octavo.coordinators.samples import SamplesCoordinator
-
-        return SamplesCoordinator(request, metrics)
+        return self._request(prompt, params, None, request_id, priority, name)
 
     def make_beams(
         self,
@@ -109,9 +112,9 @@ class Frontend:
         request_id: str | None = None,
         priority: int = 0,
         name: str = "prompt",
-    ) -> BeamCoordinator:
+    ) -> Request:
         """A beam search over one prompt; see `make`."""
-        from octavo.coordinators.beams import BeamCoordinator
+        from octavo.coordinators.beams import least_blocks
 
         params = exact_record("params", params, BeamSearchParams)
         if params.width > self._limits.max_num_seqs:
@@ -119,62 +122,64 @@ class Frontend:
                 "beam_width",
                 f"all beams run in one step, and max_num_seqs={self._limits.max_num_seqs} is less than {params.width}",
             )
-        request = self._request(prompt, params.sampling, request_id, priority, name)
-        search = BeamCoordinator(request, params, RequestMetrics(arrival_time=self._clock()))
-        blocks, size = self._limits.num_blocks, self._limits.block_size
-        if (least := search.least_blocks(size)) > blocks:
+        request = self._request(prompt, params.sampling, params, request_id, priority, name)
+        spec, blocks, size = request.spec, self._limits.num_blocks, self._limits.block_size
+        if (least := least_blocks(spec, size)) > blocks:
             raise InvalidRequestError(
                 "beam_width",
-                f"{params.width} beams of {len(request.prompt_token_ids)} + {request.max_tokens} tokens take at least "
+                f"{params.width} beams of {len(spec.prompt_token_ids)} + {spec.max_tokens} tokens take at least "
                 f"{least} KV blocks of {size} tokens, and there are {blocks}: give fewer beams, a smaller max_tokens "
                 "or more kv_cache_memory_bytes",
             )
-        return search
+        return request
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, name: str
-    ) -> CompletionRequest:
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        beams: BeamSearchParams | None,
+        request_id: str | None,
+        priority: int,
+        name: str,
+    ) -> Request:
         """Checked against this model."""
         priority = self._priority(priority)
         if request_id is not None:
             request_id = _filled("request_id", request_id)
         given = _read(prompt, name)
         text, token_ids = self._tokens_of(given, name)
-        return CompletionRequest(
+        spec = RequestSpec(
             request_id=request_id if request_id is not None else self._new_id(),
-            prompt_token_ids=token_ids,
+            prompt_token_ids=tuple(token_ids),
             params=params,
+            beams=beams,
             seed=self._seed(params.seed),
             max_tokens=self._max_tokens(len(token_ids), params, name),
-            prompt=text,
             priority=priority,
             cache_salt=given.cache_salt,
+            arrival_time=self._clock(),
             **self._checked_fields(params),
         )
+        return Request(spec, text)
 
     def _checked_fields(self, params: SamplingParams) -> dict[str, Any]:
-        """Of a CompletionRequest: what follows from parameters that fit this model, whatever the prompt."""
+        """Of a RequestSpec: what follows from parameters that fit this model, whatever the prompt."""
         self._check_params(params)
         return {
             "eos_token_ids": () if params.ignore_eos else self._tokens.eos_token_ids,
             "bad_words": self._tokens.bad_words(params.bad_words or ()),
-            "codec": self._codec,
-            "system_fingerprint": self._system_fingerprint,
         }
 
     # --- sessions ---
 
-    def make_session(self, seed: int | None, priority: int, salt: str | None) -> SessionCoordinator:
+    def make_session(self, seed: int | None, priority: int, salt: str | None) -> SessionSpec:
         """Raises InvalidRequestError naming the field at fault."""
-        from octavo.coordinators.session import SessionCoordinator
-
-        return SessionCoordinator(
-            self._new_id("session"),
-            self._priority(priority),
-            RequestMetrics(arrival_time=self._clock()),
+        return SessionSpec(
+            request_id=self._new_id("session"),
             seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
-            encode=self._tokens.encode_rest,
+            priority=self._priority(priority),
             cache_salt=checked_salt(salt),
+            arrival_time=self._clock(),
         )
 
     def tokens_after(self, prompt: Prompt, before: Sequence[int], field: str = "prompt") -> list[int]:
@@ -195,11 +200,9 @@ class Frontend:
         self._check_room(field, len(before), len(token_ids))
         return token_ids
 
-    def make_turn(
-        self, session: SessionCoordinator, params: SamplingParams
-    ) -> Callable[[list[int]], CompletionRequest]:
-        """What one `generate` of a session asks: to be made of the branch's tokens when its turn comes, in the engine's
-        thread. Raises InvalidRequestError, and so does what it returns."""
+    def make_turn(self, session: SessionSpec, params: SamplingParams, num_tokens: int) -> RequestSpec:
+        """What one `generate` of a session asks of a branch with so many tokens, without these. Raises
+        InvalidRequestError."""
         params = exact_record("sampling_params", params, SamplingParams)
         if params.n != 1:
             raise InvalidRequestError("n", f"must be 1 in a session, not {params.n}: fork the branch")
@@ -209,23 +212,18 @@ class Frontend:
             raise InvalidRequestError(
                 "skip_reading_prefix_cache", "is not for sessions, which go on from what they have"
             )
-        seed = session.seed if params.seed is None else params.seed
         fields = self._checked_fields(params)
-
-        def turn(token_ids: list[int]) -> CompletionRequest:
-            self._check_not_empty(token_ids)
-            self._check_room("branch", len(token_ids), 1)
-            return CompletionRequest(
-                request_id=session.request_id,
-                prompt_token_ids=token_ids,
-                params=params,
-                seed=seed,
-                max_tokens=self._max_tokens(len(token_ids), params, "branch"),
-                priority=session.priority,
-                **fields,
-            )
-
-        return turn
+        self._check_not_empty(num_tokens)
+        self._check_room("branch", num_tokens, 1)
+        return RequestSpec(
+            request_id=session.request_id,
+            prompt_token_ids=(),
+            params=params,
+            seed=session.seed if params.seed is None else params.seed,
+            max_tokens=self._max_tokens(num_tokens, params, "branch"),
+            priority=session.priority,
+            **fields,
+        )
 
     def choices(self, choices: Sequence[Prompt], before: Sequence[int]) -> list[tuple[str, list[int]]]:
         """Text and token ids of what `select` compares, after these tokens. Raises InvalidRequestError."""
@@ -234,7 +232,7 @@ class Frontend:
         choices = exact_list("choices", choices)
         if not 1 <= len(choices) <= MAX_N:
             raise InvalidRequestError("choices", f"must be from 1 to {MAX_N}, not {len(choices)}")
-        self._check_not_empty(before)
+        self._check_not_empty(len(before))
         found = []
         for number, choice in enumerate(choices):
             token_ids = self.tokens_after(choice, before, f"choices[{number}]")
@@ -248,8 +246,8 @@ class Frontend:
         """Special tokens are spelled out."""
         return self._codec.decode(token_ids, skip_special_tokens=False)
 
-    def _check_not_empty(self, token_ids: Sequence[int]) -> None:
-        if not token_ids:
+    def _check_not_empty(self, num_tokens: int) -> None:
+        if not num_tokens:
             raise InvalidRequestError("branch", "is empty: extend it first")
 
     def _check_room(self, field: str, num_tokens: int, more: int) -> None:
@@ -296,20 +294,25 @@ class Frontend:
         """Whether that is one of the model's: by None, or by a name."""
         return chat_template is None or self._templates.has(chat_template)
 
-    def name_tokens(self, output: RequestOutput) -> RequestOutput:
+    def _name_tokens(self, output: RequestOutput) -> None:
         """Fill in `decoded_token` and `bytes` of an output's log-probabilities."""
         rows = [row for completion in output.outputs for row in completion.logprobs or ()]
         rows += [row for row in output.prompt_logprobs or () if row is not None]
         self._name(rows)
-        return output
 
-    def reader(self, kind: OutputKind | str) -> Callable[[RequestOutput], RequestOutput]:
-        """For one request: from what the engine gives, always what is new, to what its user asked for. Called where the
-        user waits, so that the engine's thread copies nothing twice."""
-        if OutputKind(kind) is not OutputKind.CUMULATIVE:
-            return self.name_tokens
-        so_far = OutputSoFar()
-        return lambda output: so_far.take(self.name_tokens(output))
+    def reader(self, request: Request) -> Callable[[RequestOutput], RequestOutput]:
+        """For one request: from what the engine gives, always what is new and without the prompt, to what its user
+        asked for. Called where the user waits, so that the engine's thread copies nothing twice."""
+        shown_prompt = list(request.spec.prompt_token_ids)  # the user's to change
+        so_far = OutputSoFar() if request.output_kind is OutputKind.CUMULATIVE else None
+
+        def read(output: RequestOutput) -> RequestOutput:
+            output.prompt, output.prompt_token_ids = request.prompt, shown_prompt
+            output.system_fingerprint = self._system_fingerprint
+            self._name_tokens(output)
+            return output if so_far is None else so_far.take(output)
+
+        return read
 
     def name_completion(self, completion: CompletionOutput) -> CompletionOutput:
         """The same of one output."""

@@ -3,66 +3,34 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from octavo.build import build_engine
-from octavo.config import EngineConfig
+from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, RequestFailedError
-from octavo.core.outputs import CacheExplanation, CacheStats, RequestOutput
+from octavo.core.outputs import CacheExplanation, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_bool, exact_list, exact_record, is_a
 
 if TYPE_CHECKING:
-    from octavo.core.coordinator import Coordinator
     from octavo.engine import Engine
-    from octavo.frontend import ChatPrompt, Messages, Prompt
+    from octavo.frontend import Messages, Prompt, Request
     from octavo.session import Session
 
 Answer = TypeVar("Answer")
 
 
-class LLM:
-    """A model, loaded and ready to answer.
-
-    Args:
-        model: an alias (``smollm2``), a Hugging Face name, a .gguf file or a model folder. Fetched on first use.
-        **config: any setting of `EngineConfig`. An unknown one raises ConfigError.
-
+class LLM(BaseLLM):
+    __doc__ = (
+        (BaseLLM.__doc__ or "")
+        + """
     Methods may be called from several threads; the steps of all their requests run together in one batch, on the
     engine's own thread. A process that forks can use the LLM on both sides.
-
-    Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError or ConfigError.
     """
-
-    def __init__(self, model: str | None = None, **config: Any) -> None:
-        self.config = EngineConfig.resolve({"model": model, **config})
-        built = build_engine(self.config)
-        self._frontend = built.frontend
-        self._engine = built.engine
-        self._loop = built.start()
-        # An LLM that is forgotten, not closed, must not leave its thread and its memory behind.
-        self._finalizer = weakref.finalize(self, self._loop.close)
-        self.tokenizer = built.tokenizer
-        self.model_config = built.model_config
-        self.memory_plan = built.memory_plan
-        self.max_model_len = built.max_model_len
-        self.system_fingerprint = built.system_fingerprint
-        self._generation_config = built.generation_config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """What the model's files recommend for sampling, as fields of SamplingParams: those of temperature, top_p,
-        top_k, min_p and repetition_penalty that generation_config.json tells, or general.sampling.* in a GGUF file.
-        The command line follows it; in Python ``SamplingParams(**llm.generation_config, max_tokens=200)`` does.
-
-        A value that cannot be used is left out, with a warning. Raises ModelFormatError for a file that is not JSON.
-        """
-        return self._generation_config()
+    )
 
     # --- generating ---
 
@@ -139,16 +107,17 @@ class LLM:
                 requests.append(self._frontend.make_beams(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
 
-    def _run(self, requests: Sequence[Coordinator], use_tqdm: bool | None) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[Request], use_tqdm: bool | None) -> list[RequestOutput]:
         if use_tqdm is not None:
             exact_bool("use_tqdm", use_tqdm, "must be true, false or None")
-        ids = [request.request_id for request in requests]
+        ids = [request.spec.request_id for request in requests]
+        readers = {request.spec.request_id: self._frontend.reader(request) for request in requests}
         shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
         finished: dict[str, RequestOutput] = {}
         with _progress(len(ids), shown) as advance:
-            for output in self._loop.run(requests):
+            for output in self._loop.run([request.spec for request in requests]):
                 if output.finished:
-                    finished[output.request_id] = self._frontend.name_tokens(output)
+                    finished[output.request_id] = readers[output.request_id](output)
                     advance()
         return [finished[request_id] for request_id in ids]
 
@@ -168,20 +137,18 @@ class LLM:
         the engine, EngineClosedError if the LLM was closed.
         """
         given = SamplingParams() if sampling_params is None else sampling_params
-        params: SamplingParams | BeamSearchParams
         if is_a(given, BeamSearchParams):
-            params = exact_record("sampling_params", given, BeamSearchParams)
-            request: Coordinator = self._frontend.make_beams(prompt, params, request_id, priority)
+            search = exact_record("sampling_params", given, BeamSearchParams)
+            request = self._frontend.make_beams(prompt, search, request_id, priority)
         else:
             params = exact_record("sampling_params", given, SamplingParams)
             request = self._frontend.make(prompt, params, request_id, priority)
         self._loop.check_open()
-        return self._stream(request, self._frontend.reader(params.output_kind))
+        return self._stream(request)
 
-    def _stream(
-        self, request: Coordinator, read: Callable[[RequestOutput], RequestOutput]
-    ) -> Generator[RequestOutput, None, None]:
-        for output in self._loop.run([request]):
+    def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
+        read = self._frontend.reader(request)
+        for output in self._loop.run([request.spec]):
             if output.error is not None:
                 raise RequestFailedError(output.error)
             yield read(output)
@@ -196,7 +163,8 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations: lists of ``{"role": ..., "content": ...}``, through the model's chat template.
 
@@ -204,6 +172,7 @@ class LLM:
             chat_template: a Jinja template, or the name of one that the model has. Default: "tool_use" where the model
                 has one of that name and there are tools, else "default".
             tools: what the model may call, as JSON schemas; for the template.
+            documents: what the answer may rest on, for templates that know of it.
             chat_template_kwargs: further variables of the template.
 
         Raises InvalidRequestError if the model has no chat template or the messages do not fit it, RequestFailedError
@@ -215,23 +184,12 @@ class LLM:
         several = bool(given) and is_a(given[0], (list, tuple))
         conversations = given if several else [given]
         names = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
-        options = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": tools,
-        }
+        options = chat_options(add_generation_prompt, continue_final_message, tools, documents)
         prompts = [
             self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs, name)
             for conversation, name in zip(conversations, names, strict=True)
         ]
         return self._generate(prompts, names, sampling_params, use_tqdm)
-
-    def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
-        """The prompt that a chat template makes of a conversation, text and token ids; `chat` says which template.
-
-        `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template.
-        """
-        return self._frontend.chat_prompt(messages, chat_template, options)
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> Session:
         """A session: text that branches, on which you call the verbs one by one. See `octavo.session.Branch`.
@@ -242,11 +200,9 @@ class LLM:
 
         Use it in a ``with`` statement, or close it. Raises InvalidRequestError.
         """
-        from octavo.session import Door, Session
+        from octavo.session import Session
 
-        coordinator = self._frontend.make_session(seed, priority, cache_salt)
-        self._loop.add_session(coordinator)
-        return Session(Door(self, self._loop), self._frontend, coordinator)
+        return Session(self._begin_session(seed, priority, cache_salt))
 
     # --- the prefix cache ---
 
@@ -260,19 +216,8 @@ class LLM:
         """Forget all cached KV; running requests keep what they have. Returns the number of blocks forgotten."""
         return self._ask(lambda engine: engine.reset_prefix_cache())
 
-    @property
-    def cache_stats(self) -> CacheStats:
-        """Counters since the start: tokens looked up and found, blocks inserted, evicted and copied."""
-        return replace(self._engine.kv.stats)
-
     def _ask(self, question: Callable[[Engine], Answer]) -> Answer:
         return self._loop.ask(question).result()
-
-    # --- life ---
-
-    def close(self) -> None:
-        """End all requests, with EngineClosedError for whoever waits for them, and free the engine. Idempotent."""
-        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self

@@ -17,99 +17,87 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from itertools import count
+from typing import Any
 
-from octavo.coordinators.session import BranchState, SessionCoordinator
-from octavo.core.errors import EngineClosedError, InvalidRequestError, shown
-from octavo.core.outputs import Choice, CompletionOutput, SelectResult
+from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError, shown
+from octavo.core.outputs import Choice, CompletionOutput, RequestOutput, SelectResult
 from octavo.core.params import MAX_N, SamplingParams, integer
+from octavo.core.request import SessionSpec
+from octavo.core.session_calls import ROOT, Call, Drop, Extend, Fork, Generate, Select, Truncate, Verb
 from octavo.core.values import exact_bool, exact_list, exact_record, exact_str, is_a
 from octavo.engine import Engine, EngineLoop
 from octavo.frontend import Frontend, Prompt
 
-Answer = TypeVar("Answer")
-Verb = Callable[[], Answer]  # to be called between two steps of the engine
+
+class _Ending:
+    """How a session ended, once it has. Apart from the session, which the engine's thread is not to hold on to."""
+
+    def __init__(self) -> None:
+        self.problem = "is closed"
+
+    def take(self, last: RequestOutput | Exception) -> None:
+        error = str(last) if isinstance(last, Exception) else last.error
+        if error is not None:
+            self.problem = f"has ended: {error}"
 
 
-class Door:
-    """The way from a session to its engine. Holds on to the LLM, which is not to be forgotten while a session lives."""
+class SessionLink:
+    """A session as its branches know it: the way to its engine, and what they have in common. When all branches are
+    gone so is this, and the session ends. Holds on to the LLM, which is not to be forgotten while a session lives."""
 
-    def __init__(self, llm: object, loop: EngineLoop) -> None:
-        self._llm = llm
-        self._loop = loop
-
-    def ask(self, coordinator: SessionCoordinator, verb: Verb[Answer]) -> Future[Answer]:
-        """The answer of a verb, called between two steps of the engine. Raises EngineClosedError."""
-
-        def question(engine: Engine) -> Answer:
-            try:
-                return verb()
-            finally:
-                engine.settle(coordinator)
-
-        return self._loop.ask(question)
-
-    def post(self, coordinator: SessionCoordinator, verb: Verb[object]) -> None:
-        """The same for somebody who does not wait for it, or learn that the engine was closed; the verb must not
-        raise."""
-
-        def command(engine: Engine) -> None:
-            verb()
-            engine.settle(coordinator)
-
-        with suppress(EngineClosedError):  # then it has ended already
-            self._loop.post(command)
-
-    def end_session(self, coordinator: SessionCoordinator) -> None:
-        self._loop.abort([coordinator.request_id])
-
-    def forget(self, coordinator: SessionCoordinator, branch: BranchState | None) -> None:
-        """A branch, or with None a whole session, was garbage-collected. Called in any thread at any moment."""
-        if branch is None:
-            self.end_session(coordinator)
-        else:
-            self.post(coordinator, lambda: coordinator.drop_branch(branch))
-
-
-class Call(Generic[Answer]):
-    """A verb asked of a branch, which can be taken back when whoever asked it is gone."""
-
-    def __init__(self, coordinator: SessionCoordinator, state: BranchState, verb: Verb[Answer]) -> None:
-        self._coordinator = coordinator
-        self._state = state
-        self._verb = verb
-        self._undo: Verb[None] | None = None  # while it was not carried out
-        self.before = state.token_ids  # what the branch had when it was asked
-
-    def __call__(self) -> Answer:
-        """Carry it out: in the engine's thread, like the next."""
-        answer = self._verb()
-        self._undo = self._state.undo
-        return answer
-
-    def take_back(self) -> None:
-        if self._undo is not None:
-            self._coordinator.take_back(self._state, self._undo)
-
-
-class Link:
-    """What the branches of a session have in common. When all of them are gone so is this, and the session ends."""
-
-    def __init__(self, door: Door, frontend: Frontend, coordinator: SessionCoordinator) -> None:
-        self.door = door
+    def __init__(self, llm: object, loop: EngineLoop, frontend: Frontend, spec: SessionSpec) -> None:
+        self.loop = loop
         self.frontend = frontend
-        self.coordinator = coordinator
-        weakref.finalize(self, door.forget, coordinator, None).atexit = False
+        self.spec = spec
+        self._llm = llm
+        self._numbers = count()
+        self._ending = _Ending()
+        loop.add_session(spec, self._ending.take)
+        weakref.finalize(self, loop.abort, [spec.request_id]).atexit = False
+
+    def call(self, branch: int, verb: Verb) -> Call:
+        return Call(next(self._numbers), branch, verb)
+
+    def ask(self, calls: Sequence[Call]) -> Future[list[Any]]:
+        """Answers to calls, all made between the same two steps; see `Engine.call`. Raises EngineClosedError."""
+        request_id = self.spec.request_id
+        return self.loop.ask(lambda engine: engine.call(request_id, calls))
+
+    def check(self, answers: list[Any]) -> None:
+        """Raises InvalidRequestError for a session that has ended."""
+        if not answers:
+            raise InvalidRequestError("session", self._ending.problem)
+
+    def take_back(self, calls: Sequence[Call]) -> Future[None]:
+        """Put the branches back to what they were before these calls. It comes after them: the engine's thread takes
+        what it is asked in order. Raises EngineClosedError."""
+        request_id = self.spec.request_id
+        return self.loop.ask(lambda engine: engine.take_back(request_id, calls))
+
+    def close(self) -> None:
+        self.loop.abort([self.spec.request_id])
+
+
+def _forget(loop: EngineLoop, request_id: str, call: Call) -> None:
+    """A branch was garbage-collected. Called in any thread at any moment: waits for nothing."""
+
+    def command(engine: Engine) -> None:
+        engine.call(request_id, [call])
+
+    with suppress(EngineClosedError):  # then it has ended already
+        loop.post(command)
 
 
 _branches: weakref.WeakSet[BaseBranch] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    """Whoever was using a branch is in the parent."""
+    """Whoever was using a branch is in the parent: what he asked is to be taken back."""
     for branch in tuple(_branches):
         branch._in_use = threading.Lock()
         branch._undoing = None
+        branch._abandoned, branch._calls = [*branch._abandoned, *branch._calls], []
 
 
 if hasattr(os, "register_at_fork"):
@@ -117,103 +105,105 @@ if hasattr(os, "register_at_fork"):
 
 
 class BaseBranch:
-    """What blocking and asynchronous branches share: their state, and the checks of what they are asked."""
+    """What blocking and asynchronous branches share: their tokens, and the checks of what they are asked.
 
-    def __init__(self, link: Link, state: BranchState) -> None:
+    The tokens are those that callers have heard of. What a call does to the engine's branch shows here when the call
+    returns; one whose caller went away is taken back there, and never shows.
+    """
+
+    def __init__(self, link: SessionLink, branch: int = ROOT, token_ids: Sequence[int] = ()) -> None:
         self._link = link
-        self._state = state
+        self._branch = branch
+        self._token_ids = list(token_ids)  # replaced, not changed
         self._in_use = threading.Lock()
+        self._calls: list[Call] = []  # of whoever uses it
+        self._abandoned: list[Call] = []  # of those who are in the parent of this process
         self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
-        self._restored: list[int] = []  # the tokens that the branch then has
         _branches.add(self)
-        weakref.finalize(self, link.door.forget, link.coordinator, state).atexit = False
+        weakref.finalize(self, _forget, link.loop, link.spec.request_id, link.call(branch, Drop())).atexit = False
 
     @property
     def token_ids(self) -> list[int]:
-        """Its tokens; without those of a call that is under way, or is being taken back."""
-        return list(self._restored) if self._is_being_restored else self._state.token_ids
+        """Its tokens; without those of a call that is under way."""
+        return list(self._token_ids)
 
     @property
     def num_tokens(self) -> int:
-        return len(self._restored) if self._is_being_restored else self._state.num_tokens
-
-    @property
-    def _is_being_restored(self) -> bool:
-        undoing = self._undoing
-        return undoing is not None and not undoing.done()
+        return len(self._token_ids)
 
     @property
     def text(self) -> str:
         """Text of all tokens, special ones spelled out."""
-        return self._link.frontend.text_of(self.token_ids)
+        return self._link.frontend.text_of(self._token_ids)
 
     @property
     def seed(self) -> int:
         """The session's: given, or drawn when it began."""
-        return self._link.coordinator.seed
+        return self._link.spec.seed
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A branch does one thing at a time."""
+    def _alone(self) -> Iterator[list[Call]]:
+        """A branch does one thing at a time. Gives the list that its calls go into."""
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError("branch", "is at work on another call; fork it to do several things at once")
+        self._calls = []
         try:
-            yield
+            if self._abandoned:
+                abandoned, self._abandoned = self._abandoned, []
+                self._link.take_back(abandoned)
+            yield self._calls
         finally:
+            self._calls = []
             self._in_use.release()
 
-    def _extending(self, prompt: Prompt) -> Verb[None]:
-        token_ids = self._link.frontend.tokens_after(prompt, self.token_ids)
-        return lambda: self._link.coordinator.extend(self._state, token_ids)
+    # --- what to ask ---
 
-    def _forking(self, count: int) -> Verb[list[BranchState]]:
-        number = integer("n", count, 1, MAX_N)
-        return lambda: self._link.coordinator.fork(self._state, number)
+    def _extending(self, prompt: Prompt) -> Extend:
+        return Extend(tuple(self._link.frontend.tokens_after(prompt, self._token_ids)))
 
-    def _truncating(self, num_tokens: int) -> Verb[None]:
-        number = integer("num_tokens", num_tokens, 0, 2**31 - 1)
-        return lambda: self._link.coordinator.truncate(self._state, number)
+    def _forking(self, n: int) -> Fork:
+        return Fork(integer("n", n, 1, MAX_N))
 
-    def _generating(self, params: SamplingParams) -> Verb[Future[CompletionOutput]]:
-        turn = self._link.frontend.make_turn(self._link.coordinator, params)
-        return lambda: self._link.coordinator.generate(self._state, turn(self._state.token_ids))
+    def _truncating(self, num_tokens: int) -> Truncate:
+        return Truncate(integer("num_tokens", num_tokens, 0, 2**31 - 1))
+
+    def _generating(self, params: SamplingParams) -> Generate:
+        return Generate(self._link.frontend.make_turn(self._link.spec, params, self.num_tokens))
 
     def _selecting(
         self, choices: Sequence[Prompt], by: str
-    ) -> tuple[Verb[Future[list[list[float]]]], Callable[[list[list[float]]], SelectResult]]:
+    ) -> tuple[Select, Callable[[list[list[float]]], SelectResult]]:
         """What to ask, and what to make of the answer."""
         by = exact_str("by", by, "must be 'mean' or 'total'")
         if by not in ("mean", "total"):
             raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
-        found = self._link.frontend.choices(choices, self.token_ids)
-        verb = lambda: self._link.coordinator.select(self._state, [token_ids for _, token_ids in found])  # noqa: E731
+        found = self._link.frontend.choices(choices, self._token_ids)
 
         def result(logprobs: list[list[float]]) -> SelectResult:
             scored = zip(found, logprobs, strict=True)
             return SelectResult([Choice(text, token_ids, row) for (text, token_ids), row in scored], by)
 
-        return verb, result
+        return Select(tuple(tuple(token_ids) for _, token_ids in found)), result
 
-    def _appending(self, choice: Choice) -> Verb[None]:
-        return lambda: self._link.coordinator.extend(self._state, choice.token_ids)
+    def _call(self, verb: Verb, calls: list[Call]) -> Call:
+        call = self._link.call(self._branch, verb)
+        calls.append(call)
+        return call
 
-    def _dropping(self) -> None:
-        self._link.coordinator.drop_branch(self._state)
+    def _answer(self, answers: list[Any]) -> Any:
+        """To a single call. Raises InvalidRequestError if it was refused."""
+        self._link.check(answers)
+        if isinstance(answers[0], InvalidRequestError):
+            raise answers[0]
+        return answers[0]
 
-    def _call(self, verb: Verb[Answer]) -> Call[Answer]:
-        return Call(self._link.coordinator, self._state, verb)
+    # --- what the answers say of the tokens ---
 
-    def _taking_back(self, calls: Sequence[Call[Any]]) -> Future[None]:
-        """Take back what was asked for in vain, one call or more. It comes after them: the engine's thread takes what
-        it is asked in order. Raises EngineClosedError."""
+    def _extended(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = [*self._token_ids, *token_ids]
 
-        def undo() -> None:
-            for call in calls:
-                call.take_back()
-
-        self._restored = calls[0].before
-        self._undoing = self._link.door.ask(self._link.coordinator, undo)
-        return self._undoing
+    def _truncated(self, num_tokens: int) -> None:
+        self._token_ids = self._token_ids[:num_tokens]
 
 
 def sampling(params: SamplingParams | None, fields: dict[str, Any], name: str = "sampling_params") -> SamplingParams:
@@ -234,8 +224,10 @@ class Branch(BaseBranch):
     def extend(self, prompt: Prompt) -> None:
         """Append text, or tokens as ``{"prompt_token_ids": [...]}``. Special tokens such as BOS are put before the
         branch's first text only. What is appended is computed when somebody waits for an answer."""
-        with self._alone():
-            self._do(self._extending(prompt))
+        with self._alone() as calls, self._restoring():
+            verb = self._extending(prompt)
+            self._do(verb, calls)
+            self._extended(verb.token_ids)
 
     def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         """Continue the branch, which then holds what the output's text shows: without the end token, and up to a stop
@@ -261,57 +253,78 @@ class Branch(BaseBranch):
             extend: append the best one; else the branch stays as it is.
         """
         extend = exact_bool("extend", extend)
-        with self._alone():
+        with self._alone() as calls, self._restoring():
             verb, result = self._selecting(choices, by)
-            selected = result(_answers([(self, verb)])[0])
+            selected = result(self._do(verb, calls).result())
             if extend:
-                self._do(self._appending(selected.best))
+                token_ids = selected.best.token_ids
+                self._do(Extend(tuple(token_ids)), calls)
+                self._extended(token_ids)
             return selected
 
     def fork(self, n: int = 1) -> list[Branch]:
         """`n` new branches that begin as this one; they share its KV."""
-        with self._alone():
-            return [Branch(self._link, state) for state in self._do(self._forking(n))]
+        with self._alone() as calls, self._restoring():
+            return [Branch(self._link, branch, self._token_ids) for branch in self._do(self._forking(n), calls)]
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
-        with self._alone():
-            self._do(self._truncating(num_tokens))
+        with self._alone() as calls, self._restoring():
+            verb = self._truncating(num_tokens)
+            self._do(verb, calls)
+            self._truncated(verb.num_tokens)
 
     def drop(self) -> None:
         """End the branch, and what another thread is doing on it; its forks live on. Idempotent."""
-        self._do(self._dropping)
+        self._link.ask([self._link.call(self._branch, Drop())]).result()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[list[Call]]:
         if self._undoing is not None:  # a second interrupt came while the first one's call was taken back
             wait([self._undoing])
-        with super()._alone():
+        with super()._alone() as calls:
+            yield calls
+
+    def _do(self, verb: Verb, calls: list[Call]) -> Any:
+        return self._answer(self._link.ask([self._call(verb, calls)]).result())
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """If the block is left by an interrupt, its calls, which may have been carried out, are taken back."""
+        with _restoring([self]):
             yield
 
-    def _do(self, verb: Verb[Answer]) -> Answer:
-        call = self._call(verb)
-        try:
-            return self._link.door.ask(self._link.coordinator, call).result()
-        except BaseException:  # an interrupt, perhaps, after the verb was carried out
-            self._take_back([call], [self])
-            raise
 
-    def _take_back(self, calls: Sequence[Call[Any]], branches: Sequence[Branch]) -> None:
-        """`branches`: whose calls they are, one each."""
+@contextmanager
+def _restoring(branches: Sequence[Branch]) -> Iterator[None]:
+    """Whatever ends the block early, the branches are what they were. One whose call failed or was refused is so
+    already."""
+    before = [branch._token_ids for branch in branches]
+    try:
+        yield
+    except (InvalidRequestError, RequestFailedError):
+        raise
+    except BaseException:
+        for branch, token_ids in zip(branches, before, strict=True):
+            branch._token_ids = token_ids
+        _take_back(branches)
+        raise
+
+
+def _take_back(branches: Sequence[Branch]) -> None:
+    """Put them back to what they were before the calls of those who use them."""
+    calls = [call for branch in branches for call in branch._calls]
+    if calls:
         with suppress(EngineClosedError):
-            undoing = self._taking_back(calls)
-            for branch, call in zip(branches, calls, strict=True):
-                branch._restored, branch._undoing = call.before, undoing
+            undoing = branches[0]._link.take_back(calls)
+            for branch in branches:
+                branch._undoing = undoing
             undoing.result()
 
 
 class Session(Branch):
     """Made by `LLM.session`. It is its own first branch. Closing it, or forgetting it and all its branches, frees its
     blocks."""
-
-    def __init__(self, door: Door, frontend: Frontend, coordinator: SessionCoordinator) -> None:
-        super().__init__(Link(door, frontend, coordinator), coordinator.root)
 
     def generate_all(
         self,
@@ -332,7 +345,7 @@ class Session(Branch):
             raise InvalidRequestError("branches", "must be a list of branches")
         if any(branch._link is not self._link for branch in branches):
             raise InvalidRequestError("branches", "one of them is of another session")
-        if len({id(branch._state) for branch in branches}) < len(branches):
+        if len({branch._branch for branch in branches}) < len(branches):
             raise InvalidRequestError("branches", "one of them stands there twice")
         given: Any = sampling_params
         listed = is_a(given, Sequence)
@@ -348,7 +361,7 @@ class Session(Branch):
 
     def close(self) -> None:
         """End all branches, and what other threads are doing on them. Idempotent."""
-        self._link.door.end_session(self._link.coordinator)
+        self._link.close()
 
     def __enter__(self) -> Session:
         return self
@@ -365,13 +378,23 @@ def _generate(
         return []
     link = branches[0]._link
     with ExitStack() as stack:
-        asked = []
+        calls = []
         for number, (branch, one) in enumerate(zip(branches, params, strict=True)):
             with _naming_branch(number, len(branches), listed):
-                stack.enter_context(branch._alone())
-                asked.append((branch, branch._generating(one)))
-        outputs = _answers(asked)
-        return [link.frontend.name_completion(output) for output in outputs]
+                its_calls = stack.enter_context(branch._alone())
+                calls.append(branch._call(branch._generating(one), its_calls))
+        stack.enter_context(_restoring(branches))
+        answers = link.ask(calls).result()
+        link.check(answers)
+        if isinstance(answers[-1], InvalidRequestError):  # of none that was begun is the answer of use
+            _take_back(branches)
+            with _naming_branch(len(answers) - 1, len(branches)):
+                raise answers[-1]
+        wait(answers)
+        for branch, future in zip(branches, answers, strict=True):
+            if future.exception() is None:
+                branch._extended(future.result().token_ids)
+        return [link.frontend.name_completion(future.result().output) for future in answers]
 
 
 @contextmanager
@@ -387,25 +410,3 @@ def _naming_branch(number: int, count: int, listed: bool = False) -> Iterator[No
         if listed and error.field in SamplingParams.__dataclass_fields__:
             raise InvalidRequestError(f"sampling_params[{number}].{error.field}", error.problem) from None
         raise
-
-
-def _answers(asked: Sequence[tuple[Branch, Verb[Future[Answer]]]]) -> list[Answer]:
-    """Begin tasks of one session's branches, all before the next step, and wait for them. If one is refused, or the
-    caller is interrupted, all branches are put back to what they were."""
-    first = asked[0][0]
-    calls = [branch._call(verb) for branch, verb in asked]
-
-    def begin() -> list[Future[Answer]]:
-        begun = []
-        for number, call in enumerate(calls):
-            with _naming_branch(number, len(calls)):
-                begun.append(call())
-        return begun
-
-    try:
-        futures = first._link.door.ask(first._link.coordinator, begin).result()
-        wait(futures)
-    except BaseException:
-        first._take_back(calls, [branch for branch, _ in asked])
-        raise
-    return [future.result() for future in futures]

@@ -18,12 +18,13 @@ from octavo.runner.block_files import BlockFiles
 from octavo.runner.fingerprint import fingerprint_of, versions_of
 from octavo.runner.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
+from octavo.text.model_tokens import ModelTokens
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from octavo.build import LoadedModel
     from octavo.config import EngineConfig
-    from octavo.core.protocols import Clock
+    from octavo.core.protocols import Clock, TextCodec
     from octavo.ops import ModelConfig, Ops
     from octavo.runner.memory import MemoryPlan
 
@@ -60,9 +61,10 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         default_seed=config.seed,
         priority_allowed=config.scheduling_policy == "priority",
     )
+    tokens = ModelTokens(tokenizer, loaded.config.vocab_size)
     return BuiltEngine(
-        _engine(config, loaded, fingerprint, clock),
-        Frontend(tokenizer, limits, fingerprint, clock),
+        _engine(config, loaded, fingerprint, clock, tokens),
+        Frontend(tokenizer, tokens, limits, fingerprint, clock),
         tokenizer,
         loaded.config,
         loaded.memory_plan,
@@ -85,7 +87,7 @@ def _tokenizer(loaded: LoadedModel) -> Tokenizer:
     return Tokenizer.from_directory(loaded.path)
 
 
-def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: Clock) -> Engine:
+def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: Clock, codec: TextCodec) -> Engine:
     runner = ModelRunner(
         loaded.model,
         loaded.ops,
@@ -122,7 +124,7 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         tier=tier,
         identity=identity,
     )
-    return Engine(scheduler, kv, LocalExecutor(runner, tier), clock)
+    return Engine(scheduler, kv, LocalExecutor(runner, tier), clock, codec)
 
 
 def system_fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:

@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
-from octavo.core.outputs import RequestMetrics, RequestOutput
+from octavo.core.outputs import RequestOutput
 from octavo.core.plan import RowResult
+from octavo.core.request import RequestSpec
 from octavo.core.want import TopK, Want
 from tests.coordinators.plain_search import log_softmax, plain_search
 from tests.engine.fake import VOCAB, FakeExecutor, Harness, expected, next_token
@@ -56,10 +56,18 @@ class BeamHarness(Harness):
         self.kv.fork = counted  # type: ignore[method-assign]
 
     def search(self, name: str, prompt: list[int], params: BeamSearchParams, priority: int = 0) -> BeamCoordinator:
-        request = CompletionRequest(
-            name, list(prompt), params.sampling, 0, params.max_tokens or 0, (END,), priority=priority
+        request = RequestSpec(
+            name,
+            tuple(prompt),
+            params.sampling,
+            0,
+            params.max_tokens or 0,
+            params,
+            eos_token_ids=(END,),
+            priority=priority,
+            arrival_time=self.now,
         )
-        coordinator = BeamCoordinator(request, params, RequestMetrics(self.now))
+        coordinator = BeamCoordinator(request)
         self.engine.add(coordinator)
         return coordinator
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from octavo import LLM, BeamSearchParams, RequestOutput, SamplingParams
+from octavo.coordinators.beams import BeamCoordinator
 from octavo.core.errors import RequestFailedError
 from octavo.core.events import EventKind
 from octavo.core.plan import StepPlan
@@ -63,7 +64,7 @@ def test_depends_on_its_own_settings_alone(llm: LLM, config: dict[str, Any]) -> 
     alone = [llm.beam_search(one, p)[0] for one, p in zip(given, params, strict=True)]
     with LLM(llm.config.model, **SETTINGS | config) as other:
         for neighbours in range(2):  # the second time with the first one's blocks in the cache
-            others = [other._frontend.make(ids(9, n), SamplingParams(n=2, seed=n)) for n in range(neighbours * 4)]
+            others = [other._frontend.make(ids(9, n), SamplingParams(n=2, seed=n)).spec for n in range(neighbours * 4)]
             other._loop.add(others, lambda output: None)
             for output, expected in zip(other.beam_search(given, params), alone, strict=True):
                 same(output, expected)
@@ -97,7 +98,7 @@ def test_abort_gives_what_there_was(llm: LLM, groups: int) -> None:
     lengths = set()
     one_ended = 0
     for seed, steps in itertools.product(range(6), range(24)):
-        request = llm._frontend.make_beams(ids(7, seed), params)
+        request = BeamCoordinator(llm._frontend.make_beams(ids(7, seed), params).spec)
         llm._engine.add(request)
         for _ in range(steps):
             llm._engine.step()

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators.completion import CompletionRequest
-from octavo.coordinators.samples import SamplesCoordinator
-from octavo.coordinators.single import SingleCoordinator
-from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.outputs import OutputSoFar, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.plan import DrawResult, GrantResult, RowResult, StepPlan, StepResult, TokenLogprob, TokenLogprobs
+from octavo.core.request import RequestSpec
 from octavo.core.want import Sample
 from octavo.engine import Engine, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
@@ -74,11 +72,9 @@ class Script:
 def outputs(tokens: Sequence[int], eos: tuple[int, ...] = (END,), **params: Any) -> list[RequestOutput]:
     sampling = SamplingParams(**({"max_tokens": len(tokens)} | params))
     assert sampling.max_tokens is not None
-    request = CompletionRequest(
-        "r", [1, 1, 1], sampling, seed=0, max_tokens=sampling.max_tokens, eos_token_ids=eos, codec=LetterCodec()
-    )
-    engine = Engine(SchedulerConfig(8, 64), KVCacheManager(32, 4), Script(tokens), lambda: 0.0)
-    engine.add((SingleCoordinator if sampling.n == 1 else SamplesCoordinator)(request, RequestMetrics(0.0)))
+    request = RequestSpec("r", (1, 1, 1), sampling, seed=0, max_tokens=sampling.max_tokens, eos_token_ids=eos)
+    engine = Engine(SchedulerConfig(8, 64), KVCacheManager(32, 4), Script(tokens), lambda: 0.0, LetterCodec())
+    engine.add_request(request)
     got: list[RequestOutput] = []
     while engine.has_unfinished_requests:
         got += engine.step()

@@ -13,10 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from octavo.coordinators.completion import CompletionRequest
-from octavo.coordinators.samples import SamplesCoordinator
-from octavo.coordinators.single import SingleCoordinator
-from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.outputs import OutputSoFar, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.core.plan import (
     DrawResult,
@@ -28,7 +25,8 @@ from octavo.core.plan import (
     TokenLogprob,
     TokenLogprobs,
 )
-from octavo.core.protocols import Proposer
+from octavo.core.protocols import Proposer, TextCodec
+from octavo.core.request import RequestSpec
 from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, TopK, Want
 from octavo.engine import Engine, SchedulerConfig
 from octavo.engine.scheduler import Scheduler
@@ -239,6 +237,7 @@ class Harness:
         caching: bool = True,
         ticks: Callable[[], int] | None = None,
         proposer: Proposer | None = None,
+        codec: TextCodec | None = None,
         **config: object,
     ) -> None:
         """`ticks`: there is a tier, and its blocks come after so many steps."""
@@ -247,7 +246,9 @@ class Harness:
         self.now = 0.0
         self.tier = None if ticks is None else FakeTier(self.executor, ticks)
         self.kv = KVCacheManager(num_blocks, block_size, caching=caching, clock=lambda: self.now, tier=self.tier)
-        self.engine = Engine(SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now, proposer)  # type: ignore[arg-type]
+        self.engine = Engine(
+            SchedulerConfig(**(defaults | config)), self.kv, self.executor, lambda: self.now, codec, proposer
+        )  # type: ignore[arg-type]
         self.engine.scheduler.schedule = self._scheduled  # type: ignore[method-assign]
         self.outputs: dict[str, RequestOutput] = {}  # all of each request so far
         self._so_far: defaultdict[str, OutputSoFar] = defaultdict(OutputSoFar)
@@ -269,17 +270,17 @@ class Harness:
         **params: object,
     ) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
-        request = CompletionRequest(
+        request = RequestSpec(
             request_id,
-            list(prompt),
+            tuple(prompt),
             sampling,
             seed=sampling.seed or 0,
             max_tokens=max_tokens,
             priority=priority,
             cache_salt=salt,
+            arrival_time=self.now,
         )
-        kind = SingleCoordinator if sampling.n == 1 else SamplesCoordinator
-        self.engine.add(kind(request, RequestMetrics(self.now)))
+        self.engine.add_request(request)
 
     def sequences(self) -> list:
         return [sequence for c in self.engine.scheduler.coordinators() for sequence in c.sequences]

@@ -12,7 +12,7 @@ import pytest
 from octavo.core.events import EventKind
 from octavo.core.plan import Grant, StepPlan, StepResult
 from octavo.engine.engine import num_accepted
-from tests.coordinators.test_session import User
+from tests.coordinators.test_branches import User
 from tests.engine.fake import VOCAB, Harness, expected, next_token
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.coordinator import NewSequence
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import Event, EventKind
-from octavo.core.outputs import RequestMetrics
 from octavo.core.plan import GrantResult, StepResult
+from octavo.core.request import RequestSpec
 from octavo.kv_cache import BlockTable
 from tests.engine.fake import Harness, expected
 
@@ -168,7 +167,7 @@ def test_a_request_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPa
     assert harness.tokens("ghost") == expected([1, 2, 3], 5)
 
 
-@pytest.mark.parametrize("place", ["match", "allocate", "probe", "pending_block", "commit"])
+@pytest.mark.parametrize("place", ["match", "allocate", "cached_prefix", "pending_block", "commit"])
 def test_what_raises_over_one_request_ends_it_alone(place: str) -> None:
     """In scheduling, admission and committing, for requests that run and that wait, at the first moment and later."""
     prompts = {name: [number] * 13 for number, name in enumerate("abc")}
@@ -200,7 +199,7 @@ def test_what_raises_over_one_request_ends_it_alone(place: str) -> None:
                     assert "RecursionError: too deep" in (harness.outputs[name].error or "")
                 else:
                     assert harness.tokens(name) == expected(prompt, 8)
-    assert len(ended) >= (1 if place == "probe" else 3)
+    assert len(ended) >= (1 if place == "cached_prefix" else 3)
 
 
 @pytest.mark.parametrize("method", ["take_output", "finish", "contain"])
@@ -249,8 +248,8 @@ def test_the_failure_of_a_search_is_an_event() -> None:
     """A search that finds no continuation ends itself, with an error."""
     harness = Harness()
     params = BeamSearchParams(beam_width=2, max_tokens=5)
-    request = CompletionRequest("search", [1, 2], params.sampling, seed=0, max_tokens=5)
-    search = BeamCoordinator(request, params, RequestMetrics(0.0))
+    request = RequestSpec("search", (1, 2), params.sampling, seed=0, max_tokens=5, beams=params)
+    search = BeamCoordinator(request)
     harness.engine.add(search)
     search.update = lambda results: search.finish("error", "no beam can go on")  # type: ignore[method-assign]
     harness.run()

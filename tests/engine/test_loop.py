@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators.completion import CompletionRequest
-from octavo.coordinators.session import SessionCoordinator
+from octavo.coordinators.branches import SessionCoordinator
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.core.outputs import OutputSoFar, RequestMetrics, RequestOutput
+from octavo.core.outputs import OutputSoFar, RequestOutput
 from octavo.core.params import SamplingParams
+from octavo.core.request import RequestSpec, SessionSpec
+from octavo.core.session_calls import ROOT, Call, Extend
 from octavo.engine import Engine, EngineLoop
 from tests.engine.fake import Harness, expected
 
@@ -31,9 +32,8 @@ def loop() -> Iterator[EngineLoop]:
     made.close()
 
 
-def request(name: str, prompt: list[int], count: int = 4) -> SingleCoordinator:
-    params = SamplingParams(max_tokens=count)
-    return SingleCoordinator(CompletionRequest(name, prompt, params, seed=0, max_tokens=count), RequestMetrics(0.0))
+def request(name: str, prompt: list[int], count: int = 4) -> RequestSpec:
+    return RequestSpec(name, tuple(prompt), SamplingParams(max_tokens=count), seed=0, max_tokens=count)
 
 
 def answer(loop: EngineLoop, name: str, prompt: list[int]) -> list[int]:
@@ -73,7 +73,8 @@ def test_a_question_whose_asker_is_gone(loop: EngineLoop) -> None:
 
 def test_an_id_in_use(loop: EngineLoop) -> None:
     """By a request, which goes on, or by a session, which stands in no list of those who are delivered to."""
-    loop.add_session(SessionCoordinator("session", 0, RequestMetrics(0.0), seed=0, encode=lambda text: []))
+    ended: list[object] = []
+    loop.add_session(SessionSpec("session", seed=0), ended.append)
     outputs: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
     loop.add([request("running", [5] * 6, 2000)], outputs.put)
     for name in ("session", "running"):
@@ -84,7 +85,11 @@ def test_an_id_in_use(loop: EngineLoop) -> None:
     while not (output := outputs.get(timeout=20)).finished:  # type: ignore[union-attr]
         pass
     assert output.outputs[0].finish_reason == "abort"  # type: ignore[union-attr]
+    assert works(loop) and not ended
+    loop.abort(["session"])
     assert works(loop)
+    (last,) = ended
+    assert isinstance(last, RequestOutput) and last.finished and last.error is None
 
 
 @pytest.mark.parametrize("error", [KeyError, Panic])
@@ -94,23 +99,27 @@ def test_requests_that_cannot_start(
     """The others of the call start all the same; a session says so to whoever asks something of it."""
 
     def start(self: Any, new_sequence: Any) -> None:
+        if self.request_id == "good":
+            return real(self, new_sequence)
         new_sequence((0,))
         raise error("oops")
 
-    bad, good = request("bad", [1, 2]), request("good", [1, 2])
-    bad.start = start.__get__(bad)  # type: ignore[method-assign]
+    real = SingleCoordinator.start
     outputs: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
-    loop.add([bad, good], outputs.put)
-    failed = outputs.get(timeout=20)
-    assert isinstance(failed, RequestFailedError) and "oops" in str(failed)
-    while not (output := outputs.get(timeout=20)).finished:  # type: ignore[union-attr]
-        assert output.request_id == "good"  # type: ignore[union-attr]
-    session = SessionCoordinator("session", 0, RequestMetrics(0.0), seed=0, encode=lambda text: [])
-    session.start = start.__get__(session)  # type: ignore[method-assign]
-    loop.add_session(session)
-    assert loop.ask(lambda engine: engine.num_requests).result(20) == 0
-    with pytest.raises(InvalidRequestError, match="session: has ended"):
-        session.extend(session.root, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleCoordinator, "start", start)
+        loop.add([request("bad", [1, 2]), request("good", [1, 2])], outputs.put)
+        failed = outputs.get(timeout=20)
+        assert isinstance(failed, RequestFailedError) and "oops" in str(failed)
+        while not (output := outputs.get(timeout=20)).finished:  # type: ignore[union-attr]
+            assert output.request_id == "good"  # type: ignore[union-attr]
+        patch.setattr(SessionCoordinator, "start", start)
+        ended: list[object] = []
+        loop.add_session(SessionSpec("session", seed=0), ended.append)
+        assert loop.ask(lambda engine: engine.num_requests).result(20) == 0
+    assert isinstance(ended[0], RequestFailedError) and "oops" in str(ended[0])
+    calls = [Call(0, ROOT, Extend((1,)))]
+    assert loop.ask(lambda engine: engine.call("session", calls)).result(20) == []
     assert works(loop)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, Reason
-from octavo.core.outputs import RequestMetrics
+from octavo.core.request import RequestSpec
 from tests.engine.fake import Harness, expected, logprob
 
 
@@ -110,8 +109,8 @@ def test_what_reads_nothing_of_others_reads_its_own(kind: str) -> None:
             harness.add("asked", prompt, max_tokens=14, n=4, skip_reading_prefix_cache=skip)
         else:
             params = BeamSearchParams(beam_width=4, max_tokens=14, skip_reading_prefix_cache=skip)
-            request = CompletionRequest("asked", prompt, params.sampling, seed=0, max_tokens=14)
-            harness.engine.add(BeamCoordinator(request, params, RequestMetrics(0.0)))
+            request = RequestSpec("asked", tuple(prompt), params.sampling, seed=0, max_tokens=14, beams=params)
+            harness.engine.add_request(request)
         harness.run()
         assert harness.outputs["asked"].error is None
         assert harness.outputs["asked"].metrics.num_preemptions + len(harness.engine.events.of(EventKind.EVICTED)) > 0
@@ -142,7 +141,7 @@ def test_what_reads_nothing_of_others_leaves_its_own() -> None:
 def test_a_stall_ends_the_request_that_does_not_fit() -> None:
     """A search that outgrows the pool has taken the blocks of everybody else: a session that is older and asks for
     little must not be the one that ends."""
-    from tests.coordinators.test_session import User, drawn
+    from tests.coordinators.test_branches import User, drawn
 
     harness = Harness(num_blocks=13, max_num_seqs=12, max_num_batched_tokens=64)
     user = User(harness)
@@ -150,8 +149,8 @@ def test_a_stall_ends_the_request_that_does_not_fit() -> None:
     user.run(user.generate(user.root, 1))
     held = user.root.token_ids
     params = BeamSearchParams(beam_width=6, max_tokens=26)
-    request = CompletionRequest("search", [7] * 5, params.sampling, seed=0, max_tokens=26)
-    search = BeamCoordinator(request, params, RequestMetrics(0.0))
+    request = RequestSpec("search", (7,) * 5, params.sampling, seed=0, max_tokens=26, beams=params)
+    search = BeamCoordinator(request)
     assert search.least_blocks(4) == 8 + 5, "so much could do if the beams had nearly all in common"
     harness.engine.add(search)
     for _ in range(8):
@@ -167,7 +166,7 @@ def test_a_stall_ends_the_request_that_does_not_fit() -> None:
 def test_a_search_that_can_never_fit_is_refused() -> None:
     harness = Harness(num_blocks=12, max_num_seqs=12, max_num_batched_tokens=64)
     params = BeamSearchParams(beam_width=6, max_tokens=26)
-    request = CompletionRequest("search", [7] * 5, params.sampling, seed=0, max_tokens=26)
+    request = RequestSpec("search", (7,) * 5, params.sampling, seed=0, max_tokens=26, beams=params)
     with pytest.raises(InvalidRequestError, match="take at least 13 KV blocks of 4 tokens at their full length"):
-        harness.engine.add(BeamCoordinator(request, params, RequestMetrics(0.0)))
+        harness.engine.add_request(request)
     assert harness.engine.num_requests == 0 and not harness.engine.has_unfinished_requests

@@ -7,18 +7,18 @@ from functools import cache
 
 import pytest
 
-from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
-from octavo.core.outputs import RequestMetrics
+from octavo.core.request import RequestSpec
 from tests.engine.fake import VOCAB, Harness, expected
 
 
 def beams(harness: Harness, name: str, prompt: list[int], tokens: int, width: int) -> None:
     params = BeamSearchParams(beam_width=width, max_tokens=tokens)
-    request = CompletionRequest(name, list(prompt), params.sampling, seed=0, max_tokens=tokens, eos_token_ids=(7, 8))
-    harness.engine.add(BeamCoordinator(request, params, RequestMetrics(harness.now)))
+    request = RequestSpec(
+        name, tuple(prompt), params.sampling, seed=0, max_tokens=tokens, beams=params, eos_token_ids=(7, 8)
+    )
+    harness.engine.add_request(request)
 
 
 @cache

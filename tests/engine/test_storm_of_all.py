@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
-from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
-from octavo.coordinators.session import BranchState
+from octavo.coordinators.branches import BranchState
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
-from octavo.core.outputs import CompletionOutput, RequestMetrics
+from octavo.core.outputs import CompletionOutput
 from octavo.core.plan import Grant, StepPlan, StepResult
+from octavo.core.request import RequestSpec
+from octavo.core.session_calls import Generated
 from octavo.engine.engine import num_accepted
-from tests.coordinators.test_session import User, scores
+from tests.coordinators.test_branches import User, scores
 from tests.engine.fake import VOCAB, Harness, next_token
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3}
@@ -45,10 +45,18 @@ def drawn(prompt: list[int], count: int, seed: int, stream: tuple[int, ...], pen
 def search(harness: Harness, name: str, prompt: tuple[int, ...], params: BeamSearchParams, priority: int = 0) -> None:
     count = params.max_tokens
     assert count is not None
-    request = CompletionRequest(
-        name, list(prompt), params.sampling, seed=0, max_tokens=count, eos_token_ids=(7, 8), priority=priority
+    request = RequestSpec(
+        name,
+        prompt,
+        params.sampling,
+        seed=0,
+        max_tokens=count,
+        beams=params,
+        eos_token_ids=(7, 8),
+        priority=priority,
+        arrival_time=harness.now,
     )
-    harness.engine.add(BeamCoordinator(request, params, RequestMetrics(harness.now)))
+    harness.engine.add_request(request)
 
 
 @cache
@@ -211,10 +219,10 @@ class Storm:
             if not self.maybe_undone(user, branch):
                 branches += forks
         elif action < 0.87:
-            user.call(user.coordinator.truncate, branch, rng.randint(0, branch.num_tokens))
+            user.truncate(branch, rng.randint(0, branch.num_tokens))
             self.maybe_undone(user, branch)
         elif action < 0.95 and len(branches) > 1:
-            user.call(user.coordinator.drop_branch, branch)
+            user.drop(branch)
             branches.remove(branch)
         elif action > 0.985:
             user.close()
@@ -249,6 +257,7 @@ class Storm:
                 self.counts["failed"] += 1
                 continue
             result = task.future.result(0)
+            result = result.output if isinstance(result, Generated) else result
             self.counts["answered by sessions"] += 1
             assert (result.token_ids if isinstance(result, CompletionOutput) else result) == task.answer
             if isinstance(result, CompletionOutput) and task.branch.task is None and self.rng.random() < 0.2:

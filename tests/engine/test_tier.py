@@ -8,11 +8,9 @@ from concurrent.futures import Future
 
 import pytest
 
-from octavo.coordinators.beams import BeamCoordinator
-from octavo.coordinators.completion import CompletionRequest
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind, Reason
-from octavo.core.outputs import RequestMetrics
+from octavo.core.request import RequestSpec
 from octavo.kv_cache.tier_loads import GIVE_UP_SECONDS
 from tests.engine.fake import FakeTier, Harness, expected
 
@@ -158,10 +156,10 @@ def test_a_search_is_restored_from_the_tier_as_shared_as_it_was() -> None:
     for ticks in (None, lambda: 0, lambda: 2):
         harness = Harness(num_blocks=18, max_num_batched_tokens=64, ticks=ticks)
         params = BeamSearchParams(beam_width=4, max_tokens=14)
-        request = CompletionRequest("search", PROMPT[:33], params.sampling, seed=0, max_tokens=14)
+        request = RequestSpec("search", tuple(PROMPT[:33]), params.sampling, seed=0, max_tokens=14, beams=params)
         harness.add("older", [30], max_tokens=60)
         harness.step()
-        harness.engine.add(BeamCoordinator(request, params, RequestMetrics(0.0)))
+        harness.engine.add_request(request)
         harness.run()
         assert harness.outputs["search"].error is None
         assert harness.outputs["search"].metrics.num_preemptions > 0

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from octavo import LLM, RequestOutput, SamplingParams
-from octavo.coordinators.completion import Completion
 from octavo.core.events import EventKind
 from octavo.core.outputs import CompletionOutput, Logprob
 from octavo.core.plan import StepPlan
 from octavo.core.want import Sample
+from tests.sessions import run_as
 
 TOLERANCE = 1e-4  # of log-probabilities
 Request = tuple[list[int], SamplingParams]
@@ -93,11 +93,7 @@ def run_alone(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
 
 def run_stream(llm: LLM, request: Request, index: int) -> CompletionOutput:
     """Output `index` of a request as the only output of a request of its own."""
-    params = request[1].but(n=1, output_kind="final_only")
-    coordinator = llm._frontend.make({"prompt_token_ids": request[0]}, params)
-    coordinator.completions = [Completion(coordinator.request, index)]
-    (output,) = llm._run([coordinator], False)
-    return output.outputs[0]
+    return run_as(llm, *request, index=index).outputs[0]
 
 
 def same(got: RequestOutput, expected: RequestOutput, counts: Counts) -> None:

@@ -61,8 +61,8 @@ class EngineDriver:
             for ids, params in requests
         ]
         arrived = self.clock()
-        answers = {coordinator.request_id: Answer(arrived) for coordinator in made}
-        prompt_lens = {c.request_id: len(ids) for c, (ids, _) in zip(made, requests, strict=True)}
+        answers = {request.spec.request_id: Answer(arrived) for request in made}
+        prompt_lens = {request.spec.request_id: len(request.spec.prompt_token_ids) for request in made}
         plans: list[StepPlan] = []
 
         def listener(plan: StepPlan, result: StepResult) -> None:
@@ -70,8 +70,8 @@ class EngineDriver:
 
         self._engine.step_listeners.append(listener)
         try:
-            for coordinator in made:
-                self._engine.add(coordinator)
+            for request in made:
+                self._engine.add_request(request.spec)
             while self._engine.has_unfinished_requests:
                 started = self.clock()
                 outputs = self._engine.step()
@@ -86,9 +86,9 @@ class EngineDriver:
                         on_step(_step(plan, started, ended, prompt_lens))
         finally:
             self._engine.step_listeners.remove(listener)
-            for coordinator in made:
-                self._engine.abort(coordinator.request_id)
-        return [answers[coordinator.request_id] for coordinator in made]
+            for request in made:
+                self._engine.abort(request.spec.request_id)
+        return [answers[request.spec.request_id] for request in made]
 
     def close(self) -> None:
         self._engine.close()

@@ -6,22 +6,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from octavo.coordinators.beam_group import BeamGroup, Candidate, Finished, Row, float32
-from octavo.coordinators.completion import CompletionRequest, Sent, to_dict
-from octavo.core.beam_params import BeamSearchParams
-from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
-from octavo.core.events import Reason
-from octavo.core.namespace import Namespace
-from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.coordinators.completion import Sent, draw_of, text_stream, to_dict
+from octavo.coordinators.generating import RequestCoordinator
+from octavo.core.coordinator import NewSequence, SequenceResult
+from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.core.params import OutputKind
 from octavo.core.plan import RowResult, TokenLogprobs
-from octavo.core.protocols import TextStream
+from octavo.core.protocols import TextCodec, TextStream
 from octavo.core.repetition import repeats
+from octavo.core.request import RequestSpec
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Draw, TopK
+from octavo.core.want import TopK
+
+
+def least_blocks(request: RequestSpec, block_size: int) -> int:
+    """KV blocks that a search takes at the length asked for, or, if none was, of two tokens: beams can share all blocks
+    but the last, which no two of them have in common."""
+    assert request.beams is not None
+    asked = request.max_tokens if request.beams.max_tokens is not None else min(request.max_tokens, 2)
+    longest = len(request.prompt_token_ids) + asked - 1
+    return -(-longest // block_size) + (request.beams.width - 1 if asked > 1 else 0)
 
 
 @dataclass(slots=True)
@@ -52,20 +60,16 @@ class _Group:
     beams: list[_Beam] = field(default_factory=list)
 
 
-class BeamCoordinator(Coordinator):
+class BeamCoordinator(RequestCoordinator):
     """One prompt's search. See BeamSearchParams for what the settings mean."""
 
     lockstep = True
 
-    def __init__(self, request: CompletionRequest, params: BeamSearchParams, metrics: RequestMetrics) -> None:
-        super().__init__(request.request_id, request.priority, metrics)
-        self.request = request
-        self.params = params
-        self.namespace = Namespace(request.cache_salt)
-        self.reads_cache = not params.skip_reading_prefix_cache
-        self.error: str | None = None
-        self._shown_prompt = list(request.prompt_token_ids)  # the user's to change; the request's own is not
-        self._reason: str | None = None
+    def __init__(self, request: RequestSpec, codec: TextCodec | None = None) -> None:
+        if request.beams is None:
+            raise ValueError("a search needs BeamSearchParams")
+        super().__init__(request, codec)
+        self.params = params = request.beams
         self._text_type: type[TextStream] | None = None  # of the streams attached to beams, which look for stop strings
         # While streaming: what all outputs that are still possible begin with.
         self._common: list[int] = []
@@ -84,11 +88,7 @@ class BeamCoordinator(Coordinator):
         return sum(group.search.width for group in self._groups if not group.search.ended)
 
     def least_blocks(self, block_size: int) -> int:
-        """At the length asked for, or, if none was, of two tokens: beams can share all blocks but the last, which no
-        two of them have in common."""
-        asked = self.request.max_tokens if self.params.max_tokens is not None else min(self.request.max_tokens, 2)
-        longest = len(self.request.prompt_token_ids) + asked - 1
-        return -(-longest // block_size) + (self.width - 1 if asked > 1 else 0)
+        return least_blocks(self.request, block_size)
 
     def start(self, new_sequence: NewSequence) -> None:
         prompt = new_sequence(())
@@ -103,16 +103,8 @@ class BeamCoordinator(Coordinator):
             prompt.attach(text)
 
     def _want(self) -> TopK:
-        request, params = self.request, self.params
-        draw = Draw(
-            params=request.params,
-            seed=0,  # nothing is drawn
-            stream=(),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            bad_words=request.bad_words,
-            end_token_ids=request.end_token_ids,
-            no_repeat_ngram_size=params.no_repeat_ngram_size,
-        )
+        params = self.params
+        draw = draw_of(self.request, (), params.no_repeat_ngram_size)  # nothing is drawn: the processors alone matter
         # A group's penalties lower at most as many tokens of a row as earlier groups have beams: with so many more,
         # none that would be among the best after the penalty is missed.
         search = self._groups[0].search
@@ -120,17 +112,7 @@ class BeamCoordinator(Coordinator):
         return TopK(search.num_candidates + extra, draw, params.logprobs)
 
     def _text_stream(self) -> TextStream | None:
-        params = self.params
-        if self.request.codec is None or not params.detokenize:
-            return None
-        return self.request.codec.text_stream(
-            self.request.prompt_token_ids,
-            stop=tuple(params.stop or ()),
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            stop_after=params.min_tokens,
-        )
+        return text_stream(self.request, self.codec)
 
     # --- a step ---
 
@@ -151,7 +133,7 @@ class BeamCoordinator(Coordinator):
             return
         self._move(moves, answers)
         if not moves:
-            self._reason = self._best()[0].what.finish_reason
+            self._end = self._best()[0].what.finish_reason
 
     def _step(self, group: _Group, answers: dict[int, RowResult], chosen: Counter[int]) -> list[Candidate]:
         """One step of a group: the candidates that become its beams."""
@@ -228,10 +210,10 @@ class BeamCoordinator(Coordinator):
     # --- ending, and what the user sees ---
 
     def finish(self, reason: str, error: str | None = None) -> None:
-        if self._reason is not None:
+        if self._end is not None:
             return
         self.error = error
-        self._reason = reason
+        self._end = reason
         for group in self._groups:  # the answer so far: what is finished and what runs, all of it cut short
             for finished in group.search.finished:
                 finished.what.finish_reason, finished.what.stop_reason = reason, None
@@ -244,11 +226,7 @@ class BeamCoordinator(Coordinator):
 
     @property
     def finished(self) -> bool:
-        return self._reason is not None
-
-    @property
-    def end_reason(self) -> Reason:
-        return Reason(self._reason or "")
+        return self._end is not None
 
     def _best(self) -> list[Finished[_Hypothesis]]:
         """Finished hypotheses of all groups, as many as are asked for, best first."""
@@ -256,13 +234,12 @@ class BeamCoordinator(Coordinator):
         return sorted(pooled, key=lambda finished: -finished.score)[: self.params.num_outputs]
 
     def take_output(self, now: float) -> RequestOutput | None:
-        if self.metrics.first_token_time is None and self.metrics.num_generated_tokens:
-            self.metrics.first_token_time = now
+        self._note_first_token(now)
         kind = OutputKind(self.params.output_kind)
         if self.finished:
-            outputs = [self._output(index, finished) for index, finished in enumerate(self._best())]
+            outputs = [self._hypothesis_output(index, finished) for index, finished in enumerate(self._best())]
             if not outputs:
-                outputs = [CompletionOutput(0, "", [], finish_reason=self._reason)]
+                outputs = [CompletionOutput(0, "", [], finish_reason=self._end)]
             self.metrics.num_generated_tokens = sum(len(output.token_ids) for output in outputs)
             if self._sent.tokens:  # the rest of what is known to be the beginning of all
                 best = outputs[0]
@@ -273,17 +250,7 @@ class BeamCoordinator(Coordinator):
             if kind is OutputKind.FINAL_ONLY or not self._grow_common():
                 return None
             outputs = [self._common_output()]
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=self._shown_prompt,
-            outputs=outputs,
-            finished=self.finished,
-            num_cached_tokens=self.metrics.num_cached_tokens,
-            error=self.error,
-            system_fingerprint=self.request.system_fingerprint,
-            metrics=replace(self.metrics),
-        )
+        return self._output(outputs)
 
     def _grow_common(self) -> bool:
         """Whether the tokens that all possible outputs begin with have become more. What is shown is never taken back:
@@ -314,7 +281,7 @@ class BeamCoordinator(Coordinator):
         self._sent = Sent(len(self._common), first.chars + len(text))
         return output
 
-    def _output(self, index: int, finished: Finished[_Hypothesis]) -> CompletionOutput:
+    def _hypothesis_output(self, index: int, finished: Finished[_Hypothesis]) -> CompletionOutput:
         hypothesis = finished.what
         stream, text = self._text_stream(), ""
         if stream is not None:

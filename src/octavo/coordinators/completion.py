@@ -6,47 +6,47 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from octavo.core.outputs import CompletionOutput, Logprob
-from octavo.core.params import SamplingParams
 from octavo.core.plan import DrawResult, RowResult, TokenLogprobs
 from octavo.core.protocols import TextCodec, TextStream
 from octavo.core.repetition import repeats
+from octavo.core.request import RequestSpec
 from octavo.core.sequence import Sequence
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Draw, NextLogprobs, Sample, Wanted
+from octavo.core.want import Draw, Sample
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """A validated request to continue a prompt."""
+def draw_of(request: RequestSpec, stream: tuple[int, ...], no_repeat_ngram_size: int = 0) -> Draw:
+    """A draw of a request's, from whatever row."""
+    return Draw(
+        params=request.params,
+        seed=request.seed,
+        stream=stream,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        bad_words=request.bad_words,
+        end_token_ids=request.end_token_ids,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+    )
 
-    request_id: str
-    prompt_token_ids: list[int]  # at least one, all inside the vocabulary
-    params: SamplingParams
-    seed: int  # the user's, or one drawn for this request
-    max_tokens: int  # resolved: prompt and output fit the model's context
-    eos_token_ids: tuple[int, ...] = ()  # empty when they are to be ignored
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words
-    prompt: str | None = None
-    priority: int = 0
-    cache_salt: str | None = None  # requests with different salts share no cached KV
-    codec: TextCodec | None = None  # None: no text is made
-    system_fingerprint: str | None = None
 
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an output, and may not be drawn before `min_tokens`."""
-        return tuple(sorted({*self.eos_token_ids, *(self.params.stop_token_ids or ())}))
-
-    def prompt_rows(self) -> tuple[Wanted, ...]:
-        """What is wanted of the rows of the prompt, besides the last."""
-        top, following = self.params.prompt_logprobs, tuple(self.prompt_token_ids[1:])
-        return () if top is None else (Wanted(0, len(following), NextLogprobs(following, top)),)
+def text_stream(request: RequestSpec, codec: TextCodec | None) -> TextStream | None:
+    """For the text of one output of a request's; None where none is made."""
+    params = request.params
+    if codec is None or not params.detokenize:
+        return None
+    return codec.text_stream(
+        request.prompt_token_ids,
+        stop=tuple(params.stop or ()),
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+        stop_after=params.min_tokens,
+    )
 
 
 class PromptLogprobs:
     """Log-probabilities of the prompt, put in place by position: a preempted prompt delivers some twice."""
 
-    def __init__(self, request: CompletionRequest) -> None:
+    def __init__(self, request: RequestSpec) -> None:
         wanted = request.params.prompt_logprobs is not None
         self._entries: list[dict[int, Logprob] | None] | None = (
             [None] * len(request.prompt_token_ids) if wanted else None
@@ -83,8 +83,9 @@ class Sent:
 class Completion:
     """One output under way."""
 
-    request: CompletionRequest
+    request: RequestSpec
     index: int
+    codec: TextCodec | None = None  # None: no text is made
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -99,28 +100,12 @@ class Completion:
         params = self.request.params
         if params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
-        if self.request.codec is not None and params.detokenize:
-            self.text_stream = self.request.codec.text_stream(
-                self.request.prompt_token_ids,
-                stop=tuple(params.stop or ()),
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                skip_special_tokens=params.skip_special_tokens,
-                spaces_between_special_tokens=params.spaces_between_special_tokens,
-                stop_after=params.min_tokens,
-            )
+        self.text_stream = text_stream(self.request, self.codec)
 
     @property
     def draw(self) -> Draw:
         """Its draws. The stream is the sample's own, so that outputs differ and each is reproducible."""
-        request = self.request
-        return Draw(
-            params=request.params,
-            seed=request.seed,
-            stream=self.stream,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            bad_words=request.bad_words,
-            end_token_ids=request.end_token_ids,
-        )
+        return draw_of(self.request, self.stream)
 
     @property
     def want(self) -> Sample:

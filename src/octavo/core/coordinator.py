@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from octavo.core.errors import InvalidRequestError
 from octavo.core.events import Reason
 from octavo.core.namespace import SHARED
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from octavo.core.outputs import RequestMetrics, RequestOutput
     from octavo.core.plan import DrawResult, RowResult
     from octavo.core.sequence import Sequence
+    from octavo.core.session_calls import Call
 
 NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence with this stream
 
@@ -63,6 +65,13 @@ class Coordinator(ABC):
     @abstractmethod
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         """Take the results of a step, in the order of `sequences`, and call the verbs that say what happens next."""
+
+    def call(self, call: Call) -> Any:
+        """What is asked of a session. Raises InvalidRequestError."""
+        raise InvalidRequestError("request_id", f"{self.request_id!r} is no session")
+
+    def take_back(self, call: Call) -> None:  # noqa: B027 - only sessions have anything to take back
+        """As if it had never been asked."""
 
     def contain(self, sequence: Sequence, error: str) -> bool:
         """A row of this sequence failed; nothing of it was committed. True: only what asked for it ends, which `update`

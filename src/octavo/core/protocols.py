@@ -59,21 +59,12 @@ class TextStream(SequenceState, Protocol):
 
 
 class TextCodec(Protocol):
-    """Text to token ids and back, for one model."""
+    """What the engine's side needs of a model's tokenizer."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends generation, ascending: those of the generation config, not one alone."""
+    def encode_rest(self, before: Sequence[int], text: str) -> list[int]:
+        """Token ids of what is left of a token that was cut, as what follows `before`; only ids that a model's rows
+        have."""
         ...
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises InvalidRequestError (field ``prompt``) for a lone surrogate."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
     def text_stream(
         self,

@@ -12,15 +12,19 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
+from typing import Any
 
+from octavo.coordinators.factory import make_coordinator
 from octavo.core.coordinator import Coordinator, SequenceResult
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
-from octavo.core.protocols import Clock, Executor, Proposer
+from octavo.core.protocols import Clock, Executor, Proposer, TextCodec
+from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.sequence import Sequence
+from octavo.core.session_calls import Call
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.eviction_log import Evicted
@@ -44,6 +48,7 @@ class Engine:
         kv: KVCacheManager,
         executor: Executor,
         clock: Clock,
+        codec: TextCodec | None = None,
         proposer: Proposer | None = None,
     ) -> None:
         self.clock = clock
@@ -53,13 +58,18 @@ class Engine:
         self.scheduler = Scheduler(config, kv, self.events, proposer)
         kv.on_evict = self._note_eviction
         self._executor = executor
+        self._codec = codec
         self._sequence_ids = count()
         self._coordinators: dict[str, Coordinator] = {}
         self.num_steps = 0
 
+    def add_request(self, spec: RequestSpec | SessionSpec) -> None:
+        """Queue a request; see `add`."""
+        self.add(make_coordinator(spec, self._codec))
+
     def add(self, coordinator: Coordinator) -> None:
-        """Queue a request. Raises InvalidRequestError if its id is in use or it could never run to its end, and what
-        its `start` raises; then nothing of it is left."""
+        """Queue a request, made already. Raises InvalidRequestError if its id is in use or it could never run to its
+        end, and what its `start` raises; then nothing of it is left."""
         if coordinator.request_id in self._coordinators:
             raise InvalidRequestError("request_id", f"{coordinator.request_id!r} is in use")
         self.scheduler.add(coordinator)
@@ -80,11 +90,32 @@ class Engine:
         detail = f"block {evicted.depth} of its prefix, cached for {evicted.age:.3f} s"
         self.events.emit(EventKind.CACHE_EVICTED, evicted.request_id, Reason(evicted.reason), detail)
 
-    def settle(self, coordinator: Coordinator) -> None:
-        """Its verbs were called from outside, between steps: what they ask for is scheduled from now on. Does nothing
-        for a request that has ended."""
-        if coordinator.request_id in self._coordinators:
-            self.scheduler.settle(coordinator)
+    def call(self, request_id: str, calls: SequenceOf[Call]) -> list[Any]:
+        """Ask a session's branches several things, all before the next step. Returns the answers, or for what takes
+        steps futures of them; one that is refused is its InvalidRequestError, and those after it are left out. None:
+        the session has ended."""
+        session = self._coordinators.get(request_id)
+        if session is None:
+            return []
+        answers: list[Any] = []
+        try:
+            for call in calls:
+                answers.append(session.call(call))
+        except InvalidRequestError as error:
+            answers.append(error)
+        finally:
+            self.scheduler.settle(session)
+        return answers
+
+    def take_back(self, request_id: str, calls: SequenceOf[Call]) -> None:
+        """Whoever asked this is gone: the branches are put back to what they were."""
+        session = self._coordinators.get(request_id)
+        if session is not None:
+            try:
+                for call in calls:
+                    session.take_back(call)
+            finally:
+                self.scheduler.settle(session)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, at any moment between steps; its last output, or None when it has ended already."""

@@ -17,9 +17,9 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
-from octavo.core.coordinator import Coordinator
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.outputs import RequestOutput
+from octavo.core.request import RequestSpec, SessionSpec
 from octavo.engine.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._deliver: dict[str, Deliver] = {}  # by request id
+        self._ended: dict[str, Deliver] = {}  # the same of sessions
         self._closed: str | None = None  # why
         self._begin()
         _loops.add(self)
@@ -59,14 +60,14 @@ class EngineLoop:
 
     # --- requests ---
 
-    def add(self, requests: SequenceOf[Coordinator], deliver: Deliver) -> None:
+    def add(self, requests: SequenceOf[RequestSpec], deliver: Deliver) -> None:
         """Queue requests, all before the next step. Each one's outputs go to `deliver`, the last one finished; or an
         error, after which nothing more comes of it. Raises EngineClosedError."""
 
         def command(engine: Engine) -> None:
             for request in requests:
                 try:
-                    engine.add(request)
+                    engine.add_request(request)
                 except InvalidRequestError as error:
                     self._tell(deliver, error)
                 except BaseException as error:
@@ -77,16 +78,17 @@ class EngineLoop:
 
         self.post(command)
 
-    def add_session(self, session: Coordinator) -> None:
-        """The same of one whose answers do not come as outputs. If it cannot be started it ends, and says so to whoever
-        asks something of it."""
+    def add_session(self, session: SessionSpec, ended: Deliver) -> None:
+        """The same of a session, whose only output is the last. It lives on in a forked child."""
 
         def command(engine: Engine) -> None:
             try:
-                engine.add(session)
+                engine.add_request(session)
             except BaseException as error:
                 log.exception("session %s could not be started", session.request_id)
-                session.finish("error", f"{type(error).__name__}: {error}")
+                self._tell(ended, RequestFailedError(f"{type(error).__name__}: {error}"))
+            else:
+                self._ended[session.request_id] = ended
 
         self.post(command)
 
@@ -104,7 +106,7 @@ class EngineLoop:
         with suppress(EngineClosedError):  # then they have ended already
             self.post(command)
 
-    def run(self, requests: SequenceOf[Coordinator]) -> Generator[RequestOutput, None, None]:
+    def run(self, requests: SequenceOf[RequestSpec]) -> Generator[RequestOutput, None, None]:
         """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
         that are not. Raises EngineClosedError, or InvalidRequestError if one is refused."""
         self._check_caller()
@@ -226,6 +228,9 @@ class EngineLoop:
                         command(self.engine)
 
     def _hand_out(self, output: RequestOutput) -> None:
+        ended = self._ended.pop(output.request_id, None)
+        if ended is not None:
+            self._tell(ended, output)
         deliver = self._deliver.get(output.request_id)
         if deliver is not None:
             if output.finished:

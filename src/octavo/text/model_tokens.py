@@ -13,7 +13,7 @@ _MAX_BAD_WORDS = 1 << 16  # characters of all together: each is tokenised in sev
 
 
 class ModelTokens:
-    """What requests spell, in tokens that one model can read and draw."""
+    """What requests spell, in tokens that one model can read and draw. Implements `octavo.core.protocols.TextCodec`."""
 
     def __init__(self, codec: Tokenizer, rows: int) -> None:
         """`rows`: of the model's embedding, for token ids from 0 on."""
@@ -21,6 +21,7 @@ class ModelTokens:
         self._rows = rows
         # Files name end tokens without a row: they can never be drawn.
         self.eos_token_ids = tuple(n for n in codec.eos_token_ids if n < rows)
+        self.text_stream = codec.text_stream
 
     def check_spelt(self, field: str, token_ids: Sequence[int]) -> None:
         """Refuse a text by the name of the first of its tokens that has no row. Raises InvalidRequestError."""

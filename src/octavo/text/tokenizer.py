@@ -19,7 +19,7 @@ _BORDERS = ("\n", ".", "a", "0", "\u4e00")
 
 
 class Tokenizer:
-    """Implements `octavo.core.protocols.TextCodec`. Make one with `from_gguf` or `from_directory`. Safe to share by
+    """Make one with `from_gguf` or `from_directory`. Safe to share by
     threads.
 
     Decoding joins the bytes of the tokens and reads them as UTF-8, each maximal invalid part becoming one U+FFFD, as

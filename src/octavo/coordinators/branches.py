@@ -1,4 +1,4 @@
-"""A user's session: a tree of branches, each a sequence, on which the user calls the verbs.
+"""A user's session on the engine's side: a tree of branches, each a sequence, on which the user calls the verbs.
 
 It is a request that lives until the user ends it. Between two calls nothing is pending: then the scheduler parks it,
 and its blocks are the first that others get. What a branch is asked that takes steps (to generate, to select) is a
@@ -14,74 +14,63 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
-from octavo.coordinators.completion import Completion, CompletionRequest
+from octavo.coordinators.completion import Completion
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.events import Reason
-from octavo.core.namespace import Namespace
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.core.protocols import TextCodec
+from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.sequence import Sequence
+from octavo.core.session_calls import ROOT, Call, Drop, Extend, Fork, Generate, Generated, Select, Truncate
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import NextLogprobs, Score, Wanted
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[SequenceOf[int], str], list[int]]  # token ids of text that follows these tokens
-
 
 class BranchState:
     """A branch of a session. Only its coordinator changes it."""
 
-    __slots__ = ("num_forks", "num_generated", "path", "sequence", "task", "undo")
+    __slots__ = ("id", "last_call", "num_forks", "num_generated", "path", "sequence", "task", "undo")
 
-    def __init__(self, path: tuple[int, ...]) -> None:
+    def __init__(self, branch_id: int, path: tuple[int, ...]) -> None:
+        self.id = branch_id
         self.path = path  # numbers of the forks that lead here from the root
         self.num_forks = 0  # ever made
         self.num_generated = 0  # calls of generate
         self.sequence: Sequence | None = None  # None before the engine has started the session
         self.task: _Task | None = None
-        self.undo: Callable[[], None] | None = None  # of the last verb; a caller who goes away has it called
+        self.undo: Callable[[], None] | None = None  # of the last verb
+        self.last_call: int | None = None  # its number
 
     @property
     def token_ids(self) -> list[int]:
-        """Its tokens; while it is at work, those from before. May be asked in any thread."""
-        while True:
-            task, sequence = self.task, self.sequence
-            token_ids = [] if sequence is None else list(sequence.token_ids)
-            if self.task is task:
-                return token_ids if task is None else token_ids[: task.start]
+        """Its tokens; while it is at work, those from before."""
+        token_ids = [] if self.sequence is None else list(self.sequence.token_ids)
+        return token_ids if self.task is None else token_ids[: self.task.start]
 
     @property
     def num_tokens(self) -> int:
-        while True:
-            task, sequence = self.task, self.sequence
-            num_tokens = 0 if sequence is None else sequence.num_tokens
-            if self.task is task:
-                return num_tokens if task is None else task.start
+        return len(self.token_ids)
 
 
 class SessionCoordinator(Coordinator):
     """See the module. The verbs below are called between steps, like everything else here, and raise
     InvalidRequestError for a session or branch that has ended, or a branch that is at work."""
 
-    def __init__(
-        self,
-        request_id: str,
-        priority: int,
-        metrics: RequestMetrics,
-        *,
-        seed: int,
-        encode: Encode,
-        cache_salt: str | None = None,
-    ) -> None:
-        super().__init__(request_id, priority, metrics)
-        self.seed = seed
-        self.namespace = Namespace(cache_salt)
-        self.root = BranchState(())
+    def __init__(self, spec: SessionSpec, codec: TextCodec | None = None) -> None:
+        super().__init__(spec.request_id, spec.priority, RequestMetrics(spec.arrival_time))
+        self.seed = spec.seed
+        self.codec = codec
+        self.namespace = spec.namespace
+        self.root = BranchState(ROOT, ())
+        self._branches = {ROOT: self.root}  # by id
+        self._branch_ids = count(ROOT + 1)
         self.error: str | None = None
-        self._encode = encode
         self._reason: str | None = None
         self._tasks: dict[int, _Task] = {}  # by id of the sequences that work for them
         self._failed: list[tuple[_Task, str]] = []
@@ -93,6 +82,43 @@ class SessionCoordinator(Coordinator):
     def start(self, new_sequence: NewSequence) -> None:
         self.root.sequence = new_sequence(())
         self.sequences.append(self.root.sequence)
+
+    # --- what is asked of it ---
+
+    def call(self, call: Call) -> Any:
+        """The answer to a call, or for what takes steps a future of it. Raises InvalidRequestError."""
+        branch = self._branches.get(call.branch)
+        if branch is None:
+            if isinstance(call.verb, Drop):
+                return None
+            raise InvalidRequestError("branch", "was dropped")
+        answer = self._call(branch, call)
+        branch.last_call = call.number
+        return answer
+
+    def _call(self, branch: BranchState, call: Call) -> Any:
+        match call.verb:
+            case Extend(token_ids):
+                return self.extend(branch, token_ids)
+            case Truncate(num_tokens):
+                return self.truncate(branch, num_tokens)
+            case Fork(count):
+                return [child.id for child in self.fork(branch, count)]
+            case Generate(request):
+                return self.generate(branch, request)
+            case Select(choices):
+                return self.select(branch, choices)
+            case Drop():
+                return self.drop_branch(branch)
+
+    def take_back(self, call: Call) -> None:
+        """Whoever asked this is gone and does not know how it went: the branch is put back to what it was before, if
+        nothing was asked of it since. Draws and forks from here on are as if the call had never come."""
+        branch = self._branches.get(call.branch)
+        if branch is not None and branch.last_call == call.number and self._reason is None:
+            undo, branch.undo = branch.undo, None
+            if undo is not None:
+                undo()
 
     # --- the verbs ---
 
@@ -109,9 +135,10 @@ class SessionCoordinator(Coordinator):
         sequence = self._idle(branch)
         children = []
         for _ in range(count):
-            child = BranchState((*branch.path, branch.num_forks))
+            child = BranchState(next(self._branch_ids), (*branch.path, branch.num_forks))
             branch.num_forks += 1
             child.sequence = sequence.fork(sequence.num_tokens, child.path)
+            self._branches[child.id] = child
             self.sequences.append(child.sequence)
             children.append(child)
 
@@ -141,31 +168,24 @@ class SessionCoordinator(Coordinator):
         if branch.task is not None:
             self._stop(branch.task, RequestFailedError("the branch was dropped while this ran"))
         self.drop(branch.sequence)
+        self._branches.pop(branch.id, None)
 
-    def generate(self, branch: BranchState, request: CompletionRequest) -> Future[CompletionOutput]:
-        """Continue a branch. `request.prompt_token_ids` are the branch's tokens.
+    def generate(self, branch: BranchState, request: RequestSpec) -> Future[Generated]:
+        """Continue a branch, whose tokens are the prompt.
 
         The draws' stream is the branch's path and a count of its generates: a function of what the user called on this
         branch, not of what else ran. The first generate of the root draws as a plain request with this seed. One that
         failed or was cancelled does not count.
         """
         sequence = self._idle(branch)
-        completion = Completion(request, 0, stream=(*branch.path, branch.num_generated))
+        request = replace(request, prompt_token_ids=tuple(sequence.token_ids))
+        completion = Completion(request, 0, self.codec, stream=(*branch.path, branch.num_generated))
         return self._begin(_Generating(self, branch, sequence, completion)).future
 
     def select(self, branch: BranchState, choices: SequenceOf[SequenceOf[int]]) -> Future[list[list[float]]]:
         """Log-probability of each token of each choice, as continuations of the branch, which stays as it is."""
         sequence = self._idle(branch)
         return self._begin(_Selecting(self, branch, sequence, choices)).future
-
-    def take_back(self, branch: BranchState, undo: Callable[[], None]) -> None:
-        """Whoever called a verb is gone and does not know how it went: the branch is put back to what it was before, if
-        nothing was done on it since. `undo` is what the branch had when the verb returned. Draws and forks from here on
-        are as if it had never been called."""
-        alive = self._reason is None and branch.sequence is not None and not branch.sequence.dropped
-        if alive and branch.undo is undo:
-            branch.undo = None
-            undo()
 
     def _idle(self, branch: BranchState) -> Sequence:
         """The sequence of a branch of which something can be asked."""
@@ -206,9 +226,6 @@ class SessionCoordinator(Coordinator):
         self._tasks.pop(sequence.id, None)
         super().drop(sequence)
 
-    def encode(self, before: SequenceOf[int], text: str) -> list[int]:
-        return self._encode(before, text)
-
     def _end_task(self, task: _Task) -> None:
         """The branch is as it is to be: from here on its tokens show."""
         self._tasks.pop(task.sequence.id, None)
@@ -216,6 +233,7 @@ class SessionCoordinator(Coordinator):
 
     def _stop(self, task: _Task, error: Exception) -> None:
         """Whatever undoing raises, whoever waits hears of it."""
+        task.branch.undo = None
         try:
             task.undo()
         finally:
@@ -265,6 +283,7 @@ class SessionCoordinator(Coordinator):
         """Branches are free again. Futures are left alone: threads of the parent may have had their locks."""
         for task in {id(task): task for task in self._tasks.values()}.values():
             task.undo()
+            task.branch.undo = None
             self._end_task(task)
 
     def finish(self, reason: str, error: str | None = None) -> None:
@@ -345,7 +364,7 @@ class _Generating(_Task):
         self.session.metrics.num_generated_tokens += self.completion.take(result.draws, self.sequence)
         return self.completion.finish_reason is not None
 
-    def end(self) -> CompletionOutput:
+    def end(self) -> Generated:
         """The branch goes on with what the output's text shows."""
         output = self.completion.output()
         kept, drawn = self._kept(output), self.sequence.token_ids[self.start :]
@@ -355,7 +374,7 @@ class _Generating(_Task):
         self._leave(self.start + same)
         if kept[same:]:
             self.sequence.extend(kept[same:])
-        return output
+        return Generated(output, kept)
 
     def _kept(self, output: CompletionOutput) -> list[int]:
         request = self.completion.request
@@ -367,11 +386,9 @@ class _Generating(_Task):
 
     def _tokens_of(self, text: str, token_ids: list[int]) -> list[int]:
         """A stop string may begin or end inside a token: the tokens up to there, and what is left of `text` anew."""
-        request = self.completion.request
-        assert request.codec is not None
-        stream = request.codec.text_stream(
-            request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens
-        )
+        request, codec = self.completion.request, self.completion.codec
+        assert codec is not None
+        stream = codec.text_stream(request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens)
         count = length = 0
         for index, token_id in enumerate(token_ids, 1):
             stream.advance((token_id,))
@@ -381,7 +398,7 @@ class _Generating(_Task):
             if now > length:
                 count, length = index, now
         kept, rest = token_ids[:count], text[length:]
-        return kept + self.session.encode([*request.prompt_token_ids, *kept], rest) if rest else kept
+        return kept + codec.encode_rest([*request.prompt_token_ids, *kept], rest) if rest else kept
 
     def undo(self) -> None:
         self.branch.num_generated -= 1

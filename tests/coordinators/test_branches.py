@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
 import pytest
 
-from octavo.coordinators.completion import Completion, CompletionRequest
-from octavo.coordinators.session import BranchState, SessionCoordinator
+from octavo.coordinators.branches import BranchState, SessionCoordinator
+from octavo.coordinators.completion import Completion
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
-from octavo.core.outputs import CompletionOutput, RequestMetrics
 from octavo.core.params import SamplingParams
+from octavo.core.request import RequestSpec, SessionSpec
+from octavo.core.session_calls import Call, Drop, Extend, Fork, Generate, Generated, Select, Truncate, Verb
 from octavo.core.want import Score
 from octavo.text.stream import IncrementalText, StopMatcher
 from tests.engine.fake import VOCAB, Harness, expected, logprob, next_token
@@ -22,6 +23,9 @@ from tests.engine.fake import VOCAB, Harness, expected, logprob, next_token
 
 class ByteCodec:
     """Token i spells the letters of SPELLING[i]; real incremental text over them."""
+
+    def encode_rest(self, before: Any, text: str) -> list[int]:
+        return [ord(letter) - 97 for letter in text]
 
     def text_stream(self, prompt_token_ids: Any, *, stop: Any = (), **options: Any) -> IncrementalText:
         return IncrementalText(
@@ -39,48 +43,57 @@ SPELLING = [chr(97 + i) for i in range(26)] + [chr(97 + i) + "xy"[i % 2] + chr(9
 
 
 class User:
-    """A session as its front door uses it: verbs between steps, then `settle`."""
+    """A session as its front door uses it: messages to the engine, between steps."""
 
     def __init__(self, harness: Harness, name: str = "session", seed: int = 0, salt: str | None = None) -> None:
         self.harness = harness
-        self.coordinator = SessionCoordinator(
-            name, 0, RequestMetrics(0.0), seed=seed, encode=lambda _, text: [ord(c) - 97 for c in text], cache_salt=salt
-        )
+        self.coordinator = SessionCoordinator(SessionSpec(name, seed, cache_salt=salt))
         harness.engine.add(self.coordinator)
         self.root = self.coordinator.root
+        self._calls: dict[int, Call] = {}  # the last of each branch
+        self._numbers = count()
 
-    def call(self, verb: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return verb(*arguments)
-        finally:
-            self.harness.engine.settle(self.coordinator)
-            self.harness.check()
+    def ask(self, branch: BranchState, verb: Verb) -> Any:
+        call = Call(next(self._numbers), branch.id, verb)
+        answers = self.harness.engine.call(self.coordinator.request_id, [call])
+        self.harness.check()
+        if not answers:
+            raise InvalidRequestError("session", "is closed")
+        if isinstance(answers[0], InvalidRequestError):
+            raise answers[0]
+        self._calls[branch.id] = call
+        return answers[0]
 
     def extend(self, branch: BranchState, token_ids: list[int]) -> None:
-        self.call(self.coordinator.extend, branch, token_ids)
+        self.ask(branch, Extend(tuple(token_ids)))
+
+    def truncate(self, branch: BranchState, num_tokens: int) -> None:
+        self.ask(branch, Truncate(num_tokens))
 
     def fork(self, branch: BranchState, count: int) -> list[BranchState]:
-        return self.call(self.coordinator.fork, branch, count)
+        return [self.coordinator._branches[child] for child in self.ask(branch, Fork(count))]
 
     def generate(self, branch: BranchState, count: int = 4, codec: Any = None, **params: Any) -> Future[Any]:
+        self.coordinator.codec = codec
         sampling = SamplingParams(max_tokens=count, **params)
-        request = CompletionRequest(
-            "session", branch.token_ids, sampling, self.coordinator.seed, max_tokens=count, codec=codec
-        )
-        return self.call(self.coordinator.generate, branch, request)
+        return self.ask(branch, Generate(RequestSpec("session", (), sampling, self.coordinator.seed, max_tokens=count)))
 
     def select(self, branch: BranchState, choices: list[list[int]]) -> Future[Any]:
-        return self.call(self.coordinator.select, branch, choices)
+        return self.ask(branch, Select(tuple(map(tuple, choices))))
+
+    def drop(self, branch: BranchState) -> None:
+        self.ask(branch, Drop())
 
     def cancel(self, branch: BranchState) -> None:
         """Whoever asked for what was asked last has gone away."""
-        if branch.undo is not None:
-            self.call(self.coordinator.take_back, branch, branch.undo)
+        self.harness.engine.take_back(self.coordinator.request_id, [self._calls[branch.id]])
+        self.harness.check()
 
     def run(self, *futures: Future[Any]) -> list[Any]:
         for _ in range(2_000):
             if all(future.done() for future in futures):
-                return [future.result() for future in futures]
+                results = [future.result() for future in futures]
+                return [result.output if isinstance(result, Generated) else result for result in results]
             assert self.harness.engine.has_unfinished_requests, "nothing to do, and somebody waits"
             self.harness.step()
         raise AssertionError("not finished")
@@ -153,12 +166,12 @@ def test_truncate_and_a_second_generate() -> None:
     user = User(Harness())
     user.extend(user.root, list(range(10)))
     user.run(user.generate(user.root))
-    user.call(user.coordinator.truncate, user.root, 10)
+    user.truncate(user.root, 10)
     assert user.root.token_ids == list(range(10))
     (again,) = user.run(user.generate(user.root))
     assert again.token_ids == drawn(list(range(10)), 4, (1,)), "not the same draws again"
     with pytest.raises(InvalidRequestError, match="num_tokens: must be from 0 to 14"):
-        user.call(user.coordinator.truncate, user.root, 15)
+        user.truncate(user.root, 15)
     user.close()
 
 
@@ -372,25 +385,19 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
     user = User(Harness())
     user.extend(user.root, [1, 2, 3])
     future = user.generate(user.root)
-    for verb, *arguments in (
-        (user.coordinator.extend, user.root, [1]),
-        (user.coordinator.fork, user.root, 1),
-        (user.coordinator.truncate, user.root, 0),
-        (user.coordinator.select, user.root, [[1]]),
-    ):
+    for verb in (Extend((1,)), Fork(1), Truncate(0), Select(((1,),))):
         with pytest.raises(InvalidRequestError, match="branch: is at work on another call"):
-            user.call(verb, *arguments)
+            user.ask(user.root, verb)
     (output,) = user.run(future)
     assert output.token_ids == drawn([1, 2, 3], 4, (0,))
     (fork,) = user.fork(user.root, 1)
-    user.call(user.coordinator.drop_branch, fork)
-    user.call(user.coordinator.drop_branch, fork)
+    user.drop(fork)
+    user.drop(fork)
     with pytest.raises(InvalidRequestError, match="branch: was dropped"):
         user.extend(fork, [1])
     user.close()
     with pytest.raises(InvalidRequestError, match="session: is closed"):
         user.extend(user.root, [1])
-    user.call(user.coordinator.drop_branch, user.root)
     assert idle(user.harness)
 
 
@@ -413,7 +420,7 @@ def test_cancelling_restores_the_branch(after: int) -> None:
             future.result(0)
     assert left.token_ids == right.token_ids == prompt
     assert len(user.coordinator.sequences) == 3
-    user.call(user.coordinator.truncate, user.root, 0)
+    user.truncate(user.root, 0)
     harness.step()
     assert not harness.engine.has_unfinished_requests
     (output,) = user.run(user.generate(left))
@@ -453,12 +460,12 @@ def test_an_error_at_the_end_of_a_call_reaches_the_caller(error: type[BaseExcept
     cut = next(i for i, token_id in enumerate(tokens) if token_id >= 26 and i > 1)
     user = User(Harness())
 
-    def encode(*_: Any) -> list[int]:
-        raise error("the tokenizer fell over")
+    class Broken(ByteCodec):
+        def encode_rest(self, before: Any, text: str) -> list[int]:
+            raise error("the tokenizer fell over")
 
-    user.coordinator._encode = encode
     user.extend(user.root, prompt)
-    future = user.generate(user.root, 12, ByteCodec(), stop=SPELLING[tokens[cut]][1:2])
+    future = user.generate(user.root, 12, Broken(), stop=SPELLING[tokens[cut]][1:2])
     with pytest.raises(RequestFailedError, match="the tokenizer fell over"):
         user.run(future)
     assert user.root.token_ids == prompt
@@ -504,7 +511,7 @@ def test_closing_tells_whoever_waits(how: str) -> None:
     futures = [user.generate(left, 30), user.select(right, [[1] * 9])]
     harness.step()
     dropped = user.generate(user.root)
-    user.call(user.coordinator.drop_branch, user.root)
+    user.drop(user.root)
     user.close() if how == "close" else harness.engine.close()
     for future in futures:
         with pytest.raises(EngineClosedError, match="session was closed"):
@@ -542,9 +549,9 @@ def test_storm() -> None:
             if isinstance(future.exception(), RequestFailedError | EngineClosedError):
                 continue
             result = future.result()
-            if isinstance(result, CompletionOutput):
+            if isinstance(result, Generated):
                 counts["generate"] += 1
-                assert result.token_ids == answer
+                assert result.output.token_ids == result.token_ids == answer
             else:
                 counts["select"] += 1
                 assert result == answer
@@ -581,9 +588,9 @@ def test_storm() -> None:
                 branches += user.fork(branch, rng.randint(1, 2))
                 counts["fork"] += 1
         elif action < 0.94:
-            user.call(user.coordinator.truncate, branch, rng.randint(0, branch.num_tokens))
+            user.truncate(branch, rng.randint(0, branch.num_tokens))
         elif action < 0.965 and len(branches) > 1:
-            user.call(user.coordinator.drop_branch, branch)
+            user.drop(branch)
             branches.remove(branch)
         elif action < 0.975:
             user.close()
@@ -606,32 +613,3 @@ def test_storm() -> None:
     assert min(counts.values()) > 5 and counts["generate"] > 100 and counts["select"] > 50, counts
     evictions = {event.reason for event in harness.engine.events.of(EventKind.EVICTED)}
     assert Reason.IDLE in evictions and harness.engine.events.of(EventKind.PREEMPTED) and harness.kv.num_copies > 0
-
-
-@pytest.mark.parametrize("asked", ["num_tokens", "token_ids"])
-def test_a_task_begins_while_its_branch_is_looked_at(asked: str) -> None:
-    """Another thread may ask at any moment: it hears of the tokens from before, whichever moment that was."""
-    user = User(Harness())
-    user.extend(user.root, [1, 2, 3])
-
-    looked: list[bool] = []
-
-    class Meanwhile(list[int]):
-        """The tokens; when somebody looks at them for the first time, the engine is just faster."""
-
-        def __len__(self) -> int:
-            if not looked:
-                looked.append(True)
-                user.generate(user.root, 9)
-                user.harness.step()
-            return super().__len__()
-
-        def __iter__(self) -> Any:
-            len(self)
-            return super().__iter__()
-
-    assert user.root.sequence is not None
-    user.root.sequence.token_ids = Meanwhile(user.root.sequence.token_ids)
-    answer = getattr(user.root, asked)
-    assert user.root.task is not None and list.__len__(user.root.sequence.token_ids) > 3
-    assert answer == (3 if asked == "num_tokens" else [1, 2, 3])

@@ -1,0 +1,26 @@
+"""From a request to what runs it."""
+
+from __future__ import annotations
+
+from octavo.coordinators.single import SingleCoordinator
+from octavo.core.coordinator import Coordinator
+from octavo.core.protocols import TextCodec
+from octavo.core.request import RequestSpec, SessionSpec
+
+
+def make_coordinator(spec: RequestSpec | SessionSpec, codec: TextCodec | None = None) -> Coordinator:
+    """`codec` makes text; None: none is made."""
+    # The kinds that are rarer are imported when they are asked for: start-up is short without them.
+    if isinstance(spec, SessionSpec):
+        from octavo.coordinators.branches import SessionCoordinator
+
+        return SessionCoordinator(spec, codec)
+    if spec.beams is not None:
+        from octavo.coordinators.beams import BeamCoordinator
+
+        return BeamCoordinator(spec, codec)
+    if spec.params.n > 1:
+        from octavo.coordinators.samples import SamplesCoordinator
+
+        return SamplesCoordinator(spec, codec)
+    return SingleCoordinator(spec, codec)
