@@ -14,8 +14,8 @@ from octavo.session import BaseBranch
 
 
 def coordinator_of(branch: BaseBranch) -> SessionCoordinator:
-    link = branch._link
-    found = link.loop.engine._coordinators[link.spec.request_id]
+    client = branch._client
+    found = client.loop.engine._coordinators[client.spec.request_id]
     assert isinstance(found, SessionCoordinator)
     return found
 

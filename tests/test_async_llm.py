@@ -422,3 +422,29 @@ def test_a_template_of_a_request_in_a_forked_child(tiny_llama_dir: Path) -> None
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
     llm.close()
+
+
+async def test_both_doors_chat_with_the_same_options(llm: AsyncLLM, tiny_llama_dir: Path) -> None:
+    """Tools, documents and variables reach the template, by whichever way they are given."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    template = (
+        "{% for tool in tools %}{{ tool.function.name }} {% endfor %}{% for document in documents %}{{ document.text }}"
+        " {% endfor %}{{ mood }} {{ who }} {{ messages[0].content }}{{ messages[-1].content }}"
+    )
+    options: dict[str, Any] = {
+        "chat_template": template,
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+        "documents": [{"text": "It rained."}],
+        "chat_template_kwargs": {"mood": "glad"},
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "who": "Ann",
+    }
+    with LLM(str(tiny_llama_dir), max_model_len=256) as blocking:
+        (expected,) = blocking.chat(messages, params(max_tokens=2), **options)
+    outputs = [output async for output in llm.chat(messages, params(max_tokens=2), **options)]
+    assert outputs[-1].prompt == expected.prompt == "weather It rained. glad Ann hiWell"
+    assert outputs[-1].outputs[0].token_ids == expected.outputs[0].token_ids
+    with pytest.raises(InvalidRequestError, match=r"chat_template_kwargs\.tools"):
+        async for _ in llm.chat(messages, params(max_tokens=2), chat_template_kwargs={"tools": []}):
+            pass

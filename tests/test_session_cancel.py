@@ -139,8 +139,8 @@ async def test_verbs_whose_callers_are_gone(llm: AsyncLLM, verb: str, when: str)
     async def cancel(s: AsyncSession, _: int) -> None:
         for _ in range(10):
             with pytest.MonkeyPatch.context() as patch:
-                asked = Asked(s._link.ask)
-                patch.setattr(s._link, "ask", asked)
+                asked = Asked(s._client.ask)
+                patch.setattr(s._client, "ask", asked)
                 call = {"fork": s.fork(4), "extend": s.extend(" dog"), "truncate": s.truncate(2)}
                 task = asyncio.create_task(call.pop(verb))  # type: ignore[arg-type]
                 for other in call.values():
@@ -185,8 +185,8 @@ async def test_looked_at_while_it_is_taken_back(llm: AsyncLLM) -> None:
         await s.extend(TEXT)
         held, text = s.token_ids, s.text
         with pytest.MonkeyPatch.context() as patch:
-            asked = Asked(s._link.ask)
-            patch.setattr(s._link, "ask", asked)
+            asked = Asked(s._client.ask)
+            patch.setattr(s._client, "ask", asked)
             task = asyncio.create_task(s.generate(max_tokens=5, ignore_eos=True))
             while not asked.times:
                 await asyncio.sleep(0)
@@ -213,8 +213,8 @@ async def test_cancelled_before_anything_was_asked(llm: AsyncLLM) -> None:
         await s.extend(TEXT)
         held = s.token_ids
         with pytest.MonkeyPatch.context() as patch:
-            asked = Asked(s._link.ask)
-            patch.setattr(s._link, "ask", asked)
+            asked = Asked(s._client.ask)
+            patch.setattr(s._client, "ask", asked)
             patch.setattr(s, "_generating", lambda params: ready.wait(20))
             task = asyncio.create_task(s.generate(**LOOKING))
             while not s._in_use.locked():
@@ -304,7 +304,7 @@ def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
             stopped.set()
             return wait(futures)
 
-        take_back = s._link.take_back
+        take_back = s._client.take_back
 
         def interrupted_again(calls: Any) -> Any:
             undoing = take_back(calls)
@@ -314,7 +314,7 @@ def test_a_second_interrupt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         def raising() -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(s._link, "take_back", interrupted_again)
+        monkeypatch.setattr(s._client, "take_back", interrupted_again)
         with monkeypatch.context() as patch:
             patch.setattr(session_module, "wait", interrupted_wait)
             with pytest.raises(KeyboardInterrupt):

@@ -136,11 +136,7 @@ class AsyncLLM(BaseLLM):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through a chat template; see `generate`, and for the rest `LLM.chat`.
-
-        Args:
-            **variables: further variables of the template, like chat_template_kwargs.
-        """
+        """Answer a conversation through a chat template; see `generate`, and for the rest `LLM.chat`."""
         import asyncio
 
         options = chat_options(add_generation_prompt, continue_final_message, tools, documents) | variables

@@ -13,7 +13,7 @@ from octavo.core.params import SamplingParams
 from octavo.core.session_calls import ROOT, Call, Drop, Extend, Verb
 from octavo.core.values import exact_bool
 from octavo.frontend import Prompt
-from octavo.session import BaseBranch, SessionLink, sampling
+from octavo.session import BaseBranch, SessionClient, sampling
 
 
 class AsyncBranch(BaseBranch):
@@ -21,8 +21,8 @@ class AsyncBranch(BaseBranch):
     computed at once, while the caller does other things. Cancelling a task leaves its branch as it was before.
     """
 
-    def __init__(self, link: SessionLink, branch: int = ROOT, token_ids: Sequence[int] = ()) -> None:
-        super().__init__(link, branch, token_ids)
+    def __init__(self, client: SessionClient, branch: int = ROOT, token_ids: Sequence[int] = ()) -> None:
+        super().__init__(client, branch, token_ids)
         self._leaving = False  # whether a caller who was cancelled still holds the branch
 
     async def extend(self, prompt: Prompt) -> None:
@@ -37,7 +37,7 @@ class AsyncBranch(BaseBranch):
             verb = await asyncio.to_thread(self._generating, params)
             generated = await asyncio.wrap_future(await self._do(verb, calls))
             self._extended(generated.token_ids)
-            return self._link.frontend.name_completion(generated.output)
+            return self._client.frontend.name_completion(generated.output)
 
     async def select(self, choices: Sequence[Prompt], *, by: str = "mean", extend: bool = False) -> SelectResult:
         extend = exact_bool("extend", extend)
@@ -53,7 +53,7 @@ class AsyncBranch(BaseBranch):
     async def fork(self, n: int = 1) -> list[AsyncBranch]:
         async with self._turn() as calls:
             branches = await self._do(self._forking(n), calls)
-            return [AsyncBranch(self._link, branch, self._token_ids) for branch in branches]
+            return [AsyncBranch(self._client, branch, self._token_ids) for branch in branches]
 
     async def truncate(self, num_tokens: int) -> None:
         async with self._turn() as calls:
@@ -62,10 +62,10 @@ class AsyncBranch(BaseBranch):
             self._truncated(verb.num_tokens)
 
     async def drop(self) -> None:
-        await asyncio.wrap_future(self._link.ask([self._link.call(self._branch, Drop())]))
+        await asyncio.wrap_future(self._client.ask([self._client.call(self._branch, Drop())]))
 
     async def _do(self, verb: Verb, calls: list[Call]) -> Any:
-        return self._answer(await asyncio.wrap_future(self._link.ask([self._call(verb, calls)])))
+        return self._answer(await asyncio.wrap_future(self._client.ask([self._call(verb, calls)])))
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[list[Call]]:
@@ -84,7 +84,7 @@ class AsyncBranch(BaseBranch):
                 self._leaving = True
                 try:
                     with suppress(EngineClosedError):
-                        self._undoing = self._link.take_back(calls)
+                        self._undoing = self._client.take_back(calls)
                         await asyncio.shield(asyncio.wrap_future(self._undoing))
                 finally:
                     self._leaving = False
@@ -95,7 +95,7 @@ class AsyncSession(AsyncBranch):
     """Made by `AsyncLLM.session`. See `octavo.session.Session`."""
 
     async def close(self) -> None:
-        self._link.close()
+        self._client.close()
 
     async def __aenter__(self) -> AsyncSession:
         return self

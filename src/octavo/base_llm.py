@@ -13,7 +13,7 @@ from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
     from octavo.frontend import ChatPrompt, Messages
-    from octavo.session import SessionLink
+    from octavo.session import SessionClient
 
 
 class BaseLLM:
@@ -64,10 +64,10 @@ class BaseLLM:
         """
         return self._frontend.chat_prompt(messages, chat_template, options)
 
-    def _begin_session(self, seed: int | None, priority: int, cache_salt: str | None) -> SessionLink:
-        from octavo.session import SessionLink
+    def _begin_session(self, seed: int | None, priority: int, cache_salt: str | None) -> SessionClient:
+        from octavo.session import SessionClient
 
-        return SessionLink(self, self._loop, self._frontend, self._frontend.make_session(seed, priority, cache_salt))
+        return SessionClient(self, self._loop, self._frontend, self._frontend.make_session(seed, priority, cache_salt))
 
     def close(self) -> None:
         """End all requests, with EngineClosedError for whoever waits for them, and free the engine. Idempotent."""

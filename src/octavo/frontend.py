@@ -310,7 +310,7 @@ class Frontend:
             output.prompt, output.prompt_token_ids = request.prompt, shown_prompt
             output.system_fingerprint = self._system_fingerprint
             self._name_tokens(output)
-            return output if so_far is None else so_far.take(output)
+            return output if so_far is None else so_far.merge(output)
 
         return read
 

@@ -165,6 +165,7 @@ class LLM(BaseLLM):
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> list[RequestOutput]:
         """Answer conversations: lists of ``{"role": ..., "content": ...}``, through the model's chat template.
 
@@ -173,7 +174,7 @@ class LLM(BaseLLM):
                 has one of that name and there are tools, else "default".
             tools: what the model may call, as JSON schemas; for the template.
             documents: what the answer may rest on, for templates that know of it.
-            chat_template_kwargs: further variables of the template.
+            chat_template_kwargs, **variables: further variables of the template.
 
         Raises InvalidRequestError if the model has no chat template or the messages do not fit it, RequestFailedError
         if so many templates are at work that none of their processes is free for a minute.
@@ -184,7 +185,7 @@ class LLM(BaseLLM):
         several = bool(given) and is_a(given[0], (list, tuple))
         conversations = given if several else [given]
         names = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
-        options = chat_options(add_generation_prompt, continue_final_message, tools, documents)
+        options = chat_options(add_generation_prompt, continue_final_message, tools, documents) | variables
         prompts = [
             self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs, name)
             for conversation, name in zip(conversations, names, strict=True)

@@ -36,13 +36,13 @@ class _Ending:
     def __init__(self) -> None:
         self.problem = "is closed"
 
-    def take(self, last: RequestOutput | Exception) -> None:
+    def note(self, last: RequestOutput | Exception) -> None:
         error = str(last) if isinstance(last, Exception) else last.error
         if error is not None:
             self.problem = f"has ended: {error}"
 
 
-class SessionLink:
+class SessionClient:
     """A session as its branches know it: the way to its engine, and what they have in common. When all branches are
     gone so is this, and the session ends. Holds on to the LLM, which is not to be forgotten while a session lives."""
 
@@ -53,7 +53,7 @@ class SessionLink:
         self._llm = llm
         self._numbers = count()
         self._ending = _Ending()
-        loop.add_session(spec, self._ending.take)
+        loop.add_session(spec, self._ending.note)
         weakref.finalize(self, loop.abort, [spec.request_id]).atexit = False
 
     def call(self, branch: int, verb: Verb) -> Call:
@@ -111,8 +111,8 @@ class BaseBranch:
     returns; one whose caller went away is taken back there, and never shows.
     """
 
-    def __init__(self, link: SessionLink, branch: int = ROOT, token_ids: Sequence[int] = ()) -> None:
-        self._link = link
+    def __init__(self, client: SessionClient, branch: int = ROOT, token_ids: Sequence[int] = ()) -> None:
+        self._client = client
         self._branch = branch
         self._token_ids = list(token_ids)  # replaced, not changed
         self._in_use = threading.Lock()
@@ -120,7 +120,7 @@ class BaseBranch:
         self._abandoned: list[Call] = []  # of those who are in the parent of this process
         self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
         _branches.add(self)
-        weakref.finalize(self, _forget, link.loop, link.spec.request_id, link.call(branch, Drop())).atexit = False
+        weakref.finalize(self, _forget, client.loop, client.spec.request_id, client.call(branch, Drop())).atexit = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -134,12 +134,12 @@ class BaseBranch:
     @property
     def text(self) -> str:
         """Text of all tokens, special ones spelled out."""
-        return self._link.frontend.text_of(self._token_ids)
+        return self._client.frontend.text_of(self._token_ids)
 
     @property
     def seed(self) -> int:
         """The session's: given, or drawn when it began."""
-        return self._link.spec.seed
+        return self._client.spec.seed
 
     @contextmanager
     def _alone(self) -> Iterator[list[Call]]:
@@ -150,7 +150,7 @@ class BaseBranch:
         try:
             if self._abandoned:
                 abandoned, self._abandoned = self._abandoned, []
-                self._link.take_back(abandoned)
+                self._client.take_back(abandoned)
             yield self._calls
         finally:
             self._calls = []
@@ -159,7 +159,7 @@ class BaseBranch:
     # --- what to ask ---
 
     def _extending(self, prompt: Prompt) -> Extend:
-        return Extend(tuple(self._link.frontend.tokens_after(prompt, self._token_ids)))
+        return Extend(tuple(self._client.frontend.tokens_after(prompt, self._token_ids)))
 
     def _forking(self, n: int) -> Fork:
         return Fork(integer("n", n, 1, MAX_N))
@@ -168,7 +168,7 @@ class BaseBranch:
         return Truncate(integer("num_tokens", num_tokens, 0, 2**31 - 1))
 
     def _generating(self, params: SamplingParams) -> Generate:
-        return Generate(self._link.frontend.make_turn(self._link.spec, params, self.num_tokens))
+        return Generate(self._client.frontend.make_turn(self._client.spec, params, self.num_tokens))
 
     def _selecting(
         self, choices: Sequence[Prompt], by: str
@@ -177,7 +177,7 @@ class BaseBranch:
         by = exact_str("by", by, "must be 'mean' or 'total'")
         if by not in ("mean", "total"):
             raise InvalidRequestError("by", f"must be 'mean' or 'total', not {shown(by)}")
-        found = self._link.frontend.choices(choices, self._token_ids)
+        found = self._client.frontend.choices(choices, self._token_ids)
 
         def result(logprobs: list[list[float]]) -> SelectResult:
             scored = zip(found, logprobs, strict=True)
@@ -186,13 +186,13 @@ class BaseBranch:
         return Select(tuple(tuple(token_ids) for _, token_ids in found)), result
 
     def _call(self, verb: Verb, calls: list[Call]) -> Call:
-        call = self._link.call(self._branch, verb)
+        call = self._client.call(self._branch, verb)
         calls.append(call)
         return call
 
     def _answer(self, answers: list[Any]) -> Any:
         """To a single call. Raises InvalidRequestError if it was refused."""
-        self._link.check(answers)
+        self._client.check(answers)
         if isinstance(answers[0], InvalidRequestError):
             raise answers[0]
         return answers[0]
@@ -265,7 +265,7 @@ class Branch(BaseBranch):
     def fork(self, n: int = 1) -> list[Branch]:
         """`n` new branches that begin as this one; they share its KV."""
         with self._alone() as calls, self._restoring():
-            return [Branch(self._link, branch, self._token_ids) for branch in self._do(self._forking(n), calls)]
+            return [Branch(self._client, branch, self._token_ids) for branch in self._do(self._forking(n), calls)]
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
@@ -276,7 +276,7 @@ class Branch(BaseBranch):
 
     def drop(self) -> None:
         """End the branch, and what another thread is doing on it; its forks live on. Idempotent."""
-        self._link.ask([self._link.call(self._branch, Drop())]).result()
+        self._client.ask([self._client.call(self._branch, Drop())]).result()
 
     @contextmanager
     def _alone(self) -> Iterator[list[Call]]:
@@ -286,7 +286,7 @@ class Branch(BaseBranch):
             yield calls
 
     def _do(self, verb: Verb, calls: list[Call]) -> Any:
-        return self._answer(self._link.ask([self._call(verb, calls)]).result())
+        return self._answer(self._client.ask([self._call(verb, calls)]).result())
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -316,7 +316,7 @@ def _take_back(branches: Sequence[Branch]) -> None:
     calls = [call for branch in branches for call in branch._calls]
     if calls:
         with suppress(EngineClosedError):
-            undoing = branches[0]._link.take_back(calls)
+            undoing = branches[0]._client.take_back(calls)
             for branch in branches:
                 branch._undoing = undoing
             undoing.result()
@@ -343,7 +343,7 @@ class Session(Branch):
         branches = exact_list("branches", branches, "must be a list of branches")
         if not all(is_a(branch, Branch) for branch in branches):
             raise InvalidRequestError("branches", "must be a list of branches")
-        if any(branch._link is not self._link for branch in branches):
+        if any(branch._client is not self._client for branch in branches):
             raise InvalidRequestError("branches", "one of them is of another session")
         if len({branch._branch for branch in branches}) < len(branches):
             raise InvalidRequestError("branches", "one of them stands there twice")
@@ -361,7 +361,7 @@ class Session(Branch):
 
     def close(self) -> None:
         """End all branches, and what other threads are doing on them. Idempotent."""
-        self._link.close()
+        self._client.close()
 
     def __enter__(self) -> Session:
         return self
@@ -376,7 +376,7 @@ def _generate(
     """All in one batch: none runs before every one was checked."""
     if not branches:
         return []
-    link = branches[0]._link
+    client = branches[0]._client
     with ExitStack() as stack:
         calls = []
         for number, (branch, one) in enumerate(zip(branches, params, strict=True)):
@@ -384,8 +384,8 @@ def _generate(
                 its_calls = stack.enter_context(branch._alone())
                 calls.append(branch._call(branch._generating(one), its_calls))
         stack.enter_context(_restoring(branches))
-        answers = link.ask(calls).result()
-        link.check(answers)
+        answers = client.ask(calls).result()
+        client.check(answers)
         if isinstance(answers[-1], InvalidRequestError):  # of none that was begun is the answer of use
             _take_back(branches)
             with _naming_branch(len(answers) - 1, len(branches)):
@@ -394,7 +394,7 @@ def _generate(
         for branch, future in zip(branches, answers, strict=True):
             if future.exception() is None:
                 branch._extended(future.result().token_ids)
-        return [link.frontend.name_completion(future.result().output) for future in answers]
+        return [client.frontend.name_completion(future.result().output) for future in answers]
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def outputs(tokens: Sequence[int], eos: tuple[int, ...] = (END,), **params: Any)
         got += engine.step()
     assert engine.kv.num_available == 32
     so_far = OutputSoFar()
-    return got if sampling.output_kind is OutputKind.DELTA else [so_far.take(output) for output in got]
+    return got if sampling.output_kind is OutputKind.DELTA else [so_far.merge(output) for output in got]
 
 
 def last(tokens: Sequence[int], **params: Any) -> tuple[str, list[int], str | None, int | str | None]:

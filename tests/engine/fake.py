@@ -299,7 +299,7 @@ class Harness:
 
     def take(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            self.outputs[output.request_id] = self._so_far[output.request_id].take(output)
+            self.outputs[output.request_id] = self._so_far[output.request_id].merge(output)
 
     def run(self, most: int = 10_000) -> dict[str, RequestOutput]:
         for _ in range(most):

@@ -38,7 +38,7 @@ def request(name: str, prompt: list[int], count: int = 4) -> RequestSpec:
 
 def answer(loop: EngineLoop, name: str, prompt: list[int]) -> list[int]:
     so_far = OutputSoFar()
-    outputs = [so_far.take(output) for output in loop.run([request(name, prompt)])]
+    outputs = [so_far.merge(output) for output in loop.run([request(name, prompt)])]
     assert outputs[-1].finished and outputs[-1].error is None
     return outputs[-1].outputs[0].token_ids
 

@@ -103,7 +103,7 @@ class EngineDriver:
 def _note(answer: Answer, output: RequestOutput, now: float) -> None:
     new = output.metrics.num_generated_tokens - len(answer.token_times)
     answer.token_times += [now] * new
-    answer.output = answer.so_far.take(output)
+    answer.output = answer.so_far.merge(output)
 
 
 def _step(plan: StepPlan, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:

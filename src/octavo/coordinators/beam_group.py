@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Row = SequenceOf[tuple[int, float]]  # a beam's best continuations: token id and log-probability, best first
-What = TypeVar("What")
+Hypothesis = TypeVar("Hypothesis")
 
 
 def float32(value: float) -> float:
@@ -40,13 +40,13 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Finished(Generic[What]):
+class Finished(Generic[Hypothesis]):
     score: float  # over length ** length_penalty, float32
     sum: float
-    what: What
+    hypothesis: Hypothesis
 
 
-class BeamGroup(Generic[What]):
+class BeamGroup(Generic[Hypothesis]):
     """The state of one group's search: scores of the running beams and the finished hypotheses, best first."""
 
     def __init__(
@@ -56,7 +56,7 @@ class BeamGroup(Generic[What]):
         # So many that `width` can go on even if every beam's best continuations are end tokens.
         self.num_candidates = max(2, 1 + num_end_tokens) * width
         self.scores = [0.0]  # of the running beams; at first there is one, the prompt
-        self.finished: list[Finished[What]] = []
+        self.finished: list[Finished[Hypothesis]] = []
         self.ended = False
         self.length = 0  # tokens generated
         self._length_penalty = length_penalty
@@ -85,10 +85,11 @@ class BeamGroup(Generic[What]):
                 heapq.heappop(heads)
         return ranked
 
-    def advance(self, ranked: SequenceOf[Candidate], whats: dict[int, What]) -> list[Candidate]:
+    def advance(self, ranked: SequenceOf[Candidate], hypotheses: dict[int, Hypothesis]) -> list[Candidate]:
         """Take a step: the candidates that go on as beams, best first, none when the search has ended.
 
-        `whats[i]` is what to keep of candidate i if it is finished; there is one for each of the first `width` hits.
+        `hypotheses[i]` is what to keep of candidate i if it is finished; there is one for each of the first `width`
+        hits.
         """
         running = [candidate for candidate in ranked if not candidate.hit][: self.width]
         full = len(self.finished) == self.width
@@ -97,7 +98,7 @@ class BeamGroup(Generic[What]):
             for index, candidate in enumerate(ranked[: self.width]):
                 if candidate.hit:
                     score = self.normalised(candidate.score, self.length)
-                    self.finished.append(Finished(score, candidate.score, whats[index]))
+                    self.finished.append(Finished(score, candidate.score, hypotheses[index]))
             self.finished.sort(key=lambda finished: -finished.score)  # stable: of equals the earlier one stays first
             del self.finished[self.width :]
         full = len(self.finished) == self.width

@@ -133,7 +133,7 @@ class BeamCoordinator(RequestCoordinator):
             return
         self._move(moves, answers)
         if not moves:
-            self._end = self._best()[0].what.finish_reason
+            self._end = self._best()[0].hypothesis.finish_reason
 
     def _step(self, group: _Group, answers: dict[int, RowResult], chosen: Counter[int]) -> list[Candidate]:
         """One step of a group: the candidates that become its beams."""
@@ -216,7 +216,7 @@ class BeamCoordinator(RequestCoordinator):
         self._end = reason
         for group in self._groups:  # the answer so far: what is finished and what runs, all of it cut short
             for finished in group.search.finished:
-                finished.what.finish_reason, finished.what.stop_reason = reason, None
+                finished.hypothesis.finish_reason, finished.hypothesis.stop_reason = reason, None
             # A group that has ended has no beams.
             for beam, score in zip(group.beams, group.search.scores, strict=False):
                 if token_ids := self._generated(beam.sequence):
@@ -257,7 +257,7 @@ class BeamCoordinator(RequestCoordinator):
         every later hypothesis goes on from a running beam."""
         skipped = len(self.request.prompt_token_ids)
         rows = [(beam.sequence.token_ids, skipped) for group in self._groups for beam in group.beams]
-        rows += [(finished.what.token_ids, 0) for finished in self._best()]
+        rows += [(finished.hypothesis.token_ids, 0) for finished in self._best()]
         added: list[int] = []
         while True:
             at = len(self._common) + len(added)
@@ -282,7 +282,7 @@ class BeamCoordinator(RequestCoordinator):
         return output
 
     def _hypothesis_output(self, index: int, finished: Finished[_Hypothesis]) -> CompletionOutput:
-        hypothesis = finished.what
+        hypothesis = finished.hypothesis
         stream, text = self._text_stream(), ""
         if stream is not None:
             # An end token is part of token_ids, and of the text only when the user wants to see it.

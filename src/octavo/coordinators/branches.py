@@ -240,10 +240,10 @@ class SessionCoordinator(Coordinator):
             self._end_task(task)
             task.future.set_exception(error)
 
-    def _take(self, task: _Task, result: SequenceResult) -> None:
+    def _update_task(self, task: _Task, result: SequenceResult) -> None:
         """One result of a task's. What its bookkeeping raises ends this task alone."""
         try:
-            if not task.take(result):
+            if not task.update(result):
                 return
             answer = task.end()
         except OctavoError as error:  # says by itself what is wrong
@@ -267,7 +267,7 @@ class SessionCoordinator(Coordinator):
         for result in results:
             working = self._tasks.get(result.sequence.id)
             if working is not None:
-                self._take(working, result)
+                self._update_task(working, result)
 
     def contain(self, sequence: Sequence, error: str) -> bool:
         task = self._tasks.get(sequence.id)
@@ -336,7 +336,7 @@ class _Task(ABC):
         """Call the first verb."""
 
     @abstractmethod
-    def take(self, result: SequenceResult) -> bool:
+    def update(self, result: SequenceResult) -> bool:
         """Take the result of one of the task's sequences; whether it was the last."""
 
     @abstractmethod
@@ -360,8 +360,8 @@ class _Generating(_Task):
         self.sequence.extend((), want=self.completion.want)
         self.completion.attach_to(self.sequence)
 
-    def take(self, result: SequenceResult) -> bool:
-        self.session.metrics.num_generated_tokens += self.completion.take(result.draws, self.sequence)
+    def update(self, result: SequenceResult) -> bool:
+        self.session.metrics.num_generated_tokens += self.completion.append_draws(result.draws, self.sequence)
         return self.completion.finish_reason is not None
 
     def end(self) -> Generated:
@@ -430,7 +430,7 @@ class _Selecting(_Task):
     def begin(self) -> None:
         self.sequence.extend((), want=Score(tuple((choice[0],) for choice in self.choices)))
 
-    def take(self, result: SequenceResult) -> bool:
+    def update(self, result: SequenceResult) -> bool:
         if result.sequence is self.sequence:
             if not result.rows:
                 return False  # part of a branch that is computed again

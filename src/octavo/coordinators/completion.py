@@ -59,7 +59,8 @@ class PromptLogprobs:
                 if row.logprobs is not None:
                     self._entries[row.position + 1] = to_dict(row.logprobs)
 
-    def take(self) -> list[dict[int, Logprob] | None] | None:
+    @property
+    def entries(self) -> list[dict[int, Logprob] | None] | None:
         return self._entries
 
 
@@ -120,7 +121,7 @@ class Completion:
         if self.request.params.has_penalties and sequence.attached(TokenCounts) is None:
             sequence.attach(TokenCounts(self.request.prompt_token_ids))
 
-    def take(self, draws: SequenceOf[DrawResult], sequence: Sequence) -> int:
+    def append_draws(self, draws: SequenceOf[DrawResult], sequence: Sequence) -> int:
         """Append drawn tokens to the output and its sequence, up to one that ends it, or else ask for the next. Returns
         how many there were."""
         for number, drawn in enumerate(draws, 1):

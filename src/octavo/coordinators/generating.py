@@ -65,9 +65,9 @@ class GeneratingCoordinator(RequestCoordinator):
         self.prompt_logprobs = PromptLogprobs(request)
         self._prompt_logprobs_sent = False
 
-    def take(self, index: int, draws: SequenceOf[DrawResult], sequence: Sequence) -> None:
+    def append_draws(self, index: int, draws: SequenceOf[DrawResult], sequence: Sequence) -> None:
         completion = self.completions[index]
-        self.metrics.num_generated_tokens += completion.take(draws, sequence)
+        self.metrics.num_generated_tokens += completion.append_draws(draws, sequence)
         if completion.finish_reason is not None:
             self._end = completion.finish_reason
             self.drop(sequence)
@@ -89,6 +89,6 @@ class GeneratingCoordinator(RequestCoordinator):
         changed = [completion for completion in self.completions if completion.is_new]
         if not changed and not self.finished:
             return None
-        prompt_logprobs = None if self._prompt_logprobs_sent else self.prompt_logprobs.take()
+        prompt_logprobs = None if self._prompt_logprobs_sent else self.prompt_logprobs.entries
         self._prompt_logprobs_sent = True
         return self._output([completion.output() for completion in changed], prompt_logprobs)

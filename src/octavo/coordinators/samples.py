@@ -33,7 +33,7 @@ class SamplesCoordinator(GeneratingCoordinator):
             if draws and result.sequence.stream == ():
                 self._branch(result.sequence, draws)
             elif draws:
-                self.take(result.sequence.stream[0], draws, result.sequence)
+                self.append_draws(result.sequence.stream[0], draws, result.sequence)
 
     def _branch(self, prompt: Sequence, draws: SequenceOf[DrawResult]) -> None:
         """Every output gets its own fork of the prompt and its first token."""
@@ -42,4 +42,4 @@ class SamplesCoordinator(GeneratingCoordinator):
         self.sequences.extend(branches)
         for completion, branch, drawn in zip(self.completions, branches, draws, strict=True):
             completion.attach_to(branch)
-            self.take(completion.index, [drawn], branch)
+            self.append_draws(completion.index, [drawn], branch)

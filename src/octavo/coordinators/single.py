@@ -19,4 +19,4 @@ class SingleCoordinator(GeneratingCoordinator):
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         for result in results:
             self.prompt_logprobs.put(result.rows)
-            self.take(0, result.draws, result.sequence)
+            self.append_draws(0, result.draws, result.sequence)

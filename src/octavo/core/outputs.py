@@ -73,7 +73,7 @@ class OutputSoFar:
         self._outputs: dict[int, CompletionOutput] = {}
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
-    def take(self, new: RequestOutput) -> RequestOutput:
+    def merge(self, new: RequestOutput) -> RequestOutput:
         """Everything so far. It is the caller's: it is not changed later."""
         for output in new.outputs:
             before = self._outputs.get(output.index)

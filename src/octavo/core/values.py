@@ -28,7 +28,7 @@ def is_a(value: object, kind: Any) -> bool:
     return issubclass(type(value), kind)
 
 
-def exact_bool(field: str, value: object, what: str = "must be true or false") -> bool:
+def exact_bool(field: str, value: object, allowed: str = "must be true or false") -> bool:
     """NumPy's are welcome."""
     if value is True or value is False:
         return value
@@ -37,18 +37,18 @@ def exact_bool(field: str, value: object, what: str = "must be true or false") -
         if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
             return bool(value)
     except Exception as error:
-        raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
-    raise InvalidRequestError(field, f"{what}, not {shown(value)}")
+        raise InvalidRequestError(field, f"{allowed}: reading it raised {_named(error)}") from None
+    raise InvalidRequestError(field, f"{allowed}, not {shown(value)}")
 
 
-def exact_int(field: str, value: object, what: str = "must be an integer") -> int:
+def exact_int(field: str, value: object, allowed: str = "must be an integer") -> int:
     """NumPy's integers are welcome, bools are not."""
     try:
         if not is_a(value, bool) and hasattr(type(value), "__index__"):
             return index(value)  # type: ignore[arg-type] # it has one
     except Exception as error:
-        raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
-    raise InvalidRequestError(field, f"{what}, not {shown(value)}")
+        raise InvalidRequestError(field, f"{allowed}: reading it raised {_named(error)}") from None
+    raise InvalidRequestError(field, f"{allowed}, not {shown(value)}")
 
 
 def exact_float(field: str, value: object) -> float:
@@ -63,44 +63,44 @@ def exact_float(field: str, value: object) -> float:
     raise InvalidRequestError(field, f"must be a number, not {shown(value)}")
 
 
-def exact_str(field: str, value: object, what: str = "must be a string") -> str:
+def exact_str(field: str, value: object, allowed: str = "must be a string") -> str:
     """Of a subclass the characters that it holds, whatever its methods say."""
     if not is_a(value, str):
-        raise InvalidRequestError(field, f"{what}, not {shown(value)}")
+        raise InvalidRequestError(field, f"{allowed}, not {shown(value)}")
     return str.__str__(value)
 
 
-def exact_list(field: str, value: object, what: str = "must be a list") -> list[Any]:
+def exact_list(field: str, value: object, allowed: str = "must be a list") -> list[Any]:
     """The items of any iterable but strings and mappings, at most `MAX_ITEMS`."""
     try:
         if is_a(value, Iterable) and not is_a(value, (str, bytes, bytearray, Mapping)):
             items = list(islice(value, MAX_ITEMS + 1))  # type: ignore[call-overload] # an iterable
             if len(items) <= MAX_ITEMS:
                 return items
-            raise InvalidRequestError(field, f"{what} of at most {MAX_ITEMS} items")
+            raise InvalidRequestError(field, f"{allowed} of at most {MAX_ITEMS} items")
     except InvalidRequestError:
         raise
     except Exception as error:
-        raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
-    raise InvalidRequestError(field, f"{what}, not {shown(value)}")
+        raise InvalidRequestError(field, f"{allowed}: reading it raised {_named(error)}") from None
+    raise InvalidRequestError(field, f"{allowed}, not {shown(value)}")
 
 
-def exact_dict(field: str, value: object, what: str = "must be a mapping") -> dict[Any, Any]:
+def exact_dict(field: str, value: object, allowed: str = "must be a mapping") -> dict[Any, Any]:
     """The entries of any mapping."""
     if not is_a(value, Mapping):
-        raise InvalidRequestError(field, f"{what}, not {shown(value)}")
-    entries = exact_list(field, _Items(value), what)  # type: ignore[arg-type] # a mapping
+        raise InvalidRequestError(field, f"{allowed}, not {shown(value)}")
+    entries = exact_list(field, _Items(value), allowed)  # type: ignore[arg-type] # a mapping
     try:
         return dict(entries)
     except Exception as error:  # a key's hash
-        raise InvalidRequestError(field, f"{what}: reading it raised {_named(error)}") from None
+        raise InvalidRequestError(field, f"{allowed}: reading it raised {_named(error)}") from None
 
 
-def exact_fields(field: str, value: object, what: str = "must be a mapping") -> dict[str, Any]:
+def exact_fields(field: str, value: object, allowed: str = "must be a mapping") -> dict[str, Any]:
     """The entries of a mapping whose keys are strings."""
     return {
         exact_str(field, key, "every key must be a string"): item
-        for key, item in exact_dict(field, value, what).items()
+        for key, item in exact_dict(field, value, allowed).items()
     }
 
 

@@ -92,8 +92,8 @@ class Engine:
 
     def call(self, request_id: str, calls: SequenceOf[Call]) -> list[Any]:
         """Ask a session's branches several things, all before the next step. Returns the answers, or for what takes
-        steps futures of them; one that is refused is its InvalidRequestError, and those after it are left out. None:
-        the session has ended."""
+        steps futures of them; one that is refused is its InvalidRequestError, and those after it are left out. Without
+        any answer the session has ended."""
         session = self._coordinators.get(request_id)
         if session is None:
             return []

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation
-from octavo.kv_cache.block_table import BlockTable
+from octavo.kv_cache.block_tables import BlockTable
 from octavo.kv_cache.eviction_log import EndingLog, Evicted, EvictionLog, prefix_hash
 from octavo.kv_cache.prefix_cache import PrefixCache, extended
 from octavo.kv_cache.radix_tree import Key, Node

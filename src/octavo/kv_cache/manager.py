@@ -10,7 +10,7 @@ from octavo.core.namespace import SHARED, Namespace
 from octavo.core.outputs import CacheExplanation, CacheStats
 from octavo.core.plan import BlockCopy, BlockLoad
 from octavo.core.protocols import BlockTier
-from octavo.kv_cache.block_table import BlockTable, BlockTables
+from octavo.kv_cache.block_tables import BlockTable, BlockTables
 from octavo.kv_cache.eviction_log import Evicted
 from octavo.kv_cache.explanations import Explanations
 from octavo.kv_cache.prefix_cache import CachedPrefix, PrefixCache

@@ -10,7 +10,7 @@ from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheStats
 from octavo.core.plan import BlockLoad
 from octavo.core.protocols import BlockTier
-from octavo.kv_cache.block_table import BlockTable, BlockTables
+from octavo.kv_cache.block_tables import BlockTable, BlockTables
 from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
 from octavo.kv_cache.tier_loads import GIVE_UP_SECONDS, Load, TierLoads
 
@@ -245,7 +245,7 @@ class PrefixCache:
         now = self._clock()
         for load, kv in self.loads.ready(now):
             if self._tables.num_available:
-                block = self._tables.take()
+                block = self._tables.allocate_block()
                 self.loads.place(load, block)
                 loads.append(BlockLoad(block, kv))
             elif now - load.since > GIVE_UP_SECONDS:  # nobody makes room for it: it is waited for no more

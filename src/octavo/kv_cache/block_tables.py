@@ -89,7 +89,7 @@ class BlockTables:
 
     # --- references ---
 
-    def take(self) -> int:
+    def allocate_block(self) -> int:
         """An available block, with one reference."""
         if not self.pool.num_free and self.cached is not None:
             self.cached.evict()
@@ -120,13 +120,13 @@ class BlockTables:
             return None
         copies = []
         for index in list(self._shared(table, start, stop)):
-            copy = BlockCopy(source=table[index], target=self.take())
+            copy = BlockCopy(source=table[index], target=self.allocate_block())
             self.release(copy.source)
             table[index] = copy.target
             copies.append(copy)
         table.lower(start // self.block_size)
         while len(table) * self.block_size < stop:
-            table.append(self.take())
+            table.append(self.allocate_block())
         self._stats.copied_blocks += len(copies)
         return tuple(copies)
 
