@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "backends": {"ops", "_C"},
     "sampling": {"core", "ops"},
     "speculation": {"core", "ops"},
-    "runner": {"core", "ops", "models", "backends", "sampling", "speculation", "formats"},
+    "loading": {"core", "ops", "models", "formats"},
+    "runner": {"core", "ops", "models", "backends", "sampling", "speculation", "loading", "formats"},
     "text": {"core"},
     "hub": {"core"},
     "distributed": {"core"},
@@ -72,6 +73,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "backends": {"numpy"},
     "observe": {"numpy"},
     "sampling": {"numpy"},
+    "loading": {"numpy"},
     "runner": {"numpy"},
 }
 

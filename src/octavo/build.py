@@ -18,9 +18,10 @@ from octavo.formats.mapping import ModelFile
 from octavo.hub import resolve_model
 from octavo.models import Model, model_class
 from octavo.ops import KVSpec, ModelConfig, Ops
-from octavo.runner.memory import MemoryPlan, available_memory, plan_memory, rows_per_slice
-from octavo.runner.model_config import model_config
-from octavo.runner.weights import FileWeights
+from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
+from octavo.loading.model_config import model_config
+from octavo.loading.weights import FileWeights
+from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
     from octavo.core.protocols import Clock

@@ -15,8 +15,8 @@ from octavo.formats import GGUFFile
 from octavo.frontend import Frontend, Limits
 from octavo.kv_cache import KVCacheManager
 from octavo.runner.block_files import BlockFiles
-from octavo.runner.fingerprint import fingerprint_of, versions_of
-from octavo.runner.generation_config import GGUF_KEYS, generation_config_of
+from octavo.loading.fingerprint import fingerprint_of, versions_of
+from octavo.loading.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
 from octavo.text.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from octavo.config import EngineConfig
     from octavo.core.protocols import Clock
     from octavo.ops import ModelConfig, Ops
-    from octavo.runner.memory import MemoryPlan
+    from octavo.loading.memory import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from octavo.formats import GGUFFile
 from octavo.kv_cache import KVCacheManager
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig
 from octavo.ops.cost import Cost, Widths, total
-from octavo.runner.gguf_config import config_from_gguf
+from octavo.loading.gguf_config import config_from_gguf
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.trace import trace_step
 from tests.models.probe import load

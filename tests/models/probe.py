@@ -19,9 +19,9 @@ from octavo.formats import GGUFFile, open_weights
 from octavo.kv_cache import KVCacheManager
 from octavo.models import Model, model_class
 from octavo.ops import ModelConfig, Ops
-from octavo.runner.model_config import model_config
+from octavo.loading.model_config import model_config
 from octavo.runner.model_runner import ModelRunner
-from octavo.runner.weights import FileWeights
+from octavo.loading.weights import FileWeights
 
 Rows = NDArray[np.floating]
 GREEDY = Draw(SamplingParams(temperature=0), seed=0, stream=(0,), num_prompt_tokens=0)

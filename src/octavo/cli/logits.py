@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from octavo.formats import GGUFFile, open_weights
 from octavo.models import model_class
 from octavo.ops import Batch
-from octavo.runner.memory import rows_per_slice
-from octavo.runner.weights import FileWeights
+from octavo.runner.logits import rows_per_slice
+from octavo.loading.weights import FileWeights
 
 if TYPE_CHECKING:
     from octavo.ops import ModelConfig, Ops

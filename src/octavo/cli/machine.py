@@ -86,7 +86,7 @@ def measure(config: EngineConfig, seconds: float = 1.2) -> MachineLimits | None:
     if not instruction_sets():
         return None
     from octavo.observe import measure_limits
-    from octavo.runner.memory import available_memory
+    from octavo.loading.memory import available_memory
 
     # Settings that change what is computed, and not how fast the machine is, as the measurement needs them.
     ops = cast("CpuOps", build.make_cpu(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16)))
@@ -126,7 +126,7 @@ def look_at_model(config: EngineConfig) -> dict[str, object]:
 def model_config(path: Path) -> ModelConfig:
     """The configuration in a model's file or folder. Raises ModelFormatError, UnsupportedModelError."""
     from octavo.formats import open_weights
-    from octavo.runner.model_config import model_config as config_of
+    from octavo.loading.model_config import model_config as config_of
 
     with open_weights(path) as file:
         return config_of(file, path)

@@ -42,7 +42,7 @@ def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Cal
 def main(file_descriptor: int, arguments: list[str]) -> int:
     from octavo import build
     from octavo.cli.main import main as command_line
-    from octavo.runner.weights import FileWeights
+    from octavo.loading.weights import FileWeights
 
     imported = time.monotonic()
     prompt_tokens = 0

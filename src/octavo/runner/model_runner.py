@@ -16,7 +16,7 @@ from octavo.models import Model
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.runner.input_batch import make_batch, rows_with_next
-from octavo.runner.memory import rows_per_slice
+from octavo.runner.logits import rows_per_slice
 from octavo.sampling import Sampler
 from octavo.sampling.sampler import SamplingError
 

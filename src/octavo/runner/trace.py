@@ -14,7 +14,7 @@ from octavo.formats.tensor import RawTensor
 from octavo.models import model_class
 from octavo.ops import Batch, ModelConfig
 from octavo.ops.cost import Widths
-from octavo.runner.weights import FileWeights, weight_shape
+from octavo.loading.weights import FileWeights, weight_shape
 
 
 def trace_step(

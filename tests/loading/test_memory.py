@@ -12,7 +12,8 @@ import pytest
 from octavo import LLM
 from octavo.core.errors import OutOfMemoryError
 from octavo.core.want import NextLogprobs, Sample
-from octavo.runner.memory import available_memory, plan_memory, rows_per_slice, size
+from octavo.loading.memory import available_memory, plan_memory, size
+from octavo.runner.logits import rows_per_slice
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import make
 

@@ -11,7 +11,7 @@ import numpy as np
 from octavo.core.errors import ModelFormatError, UnsupportedModelError, shown
 from octavo.formats import GGUFFile
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
-from octavo.runner.checks import check_config
+from octavo.loading.checks import check_config
 
 SUPPORTED = ("gemma3", "llama")
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.formats import GGUFFile, QuantType, RawTensor
 from octavo.ops import RopeConfig, RopeScaling
-from octavo.runner.gguf_config import config_from_gguf
+from octavo.loading.gguf_config import config_from_gguf
 
 SOUND: dict[str, Any] = {
     "block_count": 8,
@@ -124,7 +124,7 @@ import sys
 from resource import RUSAGE_SELF, getrusage
 from octavo.core.errors import ModelFormatError
 from octavo.formats import GGUFFile
-from octavo.runner.gguf_config import config_from_gguf
+from octavo.loading.gguf_config import config_from_gguf
 before = getrusage(RUSAGE_SELF).ru_maxrss
 with GGUFFile(sys.argv[1]) as file:
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from octavo.core.model_folder import read_file
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
-from octavo.runner.checks import check_config
+from octavo.loading.checks import check_config
 
 # model_type -> family
 SUPPORTED = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gemma3": "gemma3"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from octavo.ops import Activation, ModelConfig, RopeConfig, RopeScaling
-from octavo.runner.hf_config import config_from_folder
+from octavo.loading.hf_config import config_from_folder
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
