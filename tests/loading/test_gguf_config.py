@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.formats import GGUFFile, QuantType, RawTensor
-from octavo.ops import RopeConfig, RopeScaling
 from octavo.loading.gguf_config import config_from_gguf
+from octavo.ops import RopeConfig, RopeScaling
 
 SOUND: dict[str, Any] = {
     "block_count": 8,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from octavo.ops import Activation, ModelConfig, RopeConfig, RopeScaling
 from octavo.loading.hf_config import config_from_folder
+from octavo.ops import Activation, ModelConfig, RopeConfig, RopeScaling
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

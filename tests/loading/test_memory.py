@@ -137,7 +137,8 @@ def test_a_step_keeps_to_its_scratch(
         parts.append((sequence, context + length, Sample((GREEDY,))))
     longest = max(stop for _, stop, _ in parts)
     num_tokens = sum(lengths)
-    planned = probe.ops.scratch_nbytes(probe.config, num_tokens, min(num_tokens, rows_per_slice(vocab)), longest)
+    rows = min(num_tokens, rows_per_slice(vocab))
+    planned = probe.ops.scratch_nbytes(probe.config, lambda _: None, num_tokens, rows, longest)
     probe.tap.rows = _Nothing()
     tracemalloc.start()
     try:
