@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral",
+            "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral, qwen2, qwen3",
         ),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),

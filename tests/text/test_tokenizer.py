@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,9 @@ def test_token_bytes_of_every_token_make_the_text() -> None:
     for metadata in (tiny.byte_level("qwen2")[1], tiny.scored(1, add_space_prefix=False)[1]):
         ours = tokenizer_from_gguf(metadata)
         for text in corpus()[:400]:
+            expected = text.replace("▁", " ") if ours.bos_token_id else unicodedata.normalize("NFC", text)  # Qwen 2
             ids = ours.encode(text, add_special_tokens=False)
-            assert b"".join(map(ours.token_bytes, ids)) == text.replace("▁", " " if ours.bos_token_id else "▁").encode()
+            assert b"".join(map(ours.token_bytes, ids)) == expected.encode()
 
 
 def test_ids_beyond_the_vocabulary_have_no_text() -> None:
