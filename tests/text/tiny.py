@@ -53,8 +53,6 @@ def byte_level(kind: str, vocab_size: int = 1500) -> tuple[PreTrainedTokenizerFa
 def _byte_level(kind: str, vocab_size: int) -> tuple[str, dict[str, Any]]:
     fast = FastTokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     fast.pre_tokenizer = _pre_tokenizer(kind)
-    if kind == "qwen2":
-        fast.normalizer = normalizers.NFC()
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -72,7 +72,7 @@ def build_byte_level(
     `user_defined` are tokens found whole in the text before anything else is done to it.
     Raises ModelFormatError naming ``tokenizer.ggml.merges`` where a merge is malformed or names an absent token.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
     # Llama 3 has tokens that its merges cannot reach: a pre-token that is in the vocabulary is taken whole.
     ignore_merges = family == "llama-bpe"
@@ -89,8 +89,6 @@ def build_byte_level(
         digits = "{1,3}" if family == "llama-bpe" else ""
         first = pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated")
     tokenizer.pre_tokenizer = byte_level if first is None else pre_tokenizers.Sequence([first, byte_level])
-    if family == "qwen2":  # its tokenizer.json has this step; GGUF files do not name it
-        tokenizer.normalizer = normalizers.NFC()
     try:
         called(tokenizer.add_special_tokens, [AddedToken(text, normalized=False, special=True) for text in special])
         called(tokenizer.add_tokens, [AddedToken(text, normalized=False) for text in user_defined])
