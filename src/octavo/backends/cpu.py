@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from octavo import _C
 from octavo.backends.processors import available_processors
 from octavo.backends.registry import BackendRefusedError, Settings
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -61,14 +61,13 @@ class _Rows:
 
     weight: _C.Weight
     segment: int
-    tensor: RawTensor
+    tensor: StoredTensor
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKV:
     layer: _C.KVLayer
-    spec: KVSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ class CpuOps:
 
     # --- memory ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         if len(tensor.shape) != 2:
             return 4 * tensor.size
         outputs, inputs = tensor.shape
@@ -158,13 +157,13 @@ class CpuOps:
 
     # --- weights and KV ---
 
-    def _format(self, tensor: RawTensor) -> str:
+    def _format(self, tensor: StoredTensor) -> str:
         name = tensor.dtype.name
         if name not in FORMATS or (self.compute_dtype == "float32" and name.startswith("Q")):
             return "F32"
         return name
 
-    def linear_weight(self, parts: Sequence[RawTensor], biases: Sequence[RawTensor] = ()) -> CpuWeight:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> CpuWeight:
         formats = [self._format(part) for part in parts]
         # Neighbours of one format are packed as one matrix.
         starts = [i for i, name in enumerate(formats) if i == 0 or name != formats[i - 1]]
@@ -212,18 +211,15 @@ class CpuOps:
 
         return pack
 
-    def embedding_weight(self, tensor: RawTensor) -> CpuWeight:
+    def embedding_weight(self, tensor: StoredTensor) -> CpuWeight:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> NDArray[np.float32]:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> NDArray[np.float32]:
         return tensor.dequantize() + np.float32(offset)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[CpuKV]:
         return [
-            CpuKV(
-                _C.KVLayer(self.kv_dtype, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, spec.window or 0),
-                spec,
-            )
+            CpuKV(_C.KVLayer(self.kv_dtype, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, spec.window or 0))
             for spec in specs
         ]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.registry import Settings
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 Floats = NDArray[Any]
 
@@ -61,7 +61,7 @@ class ReferenceOps:
 
     # --- memory ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         return tensor.size * self.dtype.itemsize
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
@@ -84,7 +84,7 @@ class ReferenceOps:
 
     # --- weights and KV ---
 
-    def linear_weight(self, parts: Sequence[RawTensor], biases: Sequence[RawTensor] = ()) -> Linear:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> Linear:
         bias = np.concatenate([one.dequantize() for one in biases]).astype(self.dtype) if biases else None
         weight = Linear(np.empty((0, parts[0].shape[1]), self.dtype), tuple(part.shape[0] for part in parts), bias)
 
@@ -109,10 +109,10 @@ class ReferenceOps:
 
         return pack
 
-    def embedding_weight(self, tensor: RawTensor) -> Linear:
+    def embedding_weight(self, tensor: StoredTensor) -> Linear:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Floats:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> Floats:
         return (tensor.dequantize() + np.float32(offset)).astype(self.dtype)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVLayer]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig, cost
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor, cost
 from octavo.ops.cost import Cost, Widths
 
 Shape = tuple[int, ...]
@@ -64,7 +64,7 @@ class TraceOps:
 
     # --- memory and weights: sizes as the file has them ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         return tensor.nbytes
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
@@ -80,7 +80,7 @@ class TraceOps:
     ) -> int:
         return 0
 
-    def linear_weight(self, parts: Sequence[RawTensor], biases: Sequence[RawTensor] = ()) -> TraceWeight:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> TraceWeight:
         outputs = tuple(part.shape[0] for part in parts)
         read = [*parts, *biases]
         names = tuple(tensor.name for tensor in read)
@@ -90,10 +90,10 @@ class TraceOps:
     def defer_packing(self) -> Callable[[], None]:
         return lambda: None
 
-    def embedding_weight(self, tensor: RawTensor) -> TraceWeight:
+    def embedding_weight(self, tensor: StoredTensor) -> TraceWeight:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> TraceWeight:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> TraceWeight:
         return TraceWeight((tensor.name,), tensor.shape, tensor.nbytes)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVSpec]:

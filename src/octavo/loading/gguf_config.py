@@ -9,7 +9,7 @@ from octavo.formats import GGUFFile
 from octavo.loading.checks import check_config
 from octavo.models import family
 from octavo.models.families import by_gguf_architecture
-from octavo.ops import ModelConfig, RawTensor
+from octavo.ops import ModelConfig, StoredTensor
 
 _MAX_INTEGER = 2**31 - 1
 
@@ -58,7 +58,7 @@ class MetadataKeys:
         if value is not None and not (isinstance(value, int | float) and value == 0):
             raise self.unsupported(f"{self._full(key)}={shown(value)} is not supported")
 
-    def tensor(self, name: str) -> RawTensor | None:
+    def tensor(self, name: str) -> StoredTensor | None:
         return self._file.tensors.get(name)
 
     def malformed(self, key: str, problem: str) -> ModelFormatError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from octavo.models.model import Model
-from octavo.ops import ModelConfig, RawTensor
+from octavo.ops import ModelConfig, StoredTensor
 
 
 class Keys(Protocol):
@@ -78,7 +78,7 @@ class GGUFKeys(Keys, Protocol):
         """Raise `unsupported` if the key has any other value than 0."""
         ...
 
-    def tensor(self, name: str) -> RawTensor | None: ...
+    def tensor(self, name: str) -> StoredTensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's,
 KVLayer = Any  # a backend's K and V of one layer, all blocks
 
 
-class RawTensor(Protocol):
-    """A tensor as the file has it. Provided by octavo.formats."""
+class StoredTensor(Protocol):
+    """A tensor as the file has it: an octavo.formats.RawTensor, or what stands in for one."""
 
     @property
     def name(self) -> str: ...
@@ -89,7 +89,7 @@ class Ops(Protocol):
 
     # --- for the memory plan, before anything is allocated: bytes ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         """What this backend keeps of a tensor."""
         ...
 
@@ -112,7 +112,7 @@ class Ops(Protocol):
 
     # --- made once, at load time ---
 
-    def linear_weight(self, parts: Sequence[RawTensor], biases: Sequence[RawTensor] = ()) -> Weight:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> Weight:
         """Pack matrices [out_i, in] that share their input into one handle; its outputs are the parts' side by side.
         `biases`: [out_i] of each part, or none at all."""
         ...
@@ -122,11 +122,11 @@ class Ops(Protocol):
         before a weight is used and while the tensors' file is open."""
         ...
 
-    def embedding_weight(self, tensor: RawTensor) -> Weight:
+    def embedding_weight(self, tensor: StoredTensor) -> Weight:
         """Pack an embedding [vocab, hidden]. The handle serves `embed`, and `linear` where embeddings are tied."""
         ...
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Weight:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> Weight:
         """Pack a norm's weight [n]; `offset` is added in float32."""
         ...
 
