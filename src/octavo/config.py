@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, get_type_hints
 
-from octavo.backends.registry import backends
 from octavo.core.errors import ConfigError, shown
 
 DEFAULT_MODEL = "smollm2"
@@ -35,6 +34,8 @@ log = logging.getLogger(__name__)
 
 
 def backend_choices() -> tuple[str, ...]:
+    from octavo.backends.registry import backends
+
     return ("auto", *(one.name for one in backends()))
 
 

@@ -9,7 +9,15 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.backends.reference import ReferenceOps
-from octavo.backends.registry import Backend, BackendRefusedError, Settings, backend, backends, register, unregister
+from octavo.backends.registry import (
+    Backend,
+    BackendRefusedError,
+    BackendSettings,
+    backend,
+    backends,
+    register,
+    unregister,
+)
 from octavo.build import make_ops
 from octavo.cli.machine import refusals
 from octavo.config import EngineConfig
@@ -28,7 +36,7 @@ class Counting(ReferenceOps):
         return super().linear(x, weight, residual)
 
 
-def make(settings: Settings) -> Counting:
+def make(settings: BackendSettings) -> Counting:
     if settings.threads == 7:
         raise BackendRefusedError("seven threads are too many")
     return Counting()

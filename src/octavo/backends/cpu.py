@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from octavo import _C
 from octavo.backends.processors import available_processors
-from octavo.backends.registry import BackendRefusedError, Settings
+from octavo.backends.registry import BackendRefusedError, BackendSettings
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -33,7 +33,7 @@ _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they ar
 Row = NDArray[np.float32]
 
 
-def make(settings: Settings) -> CpuOps:
+def make(settings: BackendSettings) -> CpuOps:
     """Raises BackendRefusedError."""
     kv_dtype = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     try:

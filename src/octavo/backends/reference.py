@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.backends.registry import Settings
+from octavo.backends.registry import BackendSettings
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 Floats = NDArray[Any]
@@ -21,7 +21,7 @@ Floats = NDArray[Any]
 _FEW_ROWS = 8  # up to here a product per row reads the matrix faster than BLAS's blocked one
 
 
-def make(settings: Settings) -> ReferenceOps:
+def make(settings: BackendSettings) -> ReferenceOps:
     dtype = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
     return ReferenceOps(dtype, dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from octavo.ops import Ops
 
 
-class Settings(Protocol):
+class BackendSettings(Protocol):
     """What a backend may look at; octavo.config.EngineConfig says what each is."""
 
     @property
@@ -39,14 +39,14 @@ class BackendRefusedError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Backend:
     name: str
-    factory: str  # module:function; takes Settings, gives Ops or raises BackendRefusedError or ImportError
+    factory: str  # module:function; takes BackendSettings, gives Ops or raises BackendRefusedError or ImportError
     compute_dtypes: tuple[str, ...]
     kv_cache_dtypes: tuple[str, ...]
     block_sizes: tuple[int, ...]
     settings: tuple[str, ...] = ()  # those that not every backend heeds
     runs_every_model: bool = False  # if slowly
 
-    def make(self, settings: Settings) -> Ops:
+    def make(self, settings: BackendSettings) -> Ops:
         """Raises BackendRefusedError."""
         for setting, able in (
             ("compute_dtype", self.compute_dtypes),
