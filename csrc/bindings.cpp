@@ -117,6 +117,7 @@ void pack(Machine& machine, const std::vector<Packing>& all) {
   for (const Packing& packing : all) orders.push_back(check(packing));
   nb::gil_scoped_release release;
   Pool::Session session(machine.pool);
+  for (const Packing& packing : all) std::get<0>(packing)->allocate();
   for (std::size_t number = 0; number < all.size(); ++number) {
     const Packing& packing = all[number];
     Weight& whole = *std::get<0>(packing);
@@ -147,6 +148,7 @@ void pack(Machine& machine, const std::vector<Packing>& all) {
 
 void unpack(const Weight& whole, std::size_t index, std::size_t first, const Matrix& out) {
   if (index >= whole.segments.size()) throw nb::index_error("unpack: no such part");
+  if (!whole.allocated()) throw nb::value_error("unpack: nothing was packed");
   const Weight::Segment& weight = whole.segments[index];
   if (out.shape(1) != whole.inputs || first > weight.outputs || out.shape(0) > weight.outputs - first) {
     throw nb::value_error("unpack: wrong shape");
@@ -434,12 +436,14 @@ NB_MODULE(_C, m) {
   nb::class_<Weight>(m, "Weight", "Packed matrices [outputs, inputs] that share their input, side by side.")
       .def(
           "__init__",
-          [](Weight* self, const std::vector<std::pair<std::string, std::size_t>>& parts, std::size_t inputs) {
+          [](Weight* self, const std::vector<std::pair<std::string, std::size_t>>& parts, std::size_t inputs,
+             const std::optional<Floats>& bias) {
             std::vector<std::pair<Format, std::size_t>> checked;
             for (const auto& [format, outputs] : parts) checked.emplace_back(format_of(format), outputs);
-            new (self) Weight(checked, inputs);
+            new (self) Weight(checked, inputs, bias ? vector_of(*bias) : std::vector<float>{});
           },
-          nb::arg("parts"), nb::arg("inputs"), "`parts`: (format, outputs) of each.")
+          nb::arg("parts"), nb::arg("inputs"), nb::arg("bias").none() = nb::none(),
+          "`parts`: (format, outputs) of each; `bias`: of all outputs, to be added to each row of the result.")
       .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out").noconvert(),
            "The values of a part's outputs from `first` on, into float32 [n, inputs].")
       .def_prop_ro("inputs", [](const Weight& weight) { return weight.inputs; })
@@ -503,6 +507,8 @@ NB_MODULE(_C, m) {
             return g.gated(view_of(x), activation == "silu" ? Gate::Silu : Gate::GeluTanh);
           },
           nb::arg("x"), nb::arg("activation"))
+      .def("scratch_bytes", &Graph::scratch_bytes, nb::arg("rows"), nb::arg("context"),
+           "What a run takes besides weights, KV and bound buffers, as far as it does not depend on the batch.")
       // noconvert: another type or layout would be copied, and what is written to a copy is lost.
       .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("input_ids").noconvert().none(),
            nb::arg("positions").noconvert().none(), nb::arg("query_start_loc").noconvert().none(),

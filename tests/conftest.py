@@ -1,4 +1,4 @@
-"""Models for tests: the two small real ones, fetched on first use, and tiny random ones made on the spot."""
+"""Models for tests: the small real ones, fetched on first use, and tiny random ones made on the spot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that use a real model are marked with its name, so that ``-m "not smollm2"`` leaves them out."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
-            if fixture in ("smollm2_path", "gemma3_path"):
+            if fixture in ("smollm2_path", "gemma3_path", "qwen2_path"):
                 item.add_marker(fixture.removesuffix("_path"))
 
 
@@ -58,6 +58,12 @@ def smollm2_path() -> Path:
 def gemma3_path() -> Path:
     """Gemma 3 270M (base), Q4_K_M GGUF."""
     return resolve_model("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def qwen2_path() -> Path:
+    """Qwen2.5-Coder 0.5B Instruct, Q4_K_M GGUF: for slow tests only, since it is half a gigabyte."""
+    return resolve_model("qwen2.5-coder-0.5b")
 
 
 @pytest.fixture(scope="session")

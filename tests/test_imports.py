@@ -21,12 +21,13 @@ ALLOWED: dict[str, set[str] | None] = {
     "backends": {"ops", "_C"},
     "sampling": {"core", "ops"},
     "speculation": {"core", "ops"},
-    "runner": {"core", "ops", "models", "backends", "sampling", "speculation", "formats"},
+    "loading": {"core", "ops", "models", "formats"},
+    "runner": {"core", "ops", "models", "backends", "sampling", "speculation"},
     "text": {"core"},
     "hub": {"core"},
     "distributed": {"core"},
     "observe": {"core", "ops"},
-    "config": {"core"},
+    "config": {"core", "backends"},
     "build": None,
     "wiring": None,
     "frontend": {"core", "coordinators", "text"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "llm": {"base_llm", "core", "engine", "frontend", "session"},
     "async_llm": {"async_session", "base_llm", "core", "frontend"},
     # `pull` and `models` work on files alone and must start fast, without an engine. See also BELOW_THE_DOORS.
-    "cli": {"llm", "frontend", "config", "observe", "core", "hub", "formats", "text"},
+    "cli": {"llm", "frontend", "config", "backends", "observe", "core", "hub", "formats", "text"},
     "server": {"llm", "async_llm", "config", "observe", "core"},
     "__init__": None,
     "__main__": {"cli"},
@@ -73,6 +74,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "backends": {"numpy"},
     "observe": {"numpy"},
     "sampling": {"numpy"},
+    "loading": {"numpy"},
     "runner": {"numpy"},
 }
 
@@ -101,6 +103,60 @@ def files() -> list[Path]:
     found = sorted(ROOT.rglob("*.py"))
     assert len(found) > 50
     return found
+
+
+def graph_of_modules(root: Path) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, wherever in its file it does. The package itself is left
+    out: each module imports it first, and it imports nothing before it is asked for a name."""
+    modules = {
+        ".".join(("octavo", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= names & set(modules) or {node.module or ""}
+        graph[name] = (imported & set(modules)) - {name, "octavo"}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules each of which imports, by way of others, every other."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        new = {start}
+        while new:
+            new = {other for name in new for other in graph[name]} - found
+            found |= new
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    together = {frozenset(other for other in reach[name] if name in reach[other]) for name in graph}
+    return [set(circle) for circle in together if circle]
+
+
+def test_modules_import_in_no_circle() -> None:
+    """Guards against two modules that can only be understood, or imported, together."""
+    assert circles(graph_of_modules(ROOT)) == []
+
+
+def test_circles_are_noticed(tmp_path: Path) -> None:
+    """At the top, under TYPE_CHECKING, in a function, from a package and by its full name."""
+    package = tmp_path / "octavo"
+    (package / "room").mkdir(parents=True)
+    (package / "__init__.py").write_text("from octavo.a import x")
+    (package / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from octavo.b import y")
+    (package / "b.py").write_text("def f():\n    from octavo.room import c")
+    (package / "room" / "__init__.py").write_text("")
+    (package / "room" / "c.py").write_text("import octavo.a\nimport octavo.d")
+    (package / "d.py").write_text("from octavo import _C, __version__")
+    assert circles(graph_of_modules(package)) == [{"octavo.a", "octavo.b", "octavo.room.c"}]
 
 
 def test_every_room_is_in_the_table() -> None:

@@ -19,7 +19,7 @@ from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.core.errors import ConfigError, EngineClosedError, InvalidRequestError, OutOfMemoryError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import RequestOutput
-from octavo.runner.weights import FileWeights
+from octavo.loading.weights import FileWeights
 from tests.pace import held
 
 PROMPT = "the quick brown fox"

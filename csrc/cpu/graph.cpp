@@ -20,7 +20,9 @@ std::size_t times(std::size_t a, std::size_t b) {
 
 }  // namespace
 
-Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs) : inputs(inputs) {
+Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs,
+               const std::vector<float>& bias)
+    : inputs(inputs) {
   if (parts.empty() || inputs == 0) throw std::invalid_argument("a weight has at least one output and one input");
   for (const auto& [format, part] : parts) {
     if (part == 0) throw std::invalid_argument("a weight has at least one output");
@@ -29,10 +31,23 @@ Weight::Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::si
       if (inputs % multiple != 0) throw std::invalid_argument("inputs must be a multiple of the format's block");
     }
     if (inputs > kMostValues || part > kMostValues) throw std::bad_alloc();
-    segments.push_back(
-        {format, outputs, part, Bytes(times(panels_of(part), panel_bytes(format, inputs)), Bytes::Kind::kPacked)});
+    segments.push_back({format, outputs, part, times(panels_of(part), panel_bytes(format, inputs))});
     outputs += part;
   }
+  if (bias.empty()) return;
+  if (bias.size() != outputs) throw std::invalid_argument("a bias has a number for each output");
+  for (Segment& segment : segments) {
+    const auto begin = bias.begin() + static_cast<std::ptrdiff_t>(segment.first);
+    segment.bias.assign(begin, begin + static_cast<std::ptrdiff_t>(segment.outputs));
+    segment.bias.resize(panels_of(segment.outputs) * kPanel);
+  }
+}
+
+void Weight::allocate() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  if (allocated_) return;
+  for (Segment& segment : segments) segment.packed = Bytes(segment.packed_bytes, Bytes::Kind::kPacked);
+  allocated_ = true;
 }
 
 bool Weight::any_codes() const {
@@ -45,7 +60,7 @@ bool Weight::any_floats() const {
 
 std::size_t Weight::nbytes() const {
   std::size_t sum = 0;
-  for (const Segment& segment : segments) sum += segment.packed.size();
+  for (const Segment& segment : segments) sum += segment.packed_bytes;
   return sum;
 }
 
@@ -106,7 +121,7 @@ int Graph::add(Node node, std::size_t columns) {
     node.out = static_cast<int>(buffers_.size()) - 1;
   }
   nodes_.push_back(std::move(node));
-  planned_ = false;
+  planned_ = all_packed_ = false;
   return nodes_.back().out;
 }
 
@@ -281,6 +296,25 @@ void Graph::plan() {
   planned_ = true;
 }
 
+std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t context) {
+  const std::unique_lock<std::mutex> lock(in_use_);
+  if (!planned_) plan();
+  std::size_t columns = arena_columns_ * sizeof(float);
+  columns += quantized_inputs_ + quantized_inputs_ / kGroup * (2 * sizeof(float) + sizeof(int32_t));
+  for (const auto& table : tables_) columns += 2 * table.size() * sizeof(float);
+  std::size_t states = 0, scratch = 0;
+  for (const Node& node : nodes_) {
+    if (node.op != Op::Attention) continue;
+    const std::size_t dim = node.layer->view.head_dim;
+    const std::size_t group = node.x.columns / dim / node.layer->view.kv_heads;
+    const std::size_t seen = node.layer->window == 0 ? context : static_cast<std::size_t>(node.layer->window) + kTile;
+    const std::size_t tiles = std::min(context, seen) / kTile + 1;
+    states = std::max(states, times(tiles, node.layer->view.kv_heads * group * (2 + dim) * sizeof(float)));
+    scratch = std::max(scratch, machine_->kernels.attention_scratch(dim, group) * sizeof(float));
+  }
+  return times(rows, columns) + states + scratch * static_cast<std::size_t>(machine_->pool.threads());
+}
+
 // --- running ---
 
 struct Graph::Work {
@@ -316,6 +350,14 @@ void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>
   if (bound_ids != bound_buffers()) throw std::invalid_argument("run: more was recorded meanwhile");
   check(batch);
   Pool::Session session(machine_->pool);
+  if (!all_packed_) {
+    for (const Node& node : nodes_) {
+      if (node.weight != nullptr && !node.weight->allocated()) {
+        throw std::invalid_argument("run: a weight was never packed");
+      }
+    }
+    all_packed_ = true;
+  }
   if (!planned_) plan();
   arena_.grow(arena_columns_ * rows * sizeof(float));
   codes_.grow(quantized_inputs_ * rows);
@@ -466,6 +508,7 @@ void Graph::run_linear(const Node& node, Work& work) {
                         rows,
                         x,
                         {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>(), totals_.as<float>()},
+                        segment.bias.empty() ? nullptr : segment.bias.data(),
                         residual == nullptr ? nullptr : residual + segment.first,
                         y + segment.first,
                         weight.outputs});

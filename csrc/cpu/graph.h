@@ -19,21 +19,32 @@
 
 namespace octavo {
 
-// Matrices that share their input, side by side: one segment each.
+// Matrices that share their input, side by side: one segment each. They have no memory before `allocate`: a model can be
+// looked at before there is room for it.
 struct Weight {
   struct Segment {
     Format format;
     std::size_t first, outputs;  // columns of the result
-    Bytes packed;
+    std::size_t packed_bytes;
+    Bytes packed = {};
+    std::vector<float> bias = {};  // of whole panels, to be added to each row of the result; empty: none
   };
   std::size_t outputs = 0, inputs;
   std::vector<Segment> segments;
 
-  Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs);
+  // `bias`: [outputs], or empty. Throws std::invalid_argument.
+  Weight(const std::vector<std::pair<Format, std::size_t>>& parts, std::size_t inputs,
+         const std::vector<float>& bias = {});
   Weight(const Weight&) = delete;
+  void allocate();  // zeros, once. Throws std::bad_alloc
+  bool allocated() const { return allocated_; }
   bool any_codes() const;  // integer formats, which take quantised activations
   bool any_floats() const;
   std::size_t nbytes() const;
+
+ private:
+  std::mutex mutex_;
+  std::atomic<bool> allocated_{false};
 };
 
 struct KVLayer {
@@ -84,6 +95,10 @@ class Graph {
   // Those whose memory `run` is given: what was bound, in order, and the last op's output, if it has one.
   std::vector<int> bound_buffers() const;
 
+  // What a run of so many rows takes besides weights, KV and bound buffers, as far as it does not depend on the batch;
+  // the states of one row of `context` positions are in it, whose tiles of keys threads divide.
+  std::size_t scratch_bytes(std::size_t rows, std::size_t context);
+
   // One run at a time: another thread's waits. Throws std::invalid_argument if the batch does not fit what was
   // recorded, std::bad_alloc.
   void run(const BatchView& batch, std::size_t rows, const std::vector<int>& bound_ids,
@@ -132,6 +147,7 @@ class Graph {
   std::size_t embed_rows_ = SIZE_MAX;  // token ids must be below
   int num_bound_ = 0;
   bool planned_ = false;
+  bool all_packed_ = false;  // all weights have their memory
   Bytes arena_, codes_, scales_, sums_, totals_, angles_, scratch_, states_;
 };
 

@@ -30,6 +30,7 @@ struct LinearPiece {
   std::size_t rows;
   const float* x;         // [rows, inputs], for float formats
   Quantized q;            // for integer formats
+  const float* bias;      // [outputs, rounded up to whole panels] or null
   const float* residual;  // [rows, stride] or null
   float* y;               // [rows, stride]
   std::size_t stride;

@@ -1,6 +1,6 @@
 // y = x @ W^T for packed weights. One row and many rows are instances of one template, so a row's result does not
 // depend on how many others there are: per output, acc = fma(isum, w_scale * x_scale, acc) over groups ascending, then
-// the minimum over groups ascending, then the residual.
+// the minimum over groups ascending, then the bias, then the residual.
 #pragma once
 
 #include <bit>
@@ -210,8 +210,9 @@ struct Ahead {
 };
 constexpr std::size_t kAhead = 4096;  // with one tile: what memory delivers to a thread in some 200 nanoseconds
 
-// Adds the residual and stores what of the panel belongs to the matrix.
+// Adds bias and residual and stores what of the panel belongs to the matrix.
 OCTAVO_INLINE void finish_row(const LinearPiece& piece, std::size_t row, std::size_t panel, F acc) {
+  if (piece.bias != nullptr) acc = add(acc, load(piece.bias + panel * kPanel));
   const std::size_t at = row * piece.stride + panel * kPanel;
   const std::size_t left = piece.outputs - panel * kPanel;
   if (left >= kPanel) {

@@ -7,39 +7,28 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
+from octavo.backends.registry import BackendRefusedError, backend, backends
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError, OutOfMemoryError
 from octavo.formats import GGUFFile, open_weights
 from octavo.formats.mapping import ModelFile
 from octavo.hub import resolve_model
-from octavo.models import Model, model_class
-from octavo.ops import KVSpec, ModelConfig, Ops
-from octavo.runner.memory import MemoryPlan, available_memory, plan_memory, rows_per_slice
-from octavo.runner.model_config import model_config
-from octavo.runner.weights import FileWeights
+from octavo.loading.loaded_model import LoadedModel
+from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
+from octavo.loading.model_config import model_config
+from octavo.loading.weights import FileWeights
+from octavo.models import Model, family, run_layers
+from octavo.ops import ModelConfig, Ops
+from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
     from octavo.core.protocols import Clock
     from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model whose weights are in memory, or on their way there."""
-
-    path: Path
-    file: ModelFile  # open
-    config: ModelConfig
-    max_model_len: int
-    ops: Ops
-    memory_plan: MemoryPlan
-    model: Model
 
 
 def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEngine:
@@ -77,9 +66,9 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         max_model_len = _max_model_len(config, of_model)
         ops = make_ops(config, of_model)
         loader = FileWeights(ops, of_model, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-        plan = _plan(config, of_model, loader.nbytes(), ops, max_model_len)
+        model = family(of_model.architecture).model(of_model, loader)  # takes no memory until it is packed
+        plan = _plan(config, of_model, model, loader.nbytes(), ops, max_model_len)
         log.info("%s", plan)
-        model = model_class(of_model.architecture)(of_model, loader)
         with ThreadPoolExecutor(1) as beside:
             packed = beside.submit(_pack, loader, file)
             yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model)
@@ -105,60 +94,31 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
 def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     """The backend asked for, or the best there is. Raises ConfigError saying what was tried and why each refused."""
     refused: list[str] = []
-    for name in ("cpu", "reference") if config.backend == "auto" else (config.backend,):
+    for tried in backends() if config.backend == "auto" else (backend(config.backend),):
         try:
-            ops = (make_cpu if name == "cpu" else make_reference)(config)
+            ops = tried.make(config)
             reason = ops.why_not(model)
-        except ConfigError as error:
+        except BackendRefusedError as error:
             reason = str(error)
         if reason is None:
-            log.info("backend %s%s", name, f" ({'; '.join(refused)})" if refused else "")
+            log.info("backend %s%s", tried.name, f" ({'; '.join(refused)})" if refused else "")
             return ops
-        refused.append(f"{name}: {reason}")
-    advice = ". --backend reference runs every model, slowly" if config.backend == "cpu" else ""
+        refused.append(f"{tried.name}: {reason}")
+    able = [] if config.backend == "auto" else [one.name for one in backends() if one.runs_every_model]
+    advice = "" if config.backend in able else "".join(f". --backend {name} runs every model, slowly" for name in able)
     raise ConfigError(f"backend: none fits; {'; '.join(refused)}{advice}")
 
 
-def make_cpu(config: EngineConfig) -> Ops:
-    try:
-        from octavo.backends.cpu import CpuOps
-    except ImportError as error:
-        raise ConfigError(f"its extension does not load: {error}") from None
-    if config.compute_dtype == "float64":
-        raise ConfigError("compute_dtype float64 is of the reference backend")
-    if config.block_size == 1:
-        raise ConfigError("block_size 1 is of the reference backend")
-    kv_dtype = "float16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    try:
-        return CpuOps(
-            config.instruction_set,
-            config.threads,
-            kv_dtype,
-            config.compute_dtype,
-            share_prefixes=config.cascade_attention,
-            pin_threads=config.pin_threads,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def make_reference(config: EngineConfig) -> Ops:
-    from octavo.backends.reference import ReferenceOps
-
-    dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    if kv_dtype == "int8":
-        raise ConfigError("kv_cache_dtype int8 is of the cpu backend")
-    return ReferenceOps(dtype, kv_dtype)
-
-
-def _plan(config: EngineConfig, model: ModelConfig, weights_bytes: int, ops: Ops, max_model_len: int) -> MemoryPlan:
-    specs = [KVSpec(model.num_kv_heads, model.head_dim, layer.window, layer.rope) for layer in model.layers]
-    rows = min(rows_per_slice(model.vocab_size), config.step_tokens)
+def _plan(
+    config: EngineConfig, of_model: ModelConfig, model: Model, weights_bytes: int, ops: Ops, max_model_len: int
+) -> MemoryPlan:
+    specs = model.kv_specs
+    layers = partial(run_layers, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
+    rows = min(rows_per_slice(of_model.vocab_size), config.step_tokens)
     return plan_memory(
         available_bytes=available_memory(),
         weights_bytes=weights_bytes,
-        scratch_bytes=ops.scratch_nbytes(model, config.step_tokens, rows, max_model_len),
+        scratch_bytes=ops.scratch_nbytes(of_model, layers, config.step_tokens, rows, max_model_len),
         block_bytes=sum(ops.kv_nbytes(spec, config.block_size) for spec in specs),
         block_size=config.block_size,
         max_model_len=max_model_len,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -22,7 +22,6 @@ ENV_PREFIX = "OCTAVO_"
 
 OTHER_VARIABLES = ("HOME", "LOG_LEVEL")  # with the prefix: read elsewhere
 
-BACKENDS = ("auto", "cpu", "reference")
 KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -32,6 +31,12 @@ _BOOLS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0":
 
 
 log = logging.getLogger(__name__)
+
+
+def backend_choices() -> tuple[str, ...]:
+    from octavo.backends.registry import backends
+
+    return ("auto", *(one.name for one in backends()))
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:  # noqa: A002 - argparse's word
@@ -45,7 +50,7 @@ class EngineConfig:
     model: str = _setting(
         DEFAULT_MODEL, "short name (octavo models lists them), Hugging Face name, .gguf file or folder"
     )
-    backend: str = _setting("auto", "what computes", choices=BACKENDS)
+    backend: str = _setting("auto", "what computes", choices=backend_choices)
     instruction_set: str | None = _setting(None, "of the cpu backend", choices=INSTRUCTION_SETS)
     threads: int | None = _setting(
         None, "threads of the cpu backend; default: the physical cores it may use", low=1, high=1024
@@ -170,6 +175,12 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
         raise ConfigError(f"{name}: must be an integer, not {shown(text)}") from None
 
 
+def choices_of(limits: Mapping[str, Any]) -> Collection[Any] | None:
+    """The values that a setting may have, by its metadata; None: not a choice."""
+    choices = limits.get("choices")
+    return choices() if callable(choices) else choices
+
+
 def _checked(name: str, given: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """The value, of a subclass of its type what it holds."""
     optional = hint in (str | None, int | None)
@@ -183,8 +194,9 @@ def _checked(name: str, given: Any, hint: Any, limits: Mapping[str, Any]) -> Any
     if issubclass(type(given), bool) or not issubclass(type(given), kind):  # `__class__` may say anything
         raise ConfigError(f"{name}: must be {'a string' if kind is str else 'an integer'}, not {shown(given)}")
     value = str.__str__(given) if kind is str else int.__int__(given)
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(f"{name}: must be one of {', '.join(map(str, limits['choices']))}, not {shown(value)}")
+    choices = choices_of(limits)
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{name}: must be one of {', '.join(map(str, choices))}, not {shown(value)}")
     if isinstance(value, str):
         return value
     if "low" in limits and value < limits["low"]:

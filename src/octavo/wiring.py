@@ -14,19 +14,19 @@ from octavo.engine import Engine, EngineLoop, SchedulerConfig
 from octavo.formats import GGUFFile
 from octavo.frontend import Frontend, Limits
 from octavo.kv_cache import KVCacheManager
+from octavo.loading.fingerprint import fingerprint_of, versions_of
+from octavo.loading.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.block_files import BlockFiles
-from octavo.runner.fingerprint import fingerprint_of, versions_of
-from octavo.runner.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
 from octavo.text.model_tokens import ModelTokens
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from octavo.build import LoadedModel
     from octavo.config import EngineConfig
     from octavo.core.protocols import Clock, TextCodec
+    from octavo.loading.loaded_model import LoadedModel
+    from octavo.loading.memory import MemoryPlan
     from octavo.ops import ModelConfig, Ops
-    from octavo.runner.memory import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class BuiltEngine:
 
 def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine:
     """Everything around a model. Raises ModelFormatError, UnsupportedModelError, ConfigError."""
-    tokenizer = _tokenizer(loaded)
+    tokenizer = make_tokenizer(loaded)
     fingerprint = system_fingerprint(config, loaded.ops, loaded.path)
     limits = Limits(
         vocab_size=loaded.config.vocab_size,
@@ -81,10 +81,14 @@ def _generation_config(loaded: LoadedModel) -> Callable[[], dict[str, Any]]:
     return partial(generation_config_of, loaded.path, metadata)
 
 
-def _tokenizer(loaded: LoadedModel) -> Tokenizer:
+def make_tokenizer(loaded: LoadedModel) -> Tokenizer:
     if isinstance(loaded.file, GGUFFile):
-        return Tokenizer.from_gguf(loaded.file.metadata, loaded.file.path)
-    return Tokenizer.from_directory(loaded.path)
+        from octavo.text.gguf_vocab import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(loaded.file.metadata, loaded.file.path)
+    from octavo.text.directory import tokenizer_from_directory
+
+    return tokenizer_from_directory(loaded.path)
 
 
 def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: Clock, codec: TextCodec) -> Engine:

@@ -64,6 +64,11 @@ def test_linear(ops: ReferenceOps, rows: int) -> None:
     close(ops, ops.linear(x, weight), expected)
     residual = array(ops, rows, 24, seed=9)
     close(ops, ops.linear(x, weight, residual), expected + torch.tensor(residual))
+    biases = [array(ReferenceOps(), outputs, seed=outputs + 1) for outputs in (16, 4, 4)]
+    biased = ops.linear_weight([raw(part) for part in parts], [raw(bias) for bias in biases])
+    with_bias = expected + torch.tensor(np.concatenate(biases))
+    close(ops, ops.linear(x, biased), with_bias)
+    close(ops, ops.linear(x, biased, residual), with_bias + torch.tensor(residual))
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (7, 1), (5, 3, 16)])
@@ -190,7 +195,7 @@ def test_scaled_frequencies(parameters: dict[str, Any], scaling: RopeScaling) ->
 
 def layer(ops: ReferenceOps, num_blocks: int, block_size: int, window: int | None, fill: float = np.nan) -> KVLayer:
     """A layer whose slots hold garbage, as memory that was used before does."""
-    (kv,) = ops.kv_layers([KVSpec(2, 8, window, ROPE)], num_blocks, block_size)
+    (kv,) = ops.kv_layers([KVSpec(2, 8, window)], num_blocks, block_size)
     kv.k.fill(fill)
     kv.v.fill(fill)
     return kv
@@ -303,7 +308,7 @@ def test_kv_is_rounded_to_its_type() -> None:
 def test_copy_blocks_in_order(ops: ReferenceOps) -> None:
     """A target may be the source of a later copy, and a source be overwritten by one. Guards against copying all at
     once, and against layers that are left out."""
-    specs = [KVSpec(2, 8, None, ROPE), KVSpec(1, 4, 16, ROPE)]
+    specs = [KVSpec(2, 8, None), KVSpec(1, 4, 16)]
     layers = ops.kv_layers(specs, 5, 2)
     for kv in layers:
         for block in range(5):
@@ -319,7 +324,7 @@ def test_copy_blocks_in_order(ops: ReferenceOps) -> None:
 
 def test_bytes_are_those_that_are_taken(ops: ReferenceOps) -> None:
     """Guards against a memory plan that is made of other numbers than the arrays."""
-    spec = KVSpec(3, 8, None, ROPE)
+    spec = KVSpec(3, 8, None)
     (kv,) = ops.kv_layers([spec], 7, 4)
     assert ops.kv_nbytes(spec, 28) == kv.k.nbytes + kv.v.nbytes
     tensor = raw(array(ReferenceOps(), 6, 4))

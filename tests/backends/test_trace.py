@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from octavo.core.sequence import Sequence
 from octavo.core.want import Draw, Sample, Wanted
 from octavo.formats import GGUFFile
 from octavo.kv_cache import KVCacheManager
+from octavo.loading.gguf_config import config_from_gguf
+from octavo.loading.weights import FileWeights
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig
 from octavo.ops.cost import Cost, Widths, total
-from octavo.runner.gguf_config import config_from_gguf
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.trace import trace_step
 from tests.models.probe import load
@@ -131,12 +133,27 @@ def test_rows_and_widths() -> None:
             assert extra == (0, 0)
 
 
+def test_a_bias_by_hand() -> None:
+    """An addition for each output, and its bytes once."""
+    plain, biased = (
+        only(trace_step(replace(TINY, architecture=name), [(0, 3)]), "linear")[0] for name in ("llama", "qwen2")
+    )
+    assert (biased.inputs, biased.output) == (plain.inputs, plain.output)
+    assert biased.cost.flops == plain.cost.flops + 3 * 16
+    assert biased.cost.bytes_read == plain.cost.bytes_read + 4 * 16
+    assert set(biased.weights) - set(plain.weights) == {f"layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
+
+
 # --- SmolLM2 ---
 
 
 @pytest.fixture(scope="module")
 def smollm2_file(smollm2_path: Path) -> GGUFFile:
     return GGUFFile(smollm2_path)
+
+
+def weights_of(config: ModelConfig, file: GGUFFile) -> Callable[[Any], FileWeights]:
+    return lambda ops: FileWeights(ops, config, "trace", file.tensors, gguf=True)
 
 
 LINEARS = 576 * (576 + 2 * 192) + 576 * 576 + 576 * 2 * 1536 + 1536 * 576  # weights of a layer's matrices
@@ -146,14 +163,14 @@ def test_smollm2_flops(smollm2_file: GGUFFile) -> None:
     """A token costs 212 MFLOP without the output matrix, and that matrix 57 more. Guards against a factor of two, or a
     layer or matrix that is left out."""
     config = config_from_gguf(smollm2_file)
-    records = trace_step(config, [(0, 512)], tensors=smollm2_file.tensors)
+    records = trace_step(config, [(0, 512)], weights=weights_of(config, smollm2_file))
     linears = only(records, "linear")
     assert len(linears) == 4 * 30 + 1
     residuals = 30 * 2 * 512 * 576
     assert sum(record.cost.flops for record in linears[:-1]) == 2 * 512 * 30 * LINEARS + residuals
     assert linears[-1].cost.flops == 2 * 576 * 49152
     assert round(2 * 30 * LINEARS / 1e6) == 212
-    one = cost_of(trace_step(config, [(0, 1)], tensors=smollm2_file.tensors, logits_rows=0))
+    one = cost_of(trace_step(config, [(0, 1)], weights=weights_of(config, smollm2_file), logits_rows=0))
     assert one.flops / 1e6 == pytest.approx(212, abs=1.5)
     attention = only(records, "attention")
     pairs = 512 * 513 // 2
@@ -165,7 +182,7 @@ def test_smollm2_bytes(smollm2_file: GGUFFile) -> None:
     and V of the context: 23 KB a token in float16."""
     config = config_from_gguf(smollm2_file)
     tensors = smollm2_file.tensors
-    records = trace_step(config, [(2047, 1)], tensors=tensors)
+    records = trace_step(config, [(2047, 1)], weights=weights_of(config, smollm2_file))
     used = {name for record in records for name in record.weights}
     assert used == set(tensors)
     in_file = sum(tensor.nbytes for tensor in tensors.values())
@@ -223,7 +240,7 @@ class Recorder(ReferenceOps):
         return self._noted("take_rows", [x], super().take_rows(x, rows))
 
 
-@pytest.mark.parametrize("variant", ["llama-grouped-heads", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("variant", ["llama-grouped-heads", "mistral-window", "gemma3", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("sequences", [[(0, 7)], [(9, 1)], [(0, 5), (3, 1), (8, 6)]])
 def test_the_same_ops_as_a_real_step(tmp_path: Path, variant: str, sequences: list[tuple[int, int]]) -> None:
     """Guards against a trace of another model than the one that runs."""

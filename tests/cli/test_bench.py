@@ -14,6 +14,7 @@ from octavo.cli.step_costs import StepCosts
 from octavo.config import EngineConfig
 from octavo.core.params import SamplingParams
 from octavo.formats import open_weights
+from octavo.loading.weights import FileWeights
 from octavo.observe import StepCost
 from octavo.ops import cost
 from octavo.ops.cost import Widths
@@ -156,7 +157,13 @@ def test_costs_are_those_of_the_cost_table(tiny_gemma3_dir: Path) -> None:
     sequences = ((40, 1), (0, 7), (3, 2))
     with open_weights(tiny_gemma3_dir) as file:
         tensors = dict(file.tensors)
-        records = trace_step(model, sequences, tensors=tensors, gguf=False, widths=Widths(kv=1 + 4 / 32), logits_rows=2)
+        records = trace_step(
+            model,
+            sequences,
+            weights=lambda ops: FileWeights(ops, model, "trace", tensors, gguf=False),
+            widths=Widths(kv=1 + 4 / 32),
+            logits_rows=2,
+        )
         expected = cost.total([one.cost for one in records])
     assert costs.of(sequences, 2) == StepCost(expected.bytes, 0, expected.flops), "float weights: nothing is integer"
     assert costs.of(sequences[::-1], 2) == costs.of(sequences, 2)

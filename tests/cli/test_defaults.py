@@ -73,7 +73,7 @@ def test_flag_over_model_over_default(
 
 
 def test_gguf_files_recommend_too(smollm2_path: Path) -> None:
-    """The real file says nothing; what one says is in tests/runner/test_generation_config.py."""
+    """The real file says nothing; what one says is in tests/loading/test_generation_config.py."""
     with LLM(str(smollm2_path), max_model_len=64) as llm:
         assert llm.generation_config == {}
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.loading.hf_config import config_from_folder
 from octavo.ops import Ops
-from octavo.runner.hf_config import config_from_folder
 from tests.models.tiny import edit_config, make, oracle
 
 VOCAB = 72  # (1 + 3 end tokens) * width 16, and some

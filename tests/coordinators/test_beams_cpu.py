@@ -11,7 +11,7 @@ import pytest
 from octavo import LLM, BeamSearchParams, EngineConfig, RequestOutput
 from octavo.cli.machine import make_ops
 from octavo.core.events import EventKind
-from octavo.runner.hf_config import config_from_folder
+from octavo.loading.hf_config import config_from_folder
 from tests.coordinators.beam_models import logits_of, prompt
 from tests.coordinators.plain_search import plain_search
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError, UnsupportedModelError
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.directory import tokenizer_from_directory
 from tests.text import tiny
 
 _JUNK: list[Any] = [
@@ -100,7 +100,7 @@ def check(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_bytes(data)
         try:
-            tokenizer = Tokenizer.from_directory(folder)
+            tokenizer = tokenizer_from_directory(folder)
         except (ModelFormatError, UnsupportedModelError):
             return
     for text in _TEXTS:

@@ -53,6 +53,8 @@ TEXTS = [
     "x",
     "llama",
     "gemma3",
+    "qwen2",
+    "qwen3",
     "gpt2",
     "none",
     "linear",
@@ -89,25 +91,32 @@ def weights(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, np.dtype[n
     return (rng.standard_normal(shape) * 0.3).astype(np.float32)
 
 
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
 @cache
-def tensors() -> dict[str, tuple[tuple[int, ...], bytes]]:
-    """Canonical name -> shape and float32 data."""
+def tensors(family: str) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """Name as in a folder, without "model." -> shape and float32 data."""
     rng = np.random.default_rng(0)
     head = HIDDEN // HEADS
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (len(TOKENS), HIDDEN), "norm": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (len(TOKENS), HIDDEN), "norm.weight": (HIDDEN,)}
     for layer in range(LAYERS):
         at = f"layers.{layer}."
         shapes |= {
-            at + "input_layernorm": (HIDDEN,),
-            at + "self_attn.q_proj": (HIDDEN, HIDDEN),
-            at + "self_attn.k_proj": (KV_HEADS * head, HIDDEN),
-            at + "self_attn.v_proj": (KV_HEADS * head, HIDDEN),
-            at + "self_attn.o_proj": (HIDDEN, HIDDEN),
-            at + "post_attention_layernorm": (HIDDEN,),
-            at + "mlp.gate_proj": (FFN, HIDDEN),
-            at + "mlp.up_proj": (FFN, HIDDEN),
-            at + "mlp.down_proj": (HIDDEN, FFN),
+            at + "input_layernorm.weight": (HIDDEN,),
+            at + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            at + "self_attn.k_proj.weight": (KV_HEADS * head, HIDDEN),
+            at + "self_attn.v_proj.weight": (KV_HEADS * head, HIDDEN),
+            at + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            at + "post_attention_layernorm.weight": (HIDDEN,),
+            at + "mlp.gate_proj.weight": (FFN, HIDDEN),
+            at + "mlp.up_proj.weight": (FFN, HIDDEN),
+            at + "mlp.down_proj.weight": (HIDDEN, FFN),
         }
+        if family == "qwen2":
+            shapes |= {at + f"self_attn.{part}_proj.bias": (HIDDEN if part == "q" else head,) for part in "qkv"}
+        if family == "qwen3":
+            shapes |= {at + f"self_attn.{part}_norm.weight": (head,) for part in "qk"}
     return {name: (shape, weights(rng, *shape).tobytes()) for name, shape in shapes.items()}
 
 
@@ -117,23 +126,23 @@ GGUF_NAMES = {
     "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 
 
-def gguf_parts() -> tuple[Pairs, list[Tensor]]:
+def gguf_parts(family: str) -> tuple[Pairs, list[Tensor]]:
     kinds = [2, 3, 3, *[6] * 256, *[1] * (len(TOKENS) - 259)]
     pairs: Pairs = [
-        ("general.architecture", STRING, "llama"),
+        ("general.architecture", STRING, family),
         ("general.name", STRING, "tiny"),
-        ("llama.block_count", U32, LAYERS),
-        ("llama.context_length", U32, 64),
-        ("llama.embedding_length", U32, HIDDEN),
-        ("llama.feed_forward_length", U32, FFN),
-        ("llama.attention.head_count", U32, HEADS),
-        ("llama.attention.head_count_kv", U32, KV_HEADS),
-        ("llama.attention.layer_norm_rms_epsilon", F32, 1e-5),
-        ("llama.rope.freq_base", F32, 10000.0),
+        (f"{family}.block_count", U32, LAYERS),
+        (f"{family}.context_length", U32, 64),
+        (f"{family}.embedding_length", U32, HIDDEN),
+        (f"{family}.feed_forward_length", U32, FFN),
+        (f"{family}.attention.head_count", U32, HEADS),
+        (f"{family}.attention.head_count_kv", U32, KV_HEADS),
+        (f"{family}.attention.layer_norm_rms_epsilon", F32, 1e-5),
+        (f"{family}.rope.freq_base", F32, 10000.0),
         ("tokenizer.ggml.model", STRING, "llama"),
         ("tokenizer.ggml.tokens", ARRAY, array(STRING, TOKENS)),
         ("tokenizer.ggml.scores", ARRAY, array(F32, [-float(i) for i in range(len(TOKENS))])),
@@ -145,9 +154,10 @@ def gguf_parts() -> tuple[Pairs, list[Tensor]]:
         ("tokenizer.chat_template", STRING, TEMPLATE),
     ]
     made = []
-    for name, (shape, data) in tensors().items():
-        layer, own = ("", name) if not name.startswith("layers.") else (name.split(".")[1], name.split(".", 2)[2])
-        gguf_name = GGUF_NAMES[own] + ".weight" if not layer else f"blk.{layer}.{GGUF_NAMES[own]}.weight"
+    for name, (shape, data) in tensors(family).items():
+        bare, kind = name.rsplit(".", 1)
+        layer, own = ("", bare) if not bare.startswith("layers.") else (bare.split(".")[1], bare.split(".", 2)[2])
+        gguf_name = f"{GGUF_NAMES[own]}.{kind}" if not layer else f"blk.{layer}.{GGUF_NAMES[own]}.{kind}"
         made.append(Tensor(gguf_name, list(reversed(shape)), 0, data))
     return pairs, made
 
@@ -186,7 +196,8 @@ KEYS = [
 ]  # fmt: skip
 
 
-def change_pairs(pairs: Pairs, rng: random.Random) -> None:
+def change_pairs(pairs: Pairs, family: str, rng: random.Random) -> None:
+    keys = [key.replace("llama.", f"{family}.", 1) for key in KEYS]
     at = rng.randrange(len(pairs))
     key, kind, value = pairs[at]
     match rng.randrange(6):
@@ -195,7 +206,7 @@ def change_pairs(pairs: Pairs, rng: random.Random) -> None:
         case 1:
             pairs[at] = (key, *any_value(rng))
         case 2:
-            pairs.append((rng.choice(KEYS), *any_value(rng)))
+            pairs.append((rng.choice(keys), *any_value(rng)))
         case 3 if not isinstance(value, (str, Raw)):
             pairs[at] = (key, kind, packed(kind, any_of(kind, rng)))
         case 4 if isinstance(value, Raw):  # an array with a few elements changed, or cut
@@ -205,7 +216,13 @@ def change_pairs(pairs: Pairs, rng: random.Random) -> None:
             pairs[at] = (key, kind, Raw(data))
         case _:
             pairs[at] = (key, kind, value)
-            pairs.append((rng.choice(KEYS), *any_value(rng)))
+            pairs.append((rng.choice(keys), *any_value(rng)))
+
+
+EXTRA_TENSORS = (
+    *("output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "blk.9.attn_q.weight"),
+    "x",
+)
 
 
 def change_tensors(made: list[Tensor], rng: random.Random) -> None:
@@ -225,17 +242,27 @@ def change_tensors(made: list[Tensor], rng: random.Random) -> None:
                 data[where : where + 4] = struct.pack("<f", rng.choice([*NUMBERS[:6], math.nan, math.inf]))
             made[at] = Tensor(tensor.name, tensor.dims, 0, bytes(data))
         case 4:
-            name = rng.choice(["output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.9.attn_q.weight", "x"])
+            name = rng.choice(
+                [
+                    "output.weight",
+                    "rope_freqs.weight",
+                    "blk.0.attn_q.bias",
+                    "blk.0.attn_q_norm.weight",
+                    "blk.9.attn_q.weight",
+                    "x",
+                ]
+            )
             size = rng.choice([1, 8, HIDDEN])
             made.append(Tensor(name, [size], 0, bytes(4 * size)))
 
 
 def make_gguf(rng: random.Random) -> bytes:
     """One changed GGUF file."""
-    pairs, made = gguf_parts()
+    family = rng.choice(FAMILIES)
+    pairs, made = gguf_parts(family)
     for _ in range(rng.choice([0, 1, 1, 2, 4])):
         if rng.random() < 0.67 and pairs:
-            change_pairs(pairs, rng)
+            change_pairs(pairs, family, rng)
         elif made:
             change_tensors(made, rng)
     return gguf_file(pairs, made)
@@ -265,17 +292,18 @@ def tokenizer_json() -> str:
     return str(made.to_str())
 
 
-def folder_files() -> dict[str, Any]:
+def folder_files(family: str) -> dict[str, Any]:
     header, data = {}, b""
-    for name, (shape, values) in tensors().items():
-        header[f"model.{name}.weight"] = entry("F32", shape, len(data), len(data) + len(values))
+    for name, (shape, values) in tensors(family).items():
+        header[f"model.{name}"] = entry("F32", shape, len(data), len(data) + len(values))
         data += values
     return {
         "config.json": {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(TOKENS),
+            "model_type": family, "vocab_size": len(TOKENS),
             "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-            "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+            "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "head_dim": HIDDEN // HEADS,
+            "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
         },
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": [2], "temperature": 0.7, "top_p": 0.9},
         "tokenizer_config.json": {
@@ -305,6 +333,9 @@ def any_json(rng: random.Random, depth: int = 0) -> Any:
     }
 
 
+EXTRA_KEYS = ("rope_scaling", "rope_theta", "head_dim", "sliding_window", "layer_types", "attention_bias", "x")
+
+
 def change_json(value: Any, rng: random.Random) -> Any:
     """The value with one thing in it changed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
@@ -313,9 +344,7 @@ def change_json(value: Any, rng: random.Random) -> Any:
         if action == 0:
             return {name: item for name, item in value.items() if name != key}
         if action == 1:
-            return value | {
-                rng.choice(["rope_scaling", "rope_theta", "head_dim", "sliding_window", "x"]): any_json(rng)
-            }
+            return value | {rng.choice(EXTRA_KEYS): any_json(rng)}
         return value | {key: change_json(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
@@ -325,7 +354,7 @@ def change_json(value: Any, rng: random.Random) -> Any:
 
 def make_folder(rng: random.Random) -> bytes:
     """One changed Hugging Face folder, as a ZIP archive."""
-    files = folder_files()
+    files = folder_files(rng.choice(FAMILIES))
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         name = rng.choice(["config.json", "config.json", "generation_config.json", "tokenizer_config.json",
                            "special_tokens_map.json", "model.safetensors", "missing"])  # fmt: skip

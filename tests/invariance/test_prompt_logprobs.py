@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.runner import memory
+from octavo.runner import logits as slices
 from tests.invariance.harness import TOLERANCE, prompt
 from tests.models.probe import Probe
 from tests.models.tiny import make
@@ -65,7 +65,7 @@ def test_memory_is_bounded_at_4000_tokens(llm: LLM) -> None:
 def test_slices_change_nothing(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Values and ranks are those of all logits computed at once, in float64. Guards against rows that are skipped or
     taken twice where one slice ends, and between two requests of a step."""
-    monkeypatch.setattr(memory, "LOGITS_SLICE_BYTES", rows * 4 * VOCAB)
+    monkeypatch.setattr(slices, "LOGITS_SLICE_BYTES", rows * 4 * VOCAB)
     prompts = [prompt(length, VOCAB, seed=length) for length in (300, 2, 41)]
     with LLM(str(folder), backend="reference", max_model_len=512) as sliced:
         outputs = sliced.generate([{"prompt_token_ids": token_ids} for token_ids in prompts], PARAMS)

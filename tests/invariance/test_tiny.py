@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo import LLM, RequestOutput, SamplingParams
+from tests.backends.cpu.engine import awkward_llama
 from tests.invariance.harness import (
     Counts,
     Request,
@@ -26,9 +27,13 @@ from tests.invariance.harness import (
 MAX_MODEL_LEN = 96
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    """Gemma 3's has windows of 16 tokens on all layers but the last."""
+@pytest.fixture(scope="module", params=["llama", "gemma3", pytest.param("qwen2", marks=pytest.mark.slow)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3's has windows of 16 tokens on all layers but the last, Qwen 2's of 16 on the last."""
+    if request.param == "qwen2":
+        tokenizer_from = request.getfixturevalue("tiny_llama_dir")
+        window = {"sliding_window": 16, "max_window_layers": 1}
+        return awkward_llama(tmp_path_factory.mktemp("qwen2"), tokenizer_from, "qwen2-window", **window)
     return request.getfixturevalue(f"tiny_{request.param}_dir")
 
 

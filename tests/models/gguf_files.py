@@ -73,7 +73,7 @@ def convert(
     for key, value in (values | (metadata or {})).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{name}.{key}", value)
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3": gguf.MODEL_ARCH.GEMMA3}[name]
+    arch = gguf.MODEL_ARCH[name.upper()]
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     for hf_name, stored in tensors_of(folder).items():
         weights = stored
@@ -81,7 +81,7 @@ def convert(
             weights = permuted(weights, config.num_heads if "q_proj" in hf_name else config.num_kv_heads)
         if name == "gemma3" and hf_name.endswith("norm.weight"):
             weights = weights + 1
-        gguf_name = names.get_name(hf_name, try_suffixes=(".weight",))
+        gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if weights.ndim == 1 or quant is Quant.F32:
             writer.add_tensor(gguf_name, np.ascontiguousarray(weights))
         else:

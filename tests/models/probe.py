@@ -17,11 +17,11 @@ from octavo.core.sequence import Sequence
 from octavo.core.want import Draw, NextLogprobs, Sample, Want, Wanted
 from octavo.formats import GGUFFile, open_weights
 from octavo.kv_cache import KVCacheManager
-from octavo.models import Model, model_class
+from octavo.loading.model_config import model_config
+from octavo.loading.weights import FileWeights
+from octavo.models import Model, family
 from octavo.ops import ModelConfig, Ops
-from octavo.runner.model_config import model_config
 from octavo.runner.model_runner import ModelRunner
-from octavo.runner.weights import FileWeights
 
 Rows = NDArray[np.floating]
 GREEDY = Draw(SamplingParams(temperature=0), seed=0, stream=(0,), num_prompt_tokens=0)
@@ -48,7 +48,7 @@ def load(path: Path, ops: Ops) -> tuple[Model, ModelConfig]:
     with open_weights(path) as file:
         config = model_config(file, path)
         weights = FileWeights(ops, config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-        model = model_class(config.architecture)(config, weights)
+        model = family(config.architecture).model(config, weights)
         weights.finish()
     return model, config
 

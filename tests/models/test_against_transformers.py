@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.backends.cpu import CpuOps
+from octavo.cli.logits import LoadedModel
 from octavo.core.want import Hidden
+from octavo.loading.hf_config import config_from_folder
+from tests.models.gguf_files import convert
 from tests.models.probe import Probe
 from tests.models.tiny import SIZES, VARIANTS, edit_config, exact_oracle, make, oracle, tokens
 from tests.oracle.compare import Tally
@@ -62,7 +66,21 @@ def test_greedy_tokens(tiny: Tiny, variant: str) -> None:
     assert len(set(chosen)) > 1, "a model that repeats itself shows little"
 
 
-@pytest.mark.parametrize("variant", ["llama-grouped-heads", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("variant", ["qwen2-window", "qwen3", "qwen3-window"])
+@pytest.mark.parametrize("packed", ["folder", "gguf"])
+def test_logits_on_the_cpu_backend(tmp_path: Path, variant: str, packed: str) -> None:
+    """In float32, with heads of 16, which that backend asks for."""
+    folder = path = make(tmp_path / "folder", variant, settings={"hidden_size": 64, "head_dim": 16})
+    config = config_from_folder(folder)
+    if packed == "gguf":
+        if "window" in variant:
+            pytest.skip("these files do not say where a window begins")
+        path = convert(folder, tmp_path / "m.gguf", config)
+    ops = CpuOps(threads=2, kv_dtype="float32", compute_dtype="float32")
+    Tally().rows(LoadedModel(path, config, ops).logits(tokens(96)), all_logits(oracle(folder), tokens(96)))
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-heads", "mistral-window", "gemma3", "qwen2-window"])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 33])
 def test_chunks_of_a_prompt(tiny: Tiny, variant: str, chunk: int) -> None:
     """Guards against masks that are right only when a prompt comes whole."""
@@ -70,7 +88,7 @@ def test_chunks_of_a_prompt(tiny: Tiny, variant: str, chunk: int) -> None:
     Tally().rows(chunked.logits(tokens(60), chunk=chunk), whole.logits(tokens(60)), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "gemma3", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_stored_types(tmp_path: Path, variant: str, dtype: str) -> None:
     """Guards against 16-bit weights that are widened wrongly."""
@@ -96,6 +114,11 @@ def _oldest_llama(values: dict[str, Any]) -> None:
     values["rope_scaling"]["type"] = values["rope_scaling"].pop("rope_type")
 
 
+def _old_qwen(values: dict[str, Any]) -> None:
+    _old_llama(values)
+    del values["layer_types"]
+
+
 def _old_gemma3(values: dict[str, Any]) -> None:
     rope = values.pop("rope_parameters")
     values["rope_theta"] = rope["full_attention"].pop("rope_theta")
@@ -114,6 +137,8 @@ def _old_gemma3(values: dict[str, Any]) -> None:
         ("mistral-window", _old_llama),
         ("gemma3", _old_gemma3),
         ("gemma3-linear-rope", _old_gemma3),
+        ("qwen2-window", _old_qwen),
+        ("qwen3", _old_qwen),
     ],
 )
 def test_config_as_transformers_4_wrote_it(

@@ -58,6 +58,26 @@ def test_gemma3(tmp_path: Path, variant: str) -> None:
     same(convert(folder, tmp_path / "m.gguf", Probe(folder).config, metadata=scaling), folder)
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen2-one-kv-head", "qwen3", "qwen3-tied"])
+def test_qwen(tiny: Tiny, tmp_path: Path, variant: str) -> None:
+    """Guards against biases that are lost, head norms of the other projection, and rows put into an order that these
+    files are not in."""
+    folder = tiny(variant)
+    same(convert(folder, tmp_path / "m.gguf", Probe(folder).config), folder)
+
+
+def test_qwen_without_its_biases(tiny: Tiny, tmp_path: Path) -> None:
+    folder = make(tmp_path / "folder", "qwen2")
+    values = tensors_of(folder)
+    del values["model.layers.1.self_attn.k_proj.bias"]
+    save_tensors(folder, values)
+    file = convert(folder, tmp_path / "m.gguf", Probe(tiny("qwen2")).config)
+    with pytest.raises(ModelFormatError, match=r"blk\.1\.attn_k\.bias: tensor is missing"):
+        Probe(file)
+    with pytest.raises(ModelFormatError, match=r"model\.layers\.1\.self_attn\.k_proj\.bias: tensor is missing"):
+        Probe(folder)
+
+
 def test_gemma3_27b_scale(tmp_path: Path) -> None:
     """The files of Gemma 3 27B do not name its scale, 1 / sqrt(hidden / heads); its 62 layers tell it apart."""
     settings = {"num_hidden_layers": 62, "query_pre_attn_scalar": 8}
@@ -68,11 +88,12 @@ def test_gemma3_27b_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "quant", [Quant.Q4_0, Quant.Q4_1, Quant.Q5_1, Quant.Q8_0, Quant.F16, Quant.BF16], ids=lambda q: q.name
 )
-def test_quantised(tiny: Tiny, tmp_path: Path, quant: Quant) -> None:
+@pytest.mark.parametrize("variant", ["llama-grouped-heads", "qwen2", "qwen3"])
+def test_quantised(tiny: Tiny, tmp_path: Path, quant: Quant, variant: str) -> None:
     """The file's values, no more and no less exact: guards against rows of a block format that move as half blocks."""
-    folder = tiny("llama-grouped-heads")
+    folder = tiny(variant)
     file = convert(folder, tmp_path / "m.gguf", Probe(folder).config, quant=quant)
-    plain = make(tmp_path / "folder", "llama-grouped-heads")
+    plain = make(tmp_path / "folder", variant)
     values = tensors_of(plain)
     for name, weights in values.items():
         if weights.ndim > 1:
@@ -123,5 +144,5 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported: gemma3, llama"):
+    with pytest.raises(UnsupportedModelError, match="'mamba' is not supported; supported: gemma3, llama, qwen2, qwen3"):
         Probe(tmp_path / "m.gguf")

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral",
+            "model_type 'mamba' is not supported; supported: gemma3, gemma3_text, llama, mistral, qwen2, qwen3",
         ),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
@@ -83,6 +83,25 @@ def test_tensors_at_fault_are_named(folder: Path, edit: Callable[[dict[str, Any]
     with pytest.raises(ModelFormatError) as caught:
         Probe(folder)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(16,), (33,), (32, 1)])
+def test_biases_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    name = Q_PROJ.replace("weight", "bias")
+    folder = make(tmp_path, "qwen2")
+    _edited(folder, lambda t: t.update({name: np.zeros(shape, np.float32)}))
+    with pytest.raises(ModelFormatError) as caught:
+        Probe(folder)
+    assert f"{name}: has shape {shape}; the configuration says (32,)" in str(caught.value)
+
+
+def test_a_bias_that_the_family_does_not_have(tmp_path: Path) -> None:
+    """Guards against one more bias, of the output projection, that is silently left out."""
+    folder = make(tmp_path, "qwen2")
+    name = Q_PROJ.replace("q_proj.weight", "o_proj.bias")
+    _edited(folder, lambda t: t.update({name: np.zeros(32, np.float32)}))
+    with pytest.raises(ModelFormatError, match="weights that a qwen2 model does not have: model"):
+        Probe(folder)
 
 
 def test_integer_weights(folder: Path) -> None:

@@ -35,7 +35,7 @@ def edited(folder: Path, variant: str, edit: Callable[[dict[str, Any]], object])
     return folder
 
 
-@pytest.mark.parametrize("variant", ["llama-tied", "gemma3"])  # the second by its default
+@pytest.mark.parametrize("variant", ["llama-tied", "gemma3", "qwen2"])  # the second by its default
 def test_another_matrix_is_not_tied(tmp_path: Path, variant: str, caplog: pytest.LogCaptureFixture) -> None:
     noise = np.random.default_rng(0).normal(0, 0.2, (131, 32)).astype(np.float32)
     folder = edited(tmp_path, variant, lambda t: t.update({HEAD: t[EMBEDDING] + noise}))

@@ -43,6 +43,9 @@ GEMMA3_LINEAR_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 
+# Of four layers the last two see a window; as many heads as in the largest Qwen3 are wider than the hidden state.
+QWEN_WINDOW = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+
 # name -> (model type, settings besides the family's sizes)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-grouped-heads": ("llama", {}),
@@ -57,6 +60,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}),
     "gemma3-untied": ("gemma3_text", {"tie_word_embeddings": False}),
     "gemma3-linear-rope": ("gemma3_text", {"rope_parameters": GEMMA3_LINEAR_ROPE, "num_key_value_heads": 2}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", QWEN_WINDOW),
+    "qwen2-one-kv-head": ("qwen2", {"num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-window": ("qwen3", QWEN_WINDOW | {"head_dim": 12}),
+    "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 4}),
 }
 
 
@@ -73,8 +82,10 @@ def make(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
+            elif parameter.dim() > 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.25)
             else:  # norms: neither all one nor all alike
                 parameter.copy_((0.0 if "gemma3" in kind else 1.0) + torch.randn_like(parameter) * 0.2)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from octavo.backends.cpu import CpuOps
+from octavo.loading.memory import available_memory
 from octavo.observe import MachineLimits, StepCost, limits, measure_limits, utilization
 from octavo.observe.limits import STREAM_BYTES, last_level_cache_bytes, stream_bytes
-from octavo.runner.memory import available_memory
 
 GB = 10**9
 

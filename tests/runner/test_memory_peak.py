@@ -24,10 +24,10 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 import octavo.backends.cpu, octavo.llm, octavo.text.gguf_vocab, tokenizers
 from octavo.formats import open_weights
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from pathlib import Path
 with open_weights(Path(path)) as file:
-    tokenizer = Tokenizer.from_gguf(file.metadata, path)
+    tokenizer = tokenizer_from_gguf(file.metadata, path)
 before = anonymous()
 llm = LLM(path, backend="cpu", threads=2, max_model_len=length, max_num_seqs=1,
           kv_cache_memory_bytes=length // 16 * 30 * 2 * 16 * 3 * 64 * 2)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.formats import GGUFFile
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.tokenizer import Tokenizer
 
 
@@ -17,7 +18,7 @@ def smollm2_metadata(smollm2_path: Path) -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_metadata: Mapping[str, Any]) -> Tokenizer:
-    return Tokenizer.from_gguf(smollm2_metadata)
+    return tokenizer_from_gguf(smollm2_metadata)
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +28,4 @@ def gemma3_metadata(gemma3_path: Path) -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def gemma3(gemma3_metadata: Mapping[str, Any]) -> Tokenizer:
-    return Tokenizer.from_gguf(gemma3_metadata)
+    return tokenizer_from_gguf(gemma3_metadata)

@@ -11,6 +11,7 @@ from tokenizers import decoders, processors
 from transformers import AutoTokenizer
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.text.directory import tokenizer_from_directory
 from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
@@ -44,7 +45,7 @@ def scored(tmp_path: Path) -> Path:
 
 
 def assert_equal(path: Path, every: int = 1) -> Tokenizer:
-    ours, theirs = Tokenizer.from_directory(path), AutoTokenizer.from_pretrained(path)
+    ours, theirs = tokenizer_from_directory(path), AutoTokenizer.from_pretrained(path)
     for text in corpus(specials=("<|im_end|>", "<think>", "<s>", "</s>"))[::every]:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, repr(text)
@@ -106,7 +107,7 @@ def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path,
     for key, name in (("map", "special_tokens_map.json"), ("added", "added_tokens.json")):
         if key in files:
             write(byte_level, name, files[key])
-    ours, theirs = Tokenizer.from_directory(byte_level), AutoTokenizer.from_pretrained(byte_level)
+    ours, theirs = tokenizer_from_directory(byte_level), AutoTokenizer.from_pretrained(byte_level)
     assert ours.vocab_size == len(theirs)
     assert ours.special_token_ids == {n for n, token in theirs.added_tokens_decoder.items() if token.special}
     assert ours.special_tokens == theirs.special_tokens_map
@@ -119,7 +120,7 @@ def test_tokens_of_the_configuration_are_those_of_transformers(byte_level: Path,
 def test_special_tokens_that_text_cannot_spell_still_stop(byte_level: Path) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
     write(byte_level, "tokenizer_config.json", config | {"split_special_tokens": True})
-    ours = Tokenizer.from_directory(byte_level)
+    ours = tokenizer_from_directory(byte_level)
     assert len(ours.encode("<|im_end|>", add_special_tokens=False)) > 1
     stream = ours.text_stream([], stop=["<|im_end|>"])
     stream.advance([*ours.encode("a", add_special_tokens=False), 2, 2])
@@ -127,13 +128,13 @@ def test_special_tokens_that_text_cannot_spell_still_stop(byte_level: Path) -> N
 
 
 def test_end_tokens(byte_level: Path) -> None:
-    assert Tokenizer.from_directory(byte_level).eos_token_ids == (2,)
+    assert tokenizer_from_directory(byte_level).eos_token_ids == (2,)
     write(byte_level, "config.json", {"model_type": "llama", "eos_token_id": 1})
-    assert Tokenizer.from_directory(byte_level).eos_token_ids == (1, 2)
+    assert tokenizer_from_directory(byte_level).eos_token_ids == (1, 2)
     write(byte_level, "generation_config.json", {"eos_token_id": [5, 0]})  # this one goes before config.json
-    assert Tokenizer.from_directory(byte_level).eos_token_ids == (0, 2, 5)
+    assert tokenizer_from_directory(byte_level).eos_token_ids == (0, 2, 5)
     write(byte_level, "generation_config.json", {"eos_token_id": 7})
-    assert Tokenizer.from_directory(byte_level).eos_token_ids == (2, 7)
+    assert tokenizer_from_directory(byte_level).eos_token_ids == (2, 7)
 
 
 NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
@@ -163,7 +164,7 @@ def test_chat_templates_are_those_of_transformers(byte_level: Path, files: dict[
         write(byte_level, name, files[name])
     theirs = AutoTokenizer.from_pretrained(byte_level).chat_template
     assert (theirs if isinstance(theirs, dict) else {"default": theirs} if theirs else {}) == expected
-    ours = Tokenizer.from_directory(byte_level)
+    ours = tokenizer_from_directory(byte_level)
     assert ours.chat_templates == expected
     assert ours.chat_template == expected.get("default")
 
@@ -174,22 +175,22 @@ def test_chat_templates_of_processors(byte_level: Path, value: Any) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
     write(byte_level, "tokenizer_config.json", {**config, "chat_template": "C"})
     write(byte_level, "chat_template.json", {"chat_template": value})
-    assert Tokenizer.from_directory(byte_level).chat_templates == {"default": "J"}
+    assert tokenizer_from_directory(byte_level).chat_templates == {"default": "J"}
 
 
 def test_special_tokens_map_is_the_fallback(byte_level: Path) -> None:
     write(byte_level, "tokenizer_config.json", {})
     write(byte_level, "special_tokens_map.json", {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}})
-    ours = Tokenizer.from_directory(byte_level)
+    ours = tokenizer_from_directory(byte_level)
     assert ours.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no such directory"):
-        Tokenizer.from_directory(tmp_path / "absent")
+        tokenizer_from_directory(tmp_path / "absent")
     with pytest.raises(ModelNotFoundError, match=r"no tokenizer\.json"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_from_directory(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +237,14 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_malformed_files(byte_level: Path, name: str, content: str, field: str) -> None:
     write(byte_level, name, content)
     with pytest.raises(ModelFormatError) as caught:
-        Tokenizer.from_directory(byte_level)
+        tokenizer_from_directory(byte_level)
     assert caught.value.field == field
 
 
 def test_invalid_utf8(byte_level: Path) -> None:
     (byte_level / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ModelFormatError, match="UTF-8"):
-        Tokenizer.from_directory(byte_level)
+        tokenizer_from_directory(byte_level)
 
 
 def test_unsupported_decoders(byte_level: Path) -> None:
@@ -253,7 +254,7 @@ def test_unsupported_decoders(byte_level: Path) -> None:
         fast.decoder = decoder
         fast.save(str(byte_level / "tokenizer.json"))
         with pytest.raises(UnsupportedModelError, match="ByteLevel"):
-            Tokenizer.from_directory(byte_level)
+            tokenizer_from_directory(byte_level)
 
 
 def test_code_in_the_directory_is_not_run(byte_level: Path) -> None:
@@ -263,7 +264,7 @@ def test_code_in_the_directory_is_not_run(byte_level: Path) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "tokenization_evil.Evil"]}}
     write(byte_level, "tokenizer_config.json", config)
-    assert Tokenizer.from_directory(byte_level).encode("a")
+    assert tokenizer_from_directory(byte_level).encode("a")
 
 
 def test_truncation_and_padding_in_the_file_are_not_applied(byte_level: Path) -> None:
@@ -274,7 +275,7 @@ def test_truncation_and_padding_in_the_file_are_not_applied(byte_level: Path) ->
     fast.enable_truncation(4)
     fast.enable_padding(length=16)
     fast.save(str(byte_level / "tokenizer.json"))
-    assert Tokenizer.from_directory(byte_level).encode("a b c d e f g h i") == whole
+    assert tokenizer_from_directory(byte_level).encode("a b c d e f g h i") == whole
 
 
 def test_very_many_or_long_templates(byte_level: Path) -> None:
@@ -282,9 +283,9 @@ def test_very_many_or_long_templates(byte_level: Path) -> None:
     folder.mkdir()
     (folder / "long.jinja").write_text("x" * ((1 << 20) + 1))
     with pytest.raises(ModelFormatError, match="is larger than 1048576 bytes"):
-        Tokenizer.from_directory(byte_level)
+        tokenizer_from_directory(byte_level)
     (folder / "long.jinja").unlink()
     for n in range(65):
         (folder / f"t{n}.jinja").write_text("x")
     with pytest.raises(ModelFormatError, match="has 65 templates; 64 are allowed"):
-        Tokenizer.from_directory(byte_level)
+        tokenizer_from_directory(byte_level)

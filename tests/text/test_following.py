@@ -9,6 +9,8 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers, pre_tokenizers
 
+from octavo.text.directory import tokenizer_from_directory
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
@@ -52,9 +54,9 @@ GGUF = {
 @pytest.fixture(scope="module")
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     if request.param in GGUF:
-        return Tokenizer.from_gguf(GGUF[request.param]())
+        return tokenizer_from_gguf(GGUF[request.param]())
     folder = tmp_path_factory.mktemp("tokenizer")
-    return Tokenizer.from_directory(tiny.save_folder(FOLDERS[request.param](), folder))
+    return tokenizer_from_directory(tiny.save_folder(FOLDERS[request.param](), folder))
 
 
 everyone = pytest.mark.parametrize("tokenizer", [*FOLDERS, *GGUF], indirect=True, scope="module")
@@ -103,7 +105,7 @@ def test_pieces_read_as_what_was_written(tokenizer: Tokenizer, request: pytest.F
 
 def test_only_the_end_of_what_stands_before_is_looked_at() -> None:
     """So that a long session costs no more than a short one."""
-    tokenizer = Tokenizer.from_gguf(tiny.byte_level("smollm", vocab_size=600)[1])
+    tokenizer = tokenizer_from_gguf(tiny.byte_level("smollm", vocab_size=600)[1])
     seen: list[int] = []
     encode = tokenizer._encode
     tokenizer._encode = lambda text, special: seen.append(len(text)) or encode(text, special)  # type: ignore[func-returns-value]
@@ -115,7 +117,7 @@ def test_only_the_end_of_what_stands_before_is_looked_at() -> None:
 
 def test_a_text_that_goes_on_has_no_end_token() -> None:
     metadata = tiny.scored(1, add_space_prefix=True)[1] | {"tokenizer.ggml.add_eos_token": True}
-    tokenizer = Tokenizer.from_gguf(metadata)
+    tokenizer = tokenizer_from_gguf(metadata)
     assert tokenizer.encode("Hello")[-1] == 2
     assert [*tokenizer.encode_open("Hello"), 2] == tokenizer.encode("Hello")
     assert tokenizer.encode_open("</s>") == [1, 2]

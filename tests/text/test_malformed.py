@@ -10,7 +10,7 @@ import pytest
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.text import gguf_vocab
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 
 from . import tiny
 
@@ -32,7 +32,7 @@ def _error(metadata: dict[str, Any], key: str, value: Any) -> ModelFormatError:
     if value is _ABSENT:
         del changed[f"tokenizer.{key}"]
     with pytest.raises(ModelFormatError) as caught:
-        Tokenizer.from_gguf(changed, path="model.gguf")
+        tokenizer_from_gguf(changed, path="model.gguf")
     assert caught.value.path == "model.gguf"
     return caught.value
 
@@ -41,7 +41,7 @@ def test_too_many_tokens(scored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     """Guards against a file of empty strings that takes many times its size."""
     monkeypatch.setattr(gguf_vocab, "MAX_TOKENS", len(scored["tokenizer.ggml.tokens"]) - 1)
     with pytest.raises(ModelFormatError, match=r"ggml\.tokens: \d+ tokens; \d+ are allowed"):
-        Tokenizer.from_gguf(scored, path="model.gguf")
+        tokenizer_from_gguf(scored, path="model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_ids_of_tokens_that_are_not_there(
     """Files say so of tokens that they do not use, such as padding: as good as nothing, and worth a word."""
     count = len(byte_level["tokenizer.ggml.tokens"])
     key, value = f"tokenizer.ggml.{key}", beyond or count
-    ours = Tokenizer.from_gguf({**byte_level, key: value}, path="m.gguf")
+    ours = tokenizer_from_gguf({**byte_level, key: value}, path="m.gguf")
     assert caplog.messages == [f"m.gguf: {key} is {value} and there are {count} tokens: it is taken for absent"]
-    without = Tokenizer.from_gguf({k: v for k, v in byte_level.items() if k != key})
+    without = tokenizer_from_gguf({k: v for k, v in byte_level.items() if k != key})
     assert ours.special_tokens == without.special_tokens
     assert ours.eos_token_ids == without.eos_token_ids
     assert ours.encode("a <|im_end|>") == without.encode("a <|im_end|>")
@@ -122,9 +122,9 @@ def test_ids_of_tokens_that_are_needed_must_be_there(byte_level: dict[str, Any],
 @pytest.mark.parametrize("key", ["pre", "token_type"])
 def test_what_is_guessed_is_said(byte_level: dict[str, Any], key: str, caplog: pytest.LogCaptureFixture) -> None:
     key = f"tokenizer.ggml.{key}"
-    assert Tokenizer.from_gguf(byte_level).encode("a")
+    assert tokenizer_from_gguf(byte_level).encode("a")
     assert not caplog.records
-    assert Tokenizer.from_gguf({k: v for k, v in byte_level.items() if k != key}, path="m.gguf").encode("a")
+    assert tokenizer_from_gguf({k: v for k, v in byte_level.items() if k != key}, path="m.gguf").encode("a")
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.getMessage().startswith(f"m.gguf: no {key}: ")
 
@@ -140,7 +140,7 @@ def test_empty_tokens_are_padding(byte_level: dict[str, Any]) -> None:
     metadata = dict(byte_level)
     metadata["tokenizer.ggml.tokens"] = [*byte_level["tokenizer.ggml.tokens"], "", ""]
     metadata["tokenizer.ggml.token_type"] = [*byte_level["tokenizer.ggml.token_type"], 3, 4]
-    padded, plain = Tokenizer.from_gguf(metadata), Tokenizer.from_gguf(byte_level)
+    padded, plain = tokenizer_from_gguf(metadata), tokenizer_from_gguf(byte_level)
     assert padded.encode("a b <|im_end|>") == plain.encode("a b <|im_end|>")
     assert padded.vocab_size == plain.vocab_size + 2
     assert padded.token_bytes(plain.vocab_size) == b""
@@ -158,7 +158,7 @@ def test_byte_tokens_that_are_none(scored: dict[str, Any]) -> None:
         tokens = list(scored["tokenizer.ggml.tokens"])
         tokens[scored["tokenizer.ggml.token_type"].index(6)] = text
         with pytest.raises(ModelFormatError) as caught:
-            Tokenizer.from_gguf({**scored, "tokenizer.ggml.tokens": tokens})
+            tokenizer_from_gguf({**scored, "tokenizer.ggml.tokens": tokens})
         assert caught.value.field == "tokenizer.ggml.token_type"
 
 
@@ -184,7 +184,7 @@ def test_random_damage(byte_level: dict[str, Any], scored: dict[str, Any]) -> No
         for _ in range(rng.randint(1, 2)):
             metadata[rng.choice(list(metadata))] = rng.choice(junk)
         try:
-            Tokenizer.from_gguf(metadata).encode("Hello <|im_end|> wörld 123")
+            tokenizer_from_gguf(metadata).encode("Hello <|im_end|> wörld 123")
             loaded += 1
         except (ModelFormatError, UnsupportedModelError):
             failed += 1

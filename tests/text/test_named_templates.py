@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from octavo.core.errors import InvalidRequestError
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.named_templates import NamedTemplates
-from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
 
@@ -67,6 +67,6 @@ def test_gguf_files_with_several() -> None:
         "tokenizer.chat_template.rag": SOURCES["rag"],
     }
     others = {name: SOURCES[name] for name in ("tool_use", "rag")}
-    assert Tokenizer.from_gguf(metadata).chat_templates == others
-    ours = Tokenizer.from_gguf(metadata | {"tokenizer.chat_template": SOURCES["default"]})
+    assert tokenizer_from_gguf(metadata).chat_templates == others
+    ours = tokenizer_from_gguf(metadata | {"tokenizer.chat_template": SOURCES["default"]})
     assert (ours.chat_templates, ours.chat_template) == (SOURCES, SOURCES["default"])

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.stream import StopMatcher
-from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
 
-TOKENIZER = Tokenizer.from_gguf(tiny.byte_level("gpt-2")[1])
+TOKENIZER = tokenizer_from_gguf(tiny.byte_level("gpt-2")[1])
 BYTES = {TOKENIZER.token_bytes(n): n for n in range(400) if len(TOKENIZER.token_bytes(n)) == 1}
 
 

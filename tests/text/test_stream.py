@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.protocols import TextStream
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.tokenizer import Tokenizer
 
 from . import tiny
 from .corpus import corpus
 
-BYTE_LEVEL = Tokenizer.from_gguf(tiny.byte_level("qwen2")[1])
-SCORED = Tokenizer.from_gguf(tiny.scored(1, add_space_prefix=True)[1])
-UNPREFIXED = Tokenizer.from_gguf(tiny.scored(2, add_space_prefix=False)[1])
+BYTE_LEVEL = tokenizer_from_gguf(tiny.byte_level("qwen2")[1])
+SCORED = tokenizer_from_gguf(tiny.scored(1, add_space_prefix=True)[1])
+UNPREFIXED = tokenizer_from_gguf(tiny.scored(2, add_space_prefix=False)[1])
 TOKENIZERS = [BYTE_LEVEL, SCORED, UNPREFIXED]
 
 

@@ -15,6 +15,8 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
 from octavo.core.errors import InvalidRequestError, ModelFormatError
 from octavo.text.byte_level import byte_alphabet
+from octavo.text.directory import tokenizer_from_directory
+from octavo.text.gguf_vocab import tokenizer_from_gguf
 from octavo.text.library import MAX_TEXT_BYTES, LibraryError, called
 from octavo.text.regex_shape import MAX_RUN, MAX_STEPS, UnsafePatternError, check_pattern
 from octavo.text.tokenizer import Tokenizer
@@ -35,7 +37,7 @@ def valid() -> Spec:
 
 def load(spec: Spec, folder: Path) -> Tokenizer:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    return Tokenizer.from_directory(folder)
+    return tokenizer_from_directory(folder)
 
 
 def refused(spec: Spec, folder: Path) -> ModelFormatError:
@@ -254,7 +256,7 @@ def test_keys_that_stand_twice(valid: Spec, tmp_path: Path) -> None:
     text = text.replace('"normalizer"', '"normalizer": ' + json.dumps(replace("l", "l" * 10**6)) + ', "normalizer"')
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ModelFormatError, match="stands there twice"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_from_directory(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 10**5, b'{"model": ' * 10**5, b"9" * 10**6, b"null"])
@@ -374,7 +376,7 @@ def test_added_tokens_of_very_many_lengths(valid: Spec, tmp_path: Path) -> None:
     listed = ["a" * n + "b" for n in range(1, 200)]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": listed}))
     with pytest.raises(ModelFormatError, match="have 199 lengths"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_from_directory(tmp_path)
 
 
 def test_added_tokens_of_very_many_lengths_in_gguf() -> None:
@@ -388,7 +390,7 @@ def test_added_tokens_of_very_many_lengths_in_gguf() -> None:
         "tokenizer.ggml.add_bos_token": False,
     }
     with pytest.raises(ModelFormatError, match=r"tokenizer.ggml.tokens: tokens that begin with 'a' have 198 lengths"):
-        Tokenizer.from_gguf(metadata)
+        tokenizer_from_gguf(metadata)
 
 
 # --- amounts ---
@@ -407,7 +409,7 @@ def test_small_files_that_would_take_much_memory(valid: Spec, tmp_path: Path, bo
     (tmp_path / "tokenizer_config.json").write_text('{"a":[' + body * ((1 << 19) + 1) + "0]}")
     (tmp_path / "tokenizer.json").write_text(json.dumps(valid))
     with pytest.raises(ModelFormatError, match=r"tokenizer_config.json: has \d+ (lists|objects|commas)"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_from_directory(tmp_path)
 
 
 def test_as_many_tokens_and_merges_as_the_largest_models_have() -> None:

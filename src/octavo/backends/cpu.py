@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from octavo import _C
 from octavo.backends.processors import available_processors
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.backends.registry import BackendRefusedError, BackendSettings
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -32,6 +33,22 @@ _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they ar
 Row = NDArray[np.float32]
 
 
+def make(settings: BackendSettings) -> CpuOps:
+    """Raises BackendRefusedError."""
+    kv_dtype = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
+    try:
+        return CpuOps(
+            settings.instruction_set,
+            settings.threads,
+            kv_dtype,
+            settings.compute_dtype,
+            share_prefixes=settings.cascade_attention,
+            pin_threads=settings.pin_threads,
+        )
+    except ValueError as error:
+        raise BackendRefusedError(str(error)) from None
+
+
 @dataclass(frozen=True, slots=True)
 class CpuWeight:
     packed: _C.Weight
@@ -39,9 +56,18 @@ class CpuWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rows:
+    """A tensor to be packed into a segment of a weight, from the segment's output `at` on."""
+
+    weight: _C.Weight
+    segment: int
+    tensor: StoredTensor
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
 class CpuKV:
     layer: _C.KVLayer
-    spec: KVSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +116,7 @@ class CpuOps:
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
-        self._deferred: list[_C.Packing] | None = None  # what is still to be packed
+        self._deferred: list[_Rows] | None = None  # what is still to be packed
 
     @property
     def identity(self) -> str:
@@ -106,7 +132,7 @@ class CpuOps:
 
     # --- memory ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         if len(tensor.shape) != 2:
             return 4 * tensor.size
         outputs, inputs = tensor.shape
@@ -116,71 +142,84 @@ class CpuOps:
         scale_bytes = 4 * math.ceil(spec.head_dim / _KV_GROUP) if self.kv_dtype == "int8" else 0
         return 2 * num_tokens * spec.num_kv_heads * (spec.head_dim * KV_BYTES[self.kv_dtype] + scale_bytes)
 
-    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        widest = max(config.intermediate_size, config.hidden_size, query)
-        # The buffers of a graph, which reuses those of equal width, and the quantised input of a linear.
-        columns = 4 * config.hidden_size + 4 * query + 4 * key + 3 * config.intermediate_size + widest // 2
-        return 4 * (num_tokens * columns + 2 * num_rows * config.vocab_size)
+    def scratch_nbytes(
+        self,
+        config: ModelConfig,
+        layers: Callable[[Batch], CpuArray],
+        num_tokens: int,
+        num_rows: int,
+        max_context: int,
+    ) -> int:
+        graph, result = self._record(layers)
+        # The head's rows are taken, normalised, and made logits, which are copied.
+        head = num_tokens * result.columns + 2 * num_rows * (config.hidden_size + config.vocab_size)
+        return int(graph.scratch_bytes(num_tokens, max_context)) + 4 * head
 
     # --- weights and KV ---
 
-    def _format(self, tensor: RawTensor) -> str:
+    def _format(self, tensor: StoredTensor) -> str:
         name = tensor.dtype.name
         if name not in FORMATS or (self.compute_dtype == "float32" and name.startswith("Q")):
             return "F32"
         return name
 
-    def linear_weight(self, parts: Sequence[RawTensor]) -> CpuWeight:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> CpuWeight:
         formats = [self._format(part) for part in parts]
         # Neighbours of one format are packed as one matrix.
         starts = [i for i, name in enumerate(formats) if i == 0 or name != formats[i - 1]]
         runs = [parts[a:b] for a, b in pairwise([*starts, len(parts)])]
         segments = [(formats[a], sum(part.shape[0] for part in run)) for a, run in zip(starts, runs, strict=True)]
-        packed = _C.Weight(segments, parts[0].shape[1])
-        for index, run in enumerate(runs):
-            at = 0
-            for part in run:
-                self._pack(packed, index, part, at)
-                at += part.shape[0]
+        bias = np.concatenate([one.dequantize() for one in biases]) if biases else None
+        packed = _C.Weight(segments, parts[0].shape[1], bias)
+        firsts = [[sum(part.shape[0] for part in run[:i]) for i in range(len(run))] for run in runs]
+        rows = [
+            _Rows(packed, index, part, at)
+            for index, (run, ats) in enumerate(zip(runs, firsts, strict=True))
+            for part, at in zip(run, ats, strict=True)
+        ]
+        if self._deferred is None:
+            self._pack(rows)
+        else:
+            self._deferred += rows
         return CpuWeight(packed, tuple(part.shape[0] for part in parts))
 
-    def _pack(self, packed: _C.Weight, segment: int, tensor: RawTensor, at: int) -> None:
-        if self._format(tensor) == tensor.dtype.name:
-            packing = (packed, segment, np.ascontiguousarray(tensor.stored), tensor.order, at)
-            if self._deferred is None:
-                _C.pack(self.machine, [packing])
-            else:
-                self._deferred.append(packing)
-            return
-        outputs, inputs = tensor.shape
-        step = max(_PACK_BYTES // (4 * inputs), 1)
-        for first in range(0, outputs, step):
-            rows = tensor.dequantize(slice(first, min(first + step, outputs)))
-            _C.pack(self.machine, [(packed, segment, rows.view(np.uint8), None, at + first)])
+    def _pack(self, all_rows: Sequence[_Rows]) -> None:
+        as_they_are: list[_Rows] = []
+        as_floats: list[_Rows] = []
+        for rows in all_rows:
+            same = self._format(rows.tensor) == rows.tensor.dtype.name
+            (as_they_are if same else as_floats).append(rows)
+        # In one call, which leaves the interpreter to other threads all the while.
+        _C.pack(
+            self.machine,
+            [(r.weight, r.segment, np.ascontiguousarray(r.tensor.stored), r.tensor.order, r.at) for r in as_they_are],
+        )
+        for r in as_floats:
+            outputs, inputs = r.tensor.shape
+            step = max(_PACK_BYTES // (4 * inputs), 1)
+            for first in range(0, outputs, step):
+                values = r.tensor.dequantize(slice(first, min(first + step, outputs)))
+                _C.pack(self.machine, [(r.weight, r.segment, values.view(np.uint8), None, r.at + first)])
 
     def defer_packing(self) -> Callable[[], None]:
         deferred = self._deferred = []
 
-        def pack() -> None:  # in one call, which leaves the interpreter to other threads all the while
+        def pack() -> None:
             self._deferred = None
-            _C.pack(self.machine, deferred)
+            self._pack(deferred)
             deferred.clear()
 
         return pack
 
-    def embedding_weight(self, tensor: RawTensor) -> CpuWeight:
+    def embedding_weight(self, tensor: StoredTensor) -> CpuWeight:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> NDArray[np.float32]:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> NDArray[np.float32]:
         return tensor.dequantize() + np.float32(offset)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[CpuKV]:
         return [
-            CpuKV(
-                _C.KVLayer(self.kv_dtype, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, spec.window or 0),
-                spec,
-            )
+            CpuKV(_C.KVLayer(self.kv_dtype, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, spec.window or 0))
             for spec in specs
         ]
 
@@ -188,12 +227,7 @@ class CpuOps:
 
     def capture(self, function: Callable[[Batch], CpuArray]) -> Callable[[Batch], CpuArray]:
         """Record the ops that `function` calls, once; what comes back runs them with another batch."""
-        graph = _C.Graph(self.machine)
-        self._recording = graph
-        try:
-            result = function(None)  # type: ignore[arg-type] # ops record what they do with a batch, not its values
-        finally:
-            self._recording = None
+        graph, result = self._record(function)
 
         def replay(batch: Batch) -> CpuArray:
             data = np.empty((batch.num_tokens, result.columns), np.float32)
@@ -201,6 +235,14 @@ class CpuOps:
             return CpuArray(data, -1, 0, result.columns)
 
         return replay
+
+    def _record(self, function: Callable[[Batch], CpuArray]) -> tuple[_C.Graph, CpuArray]:
+        graph = self._recording = _C.Graph(self.machine)
+        try:
+            result = function(None)  # type: ignore[arg-type] # ops record what they do with a batch, not its values
+        finally:
+            self._recording = None
+        return graph, result
 
     def _op(
         self,

@@ -13,17 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.backends.registry import BackendSettings
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 
 Floats = NDArray[Any]
 
 _FEW_ROWS = 8  # up to here a product per row reads the matrix faster than BLAS's blocked one
 
 
-@dataclass(frozen=True, slots=True)
+def make(settings: BackendSettings) -> ReferenceOps:
+    dtype = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
+    return ReferenceOps(dtype, dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype)
+
+
+@dataclass(slots=True)
 class Linear:
-    matrix: Floats  # [out, in]
+    matrix: Floats  # [out, in]; of a weight that is still to be packed [0, in]
     parts: tuple[int, ...]  # outputs of each matrix it was made of
+    bias: Floats | None = None  # [out]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class ReferenceOps:
         self.dtype = np.dtype(dtype)
         self.kv_dtype = np.dtype(kv_dtype)
         self._frequencies: dict[RopeConfig, Floats] = {}
+        self._deferred: list[Callable[[], None]] | None = None  # what is still to be packed
 
     @property
     def identity(self) -> str:
@@ -53,13 +61,20 @@ class ReferenceOps:
 
     # --- memory ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         return tensor.size * self.dtype.itemsize
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
         return 2 * num_tokens * spec.num_kv_heads * spec.head_dim * self.kv_dtype.itemsize
 
-    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
+    def scratch_nbytes(
+        self,
+        config: ModelConfig,
+        layers: Callable[[Batch], Floats],
+        num_tokens: int,
+        num_rows: int,
+        max_context: int,
+    ) -> int:
         # Widest moment of each part, in arrays alive at once: the gated MLP, one sequence's attention, the logits.
         mlp = num_tokens * (6 * config.intermediate_size + 3 * config.hidden_size)
         keys = 4 * max_context * config.num_kv_heads * config.head_dim
@@ -69,18 +84,35 @@ class ReferenceOps:
 
     # --- weights and KV ---
 
-    def linear_weight(self, parts: Sequence[RawTensor]) -> Linear:
-        matrices = [part.dequantize().astype(self.dtype, copy=False) for part in parts]
-        matrix = matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
-        return Linear(matrix, tuple(len(m) for m in matrices))
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> Linear:
+        bias = np.concatenate([one.dequantize() for one in biases]).astype(self.dtype) if biases else None
+        weight = Linear(np.empty((0, parts[0].shape[1]), self.dtype), tuple(part.shape[0] for part in parts), bias)
+
+        def pack() -> None:
+            matrices = [part.dequantize().astype(self.dtype, copy=False) for part in parts]
+            weight.matrix = matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
+
+        if self._deferred is None:
+            pack()
+        else:
+            self._deferred.append(pack)
+        return weight
 
     def defer_packing(self) -> Callable[[], None]:
-        return lambda: None
+        deferred = self._deferred = []
 
-    def embedding_weight(self, tensor: RawTensor) -> Linear:
+        def pack() -> None:
+            self._deferred = None
+            for weight in deferred:
+                weight()
+            deferred.clear()
+
+        return pack
+
+    def embedding_weight(self, tensor: StoredTensor) -> Linear:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Floats:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> Floats:
         return (tensor.dequantize() + np.float32(offset)).astype(self.dtype)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVLayer]:
@@ -111,6 +143,8 @@ class ReferenceOps:
                 np.dot(weight.matrix, row, out=out)
         else:
             y = x @ weight.matrix.T
+        if weight.bias is not None:
+            y += weight.bias
         if residual is not None:
             y += residual
         return y

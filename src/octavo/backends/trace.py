@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig, cost
+from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor, cost
 from octavo.ops.cost import Cost, Widths
 
 Shape = tuple[int, ...]
@@ -31,6 +31,7 @@ class TraceWeight:
     shape: Shape  # [out, in] of a matrix, [n] of a vector
     nbytes: int
     parts: tuple[int, ...] = ()
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +64,36 @@ class TraceOps:
 
     # --- memory and weights: sizes as the file has them ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         return tensor.nbytes
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
         return round(2 * num_tokens * spec.num_kv_heads * spec.head_dim * self.widths.kv)
 
-    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
+    def scratch_nbytes(
+        self,
+        config: ModelConfig,
+        layers: Callable[[Batch], TraceArray],
+        num_tokens: int,
+        num_rows: int,
+        max_context: int,
+    ) -> int:
         return 0
 
-    def linear_weight(self, parts: Sequence[RawTensor]) -> TraceWeight:
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> TraceWeight:
         outputs = tuple(part.shape[0] for part in parts)
-        names = tuple(part.name for part in parts)
-        return TraceWeight(names, (sum(outputs), parts[0].shape[1]), sum(part.nbytes for part in parts), outputs)
+        read = [*parts, *biases]
+        names = tuple(tensor.name for tensor in read)
+        shape = (sum(outputs), parts[0].shape[1])
+        return TraceWeight(names, shape, sum(tensor.nbytes for tensor in read), outputs, bool(biases))
 
     def defer_packing(self) -> Callable[[], None]:
         return lambda: None
 
-    def embedding_weight(self, tensor: RawTensor) -> TraceWeight:
+    def embedding_weight(self, tensor: StoredTensor) -> TraceWeight:
         return self.linear_weight([tensor])
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> TraceWeight:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> TraceWeight:
         return TraceWeight((tensor.name,), tensor.shape, tensor.nbytes)
 
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVSpec]:
@@ -120,7 +130,10 @@ class TraceOps:
             raise ValueError(f"linear: {x.shape} does not fit a weight of {weight.shape}")
         if residual is not None and residual.shape != (rows, weight.shape[0]):
             raise ValueError(f"linear: residual of {residual.shape}, output of {(rows, weight.shape[0])}")
-        spent = cost.linear(rows, in_features, weight.shape[0], weight.nbytes, residual is not None, self.widths)
+        spent = cost.linear(
+            *(rows, in_features, weight.shape[0], weight.nbytes, residual is not None, self.widths),
+            has_bias=weight.has_bias,
+        )
         return self._record("linear", _present(x, residual), (rows, weight.shape[0]), weight, spent)
 
     def split_heads(self, x: TraceArray, parts: Sequence[int], head_dim: int) -> list[TraceArray]:

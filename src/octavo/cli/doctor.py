@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(config: EngineConfig, model: str | None, is_measured: bool) -> dict[str, Any]:
     """All that `doctor` shows. Raises ConfigError, and with a model what finding and opening it raises."""
     from octavo.cli import machine, record
-    from octavo.runner.memory import available_memory
+    from octavo.loading.memory import available_memory
 
     shown_model = None if model is None else machine.look_at_model(config)
     sets = machine.instruction_sets()
@@ -116,7 +116,7 @@ def _cgroup(limits: dict[str, float | None]) -> str:
 
 
 def _bytes(count: int) -> str:
-    from octavo.runner.memory import size
+    from octavo.loading.memory import size
 
     return size(count)
 

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from octavo.config import ENV_PREFIX, EngineConfig, parse_setting, type_hints
+from octavo.backends.registry import backend, backends
+from octavo.config import ENV_PREFIX, EngineConfig, choices_of, parse_setting, type_hints
 from octavo.core.errors import ConfigError
 
-_OF_CPU = ("instruction_set", "threads", "pin_threads", "cascade_attention")
 _ALIASES = {"model": ("-m", "-hf")}
 
 
@@ -39,7 +39,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, leave_out: Collecti
             flag(setting.name),
             *_ALIASES.get(setting.name, ()),
             dest=setting.name,
-            metavar=_metavar(setting.name, setting.metadata.get("choices")),
+            metavar=_metavar(setting.name, choices_of(setting.metadata)),
             help=setting.metadata["help"] + _default(setting.default),
         )
     group.add_argument("--trust-remote-code", action=_RefuseRemoteCode, nargs=0, help=argparse.SUPPRESS)
@@ -70,8 +70,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if (text := getattr(args, setting.name, None)) is not None
     }
     config = EngineConfig.resolve(given)
-    if config.backend == "reference":
-        for name in _OF_CPU:
-            if name in given:
-                raise ConfigError(f"{flag(name)}: has no effect with the reference backend")
+    if config.backend != "auto":
+        heeded = backend(config.backend).settings
+        for name in dict.fromkeys(name for one in backends() for name in one.settings):
+            if name in given and name not in heeded:
+                raise ConfigError(f"{flag(name)}: has no effect with the {config.backend} backend")
     return config

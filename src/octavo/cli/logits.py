@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.formats import GGUFFile, open_weights
-from octavo.models import model_class
+from octavo.loading.weights import FileWeights
+from octavo.models import family, run_layers
 from octavo.ops import Batch
-from octavo.runner.memory import rows_per_slice
-from octavo.runner.weights import FileWeights
+from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
     from octavo.ops import ModelConfig, Ops
@@ -28,7 +28,7 @@ class LoadedModel:
     def __init__(self, path: Path, config: ModelConfig, ops: Ops) -> None:
         with open_weights(path) as file:
             weights = FileWeights(ops, config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-            self._model = model_class(config.architecture)(config, weights)
+            self._model = family(config.architecture).model(config, weights)
             weights.finish()
         self._ops = ops
         self._vocab_size = config.vocab_size
@@ -37,9 +37,7 @@ class LoadedModel:
         """[len(token_ids), vocab], computed in one step."""
         ops, batch = self._ops, _batch(token_ids)
         layers = ops.kv_layers(self._model.kv_specs, batch.block_tables.shape[1], _BLOCK_SIZE)
-        x = self._model.embed(ops, batch)
-        for index, kv in enumerate(layers):
-            x = self._model.layer(ops, index, x, batch, kv)
+        x = run_layers(self._model, ops, batch, layers)
         rows = np.empty((len(token_ids), self._vocab_size), np.float32)
         step = rows_per_slice(self._vocab_size)
         for first in range(0, len(rows), step):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from octavo.backends.processors import cpu_quota
+from octavo.backends.registry import BackendRefusedError, backend, backends
 from octavo.config import EngineConfig
-from octavo.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.backends.cpu import CpuOps
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from octavo.ops import ModelConfig, Ops
 
 _CGROUP = Path("/sys/fs/cgroup")
-BACKENDS = ("cpu", "reference")  # best first
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -66,30 +65,27 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
 
 def refusals(config: EngineConfig, model: ModelConfig | None = None) -> dict[str, str | None]:
     """Why each backend cannot be used with these settings, and this model if one is given; None: it can."""
-    from octavo import build
-
     reasons: dict[str, str | None] = {}
-    for name in BACKENDS:
-        make = build.make_cpu if name == "cpu" else build.make_reference
+    for one in backends():
         try:
-            ops = make(replace(config, backend=name))
-            reasons[name] = None if model is None else ops.why_not(model)
-        except (ConfigError, ImportError) as error:
-            reasons[name] = str(error)
+            ops = one.make(config)
+            reasons[one.name] = None if model is None else ops.why_not(model)
+        except (BackendRefusedError, ImportError) as error:
+            reasons[one.name] = str(error)
     return reasons
 
 
 def measure(config: EngineConfig, seconds: float = 1.2) -> MachineLimits | None:
     """The machine's limits with the threads and instruction set of `config`; None if the cpu backend does not load."""
-    from octavo import build
-
     if not instruction_sets():
         return None
+    from octavo.loading.memory import available_memory
     from octavo.observe import measure_limits
-    from octavo.runner.memory import available_memory
 
     # Settings that change what is computed, and not how fast the machine is, as the measurement needs them.
-    ops = cast("CpuOps", build.make_cpu(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16)))
+    ops = cast(
+        "CpuOps", backend("cpu").make(replace(config, compute_dtype="auto", kv_cache_dtype="auto", block_size=16))
+    )
     return measure_limits(ops, ops.machine.threads, available_memory(), seconds)
 
 
@@ -126,7 +122,7 @@ def look_at_model(config: EngineConfig) -> dict[str, object]:
 def model_config(path: Path) -> ModelConfig:
     """The configuration in a model's file or folder. Raises ModelFormatError, UnsupportedModelError."""
     from octavo.formats import open_weights
-    from octavo.runner.model_config import model_config as config_of
+    from octavo.loading.model_config import model_config as config_of
 
     with open_weights(path) as file:
         return config_of(file, path)

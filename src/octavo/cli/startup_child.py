@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
+    from octavo.loading.loaded_model import LoadedModel
 
 SPANS: dict[str, tuple[float, float]] = {}  # name -> (beginning of the first call, end of the last)
 
@@ -42,7 +43,7 @@ def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Cal
 def main(file_descriptor: int, arguments: list[str]) -> int:
     from octavo import build
     from octavo.cli.main import main as command_line
-    from octavo.runner.weights import FileWeights
+    from octavo.loading.weights import FileWeights
 
     imported = time.monotonic()
     prompt_tokens = 0
@@ -53,12 +54,10 @@ def main(file_descriptor: int, arguments: list[str]) -> int:
 
     def second_half() -> None:
         """Imports what `build_engine` imports while weights are packed, and times what it then does."""
-        from octavo import wiring  # noqa: F401
+        from octavo import wiring
         from octavo.runner.model_runner import ModelRunner
-        from octavo.text.tokenizer import Tokenizer
 
-        Tokenizer.from_gguf = timed("tokenizer", Tokenizer.from_gguf)  # type: ignore[method-assign]
-        Tokenizer.from_directory = timed("tokenizer", Tokenizer.from_directory)  # type: ignore[method-assign]
+        wiring.make_tokenizer = timed("tokenizer", wiring.make_tokenizer)
         run = ModelRunner.run
 
         def first_step(runner: Any, plan: Any) -> Any:
@@ -71,7 +70,7 @@ def main(file_descriptor: int, arguments: list[str]) -> int:
     loading = build.loading
 
     @contextmanager
-    def loading_and_timing(config: EngineConfig) -> Iterator[build.LoadedModel]:
+    def loading_and_timing(config: EngineConfig) -> Iterator[LoadedModel]:
         with loading(config) as loaded:
             timed("later_imports", second_half)()
             yield loaded

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from octavo.backends.trace import OpRecord
     from octavo.cli.driver import Step
     from octavo.formats import RawTensor
-    from octavo.ops import ModelConfig
+    from octavo.ops import ModelConfig, Ops
 
 _KV_BYTES = {"float32": 4, "float16": 2, "int8": 1 + 4 / 32}  # a scale for each 32 codes
 
@@ -70,21 +70,19 @@ class StepCosts:
         return sum((self.of(*shape) * count for shape, count in counts.items()), StepCost())
 
     def _trace(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> StepCost:
+        from octavo.loading.weights import FileWeights
         from octavo.runner.trace import trace_step
 
+        def weights(ops: Ops) -> FileWeights:
+            return FileWeights(ops, self._model, "trace", tensors, self._gguf)
+
         tensors = cast("Mapping[str, RawTensor]", self._tensors)
-        records = trace_step(
-            self._model,
-            sequences,
-            tensors=tensors,
-            gguf=self._gguf,
-            widths=self._widths,
-            logits_rows=logits_rows,
-        )
+        records = trace_step(self._model, sequences, weights=weights, widths=self._widths, logits_rows=logits_rows)
         return sum(map(self._split, records), StepCost())
 
     def _split(self, record: OpRecord) -> StepCost:
-        formats = [self._tensors[name].dtype.name for name in record.weights]
+        tensors = [self._tensors[name] for name in record.weights]
+        formats = [tensor.dtype.name for tensor in tensors if len(tensor.shape) == 2]  # a bias is float32
         integer = self._integer and record.op == "linear" and all(name.startswith("Q") for name in formats)
         flops = record.cost.flops
         return StepCost(record.cost.bytes, flops if integer else 0, 0 if integer else flops)

@@ -22,7 +22,7 @@ from octavo.cli.logits import LoadedModel, Rows
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError, OutOfMemoryError
 from octavo.core.params import SamplingParams
-from octavo.runner.memory import available_memory, size
+from octavo.loading.memory import available_memory, size
 
 if TYPE_CHECKING:
     from octavo.ops import ModelConfig

@@ -1,5 +1,7 @@
 """Model families, a file each, written once against the ops protocol."""
 
-from octavo.models.registry import FAMILIES, Model, WeightLoader, model_class
+from octavo.models.families import FAMILIES, family
+from octavo.models.family import Family
+from octavo.models.model import Model, WeightLoader, run_layers
 
-__all__ = ["FAMILIES", "Model", "WeightLoader", "model_class"]
+__all__ = ["FAMILIES", "Family", "Model", "WeightLoader", "family", "run_layers"]

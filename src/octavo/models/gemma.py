@@ -6,11 +6,28 @@ norms stand before and after both halves of a block; the embedding is scaled; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from octavo.models.registry import WeightLoader
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
+import numpy as np
+
+from octavo.models.decoder import Decoder
+from octavo.models.family import Family, GGUFKeys, HFKeys
+from octavo.models.model import WeightLoader
+from octavo.models.reading import (
+    DEFAULT_ROPE_THETA,
+    GGUF_HEAD_NORMS,
+    GGUF_LAYER,
+    SLIDING,
+    gguf_config,
+    gguf_window,
+    hf_config,
+    hf_layers,
+    hf_rope_parameters,
+    hf_window,
+    rope_config,
+)
+from octavo.ops import Activation, Batch, LayerConfig, ModelConfig, Ops, RopeConfig
 from octavo.ops.protocol import Array, KVLayer, Weight
 
 
@@ -28,39 +45,20 @@ class Gemma3Layer:
     post_mlp_norm: Weight
 
 
-class Gemma3Model:
-    def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
-        self.config = config
-        self.embedding = load.embedding("embed_tokens")
-        self.layers = [self._load_layer(load, f"layers.{i}.") for i in range(config.num_layers)]
-        self.norm = load.vector("norm", config.norm_offset)
-        self.lm_head = self.embedding if config.tie_embeddings else load.column_parallel("lm_head")
-
-    def _load_layer(self, load: WeightLoader, at: str) -> Gemma3Layer:
-        attention, mlp, offset = at + "self_attn.", at + "mlp.", self.config.norm_offset
+class Gemma3Model(Decoder):
+    def load_layer(self, load: WeightLoader, at: str) -> Gemma3Layer:
         return Gemma3Layer(
-            attention_norm=load.vector(at + "input_layernorm", offset),
-            qkv=load.column_parallel(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-            q_norm=load.vector(attention + "q_norm", offset),
-            k_norm=load.vector(attention + "k_norm", offset),
-            output=load.row_parallel(attention + "o_proj"),
-            post_attention_norm=load.vector(at + "post_attention_layernorm", offset),
-            mlp_norm=load.vector(at + "pre_feedforward_layernorm", offset),
-            gate_up=load.column_parallel(mlp + "gate_proj", mlp + "up_proj"),
-            down=load.row_parallel(mlp + "down_proj"),
-            post_mlp_norm=load.vector(at + "post_feedforward_layernorm", offset),
+            attention_norm=self.load_norm(load, at + "input_layernorm"),
+            qkv=self.load_qkv(load, at),
+            q_norm=self.load_head_norm(load, at + "self_attn.q_norm"),
+            k_norm=self.load_head_norm(load, at + "self_attn.k_norm"),
+            output=self.load_output(load, at),
+            post_attention_norm=self.load_norm(load, at + "post_attention_layernorm"),
+            mlp_norm=self.load_norm(load, at + "pre_feedforward_layernorm"),
+            gate_up=self.load_gate_up(load, at),
+            down=self.load_down(load, at),
+            post_mlp_norm=self.load_norm(load, at + "post_feedforward_layernorm"),
         )
-
-    @property
-    def kv_specs(self) -> Sequence[KVSpec]:
-        head_dim = self.config.head_dim
-        return [
-            KVSpec(weights.qkv.parts[1] // head_dim, head_dim, layer.window, layer.rope)
-            for weights, layer in zip(self.layers, self.config.layers, strict=True)
-        ]
-
-    def embed(self, ops: Ops, batch: Batch) -> Array:
-        return ops.embed(batch, self.embedding, self.config.embedding_scale)
 
     def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
@@ -74,5 +72,89 @@ class Gemma3Model:
         h = ops.gated(ops.linear(ops.rms_norm(x, w.mlp_norm, eps), w.gate_up), config.activation)
         return ops.rms_norm(ops.linear(h, w.down), w.post_mlp_norm, eps, residual=x)
 
-    def head(self, ops: Ops, x: Array) -> Array:
-        return ops.linear(ops.rms_norm(x, self.norm, self.config.norm_eps), self.lm_head)
+
+# What config.json may leave out, with the values of transformers.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "rope_theta": 1_000_000.0,
+}
+# GGUF files name neither: every sixth layer sees everything, the others rotate with a base of their own.
+_WINDOW_PERIOD = 6
+_LOCAL_ROPE_THETA = 10_000.0
+_27B_LAYERS = 62
+
+
+def _embedding_scale(hidden_size: int) -> float:
+    return float(np.sqrt(np.float32(hidden_size)))
+
+
+def _read_hf(keys: HFKeys) -> ModelConfig:
+    if keys.text("model_type") == "gemma3":  # the text model is inside one for images too
+        text = keys.table("text_config")
+        keys = (text if text.names else keys).over({"tie_word_embeddings": keys.value("tie_word_embeddings")})
+    keys = keys.over(_DEFAULTS)
+    config = hf_config(keys, "gemma3", _hf_layers, tied=True, activation=keys.text("hidden_activation"))
+    return replace(
+        config,
+        attention_scale=keys.number("query_pre_attn_scalar") ** -0.5,
+        embedding_scale=_embedding_scale(config.hidden_size),
+        norm_offset=1.0,
+    )
+
+
+def _hf_layers(keys: HFKeys, head_dim: int) -> tuple[LayerConfig, ...]:
+    def slides(index: int) -> bool:
+        return (index + 1) % keys.positive("sliding_window_pattern", _WINDOW_PERIOD) != 0
+
+    return hf_layers(keys, hf_window(keys), slides, lambda kind: _hf_rope(keys, kind, head_dim))
+
+
+def _hf_rope(keys: HFKeys, kind: str, dim: int) -> RopeConfig:
+    parameters, scaling = hf_rope_parameters(keys, kind), keys.table("rope_scaling")
+    if kind == SLIDING:  # never scaled
+        return rope_config(parameters, keys.number("rope_local_base_freq", _LOCAL_ROPE_THETA), dim)
+    return rope_config(parameters.under(scaling), keys.number("rope_theta", DEFAULT_ROPE_THETA), dim)
+
+
+def _read_gguf(keys: GGUFKeys) -> ModelConfig:
+    config = gguf_config(keys, "gemma3", _gguf_layers, activation=Activation.GELU_TANH)
+    hidden, heads = config.hidden_size, config.num_heads
+    # Files of the 27B, the only one whose scale is not 1 / sqrt(head_dim), do not say so.
+    is_27b = config.num_layers == _27B_LAYERS and 1 <= heads <= hidden
+    return replace(
+        config,
+        attention_scale=(hidden // heads) ** -0.5 if is_27b else 0.0,
+        embedding_scale=_embedding_scale(hidden),
+    )
+
+
+def _gguf_layers(keys: GGUFKeys, rope: RopeConfig, count: int) -> tuple[LayerConfig, ...]:
+    theta = keys.number("rope.freq_base_swa", _LOCAL_ROPE_THETA)
+    local, everything = LayerConfig(RopeConfig(theta, rope.dim), gguf_window(keys)), LayerConfig(rope)
+    period = keys.integer("attention.sliding_window_pattern", _WINDOW_PERIOD)
+    if period < 1:
+        raise keys.malformed("gemma3.attention.sliding_window_pattern", f"must be at least 1, not {period}")
+    return tuple(everything if (i + 1) % period == 0 else local for i in range(count))
+
+
+GEMMA3 = Family(
+    name="gemma3",
+    model=Gemma3Model,
+    read_hf=_read_hf,
+    read_gguf=_read_gguf,
+    gguf_layer={
+        **GGUF_LAYER,
+        **GGUF_HEAD_NORMS,
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+)

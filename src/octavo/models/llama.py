@@ -6,11 +6,14 @@ Pre-norm blocks: grouped-query attention with rotary positions, then a SiLU-gate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from octavo.models.registry import WeightLoader
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
+from octavo.models.decoder import Decoder
+from octavo.models.family import Family, GGUFKeys, HFKeys
+from octavo.models.model import WeightLoader
+from octavo.models.reading import GGUF_LAYER, gguf_config, gguf_window, hf_config, hf_layers, hf_rope, hf_window
+from octavo.ops import Batch, LayerConfig, ModelConfig, Ops, RopeConfig
 from octavo.ops.protocol import Array, KVLayer, Weight
 
 
@@ -24,35 +27,16 @@ class LlamaLayer:
     down: Weight
 
 
-class LlamaModel:
-    def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
-        self.config = config
-        self.embedding = load.embedding("embed_tokens")
-        self.layers = [self._load_layer(load, f"layers.{i}.") for i in range(config.num_layers)]
-        self.norm = load.vector("norm", config.norm_offset)
-        self.lm_head = self.embedding if config.tie_embeddings else load.column_parallel("lm_head")
-
-    def _load_layer(self, load: WeightLoader, at: str) -> LlamaLayer:
-        attention, mlp = at + "self_attn.", at + "mlp."
+class LlamaModel(Decoder):
+    def load_layer(self, load: WeightLoader, at: str) -> LlamaLayer:
         return LlamaLayer(
-            attention_norm=load.vector(at + "input_layernorm", self.config.norm_offset),
-            qkv=load.column_parallel(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-            output=load.row_parallel(attention + "o_proj"),
-            mlp_norm=load.vector(at + "post_attention_layernorm", self.config.norm_offset),
-            gate_up=load.column_parallel(mlp + "gate_proj", mlp + "up_proj"),
-            down=load.row_parallel(mlp + "down_proj"),
+            attention_norm=self.load_norm(load, at + "input_layernorm"),
+            qkv=self.load_qkv(load, at),
+            output=self.load_output(load, at),
+            mlp_norm=self.load_norm(load, at + "post_attention_layernorm"),
+            gate_up=self.load_gate_up(load, at),
+            down=self.load_down(load, at),
         )
-
-    @property
-    def kv_specs(self) -> Sequence[KVSpec]:
-        head_dim = self.config.head_dim
-        return [
-            KVSpec(weights.qkv.parts[1] // head_dim, head_dim, layer.window, layer.rope)
-            for weights, layer in zip(self.layers, self.config.layers, strict=True)
-        ]
-
-    def embed(self, ops: Ops, batch: Batch) -> Array:
-        return ops.embed(batch, self.embedding, self.config.embedding_scale)
 
     def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
@@ -65,5 +49,39 @@ class LlamaModel:
         h = ops.rms_norm(x, w.mlp_norm, config.norm_eps)
         return ops.linear(ops.gated(ops.linear(h, w.gate_up), config.activation), w.down, residual=x)
 
-    def head(self, ops: Ops, x: Array) -> Array:
-        return ops.linear(ops.rms_norm(x, self.norm, self.config.norm_eps), self.lm_head)
+
+# What config.json may leave out, with the values of transformers.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "sliding_window": 4096,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+    },
+}
+
+
+def _read_hf(keys: HFKeys) -> ModelConfig:
+    kind = keys.text("model_type")
+    if kind == "llama":  # transformers' Llama has no window, whatever the file says
+        keys = keys.without("sliding_window", "layer_types")
+    return hf_config(keys.over(_DEFAULTS[kind]), "llama", _hf_layers)
+
+
+def _hf_layers(keys: HFKeys, head_dim: int) -> tuple[LayerConfig, ...]:
+    return hf_layers(keys, hf_window(keys), lambda _: True, lambda kind: hf_rope(keys, kind, head_dim))
+
+
+def _gguf_layers(keys: GGUFKeys, rope: RopeConfig, count: int) -> tuple[LayerConfig, ...]:
+    return (LayerConfig(rope, gguf_window(keys)),) * count
+
+
+LLAMA = Family(
+    name="llama",
+    model=LlamaModel,
+    read_hf=_read_hf,
+    read_gguf=lambda keys: gguf_config(keys, "llama", _gguf_layers),
+    gguf_layer=GGUF_LAYER,
+    gguf_interleaved_rope=True,
+)

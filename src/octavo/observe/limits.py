@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.ops import RawTensor
+from octavo.ops import StoredTensor
 from octavo.ops.protocol import Array, Weight
 
 CACHES = 4  # the streamed matrix is so many times the last-level cache: hardly any of it is left from the last time
@@ -32,7 +32,7 @@ _LIKELY_CACHE_BYTES = 32 << 20  # where the system does not tell
 class Linears(Protocol):
     """What is measured of a backend."""
 
-    def linear_weight(self, parts: Sequence[RawTensor]) -> Weight: ...
+    def linear_weight(self, parts: Sequence[StoredTensor]) -> Weight: ...
 
     def linear(self, x: Array, weight: Weight) -> Array: ...
 
@@ -63,7 +63,7 @@ class MachineLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Matrix:
-    """A RawTensor that comes from no file."""
+    """A StoredTensor that comes from no file."""
 
     shape: tuple[int, int]
     dtype: Coding

@@ -8,7 +8,7 @@ from octavo.ops.model_config import (
     RopeConfig,
     RopeScaling,
 )
-from octavo.ops.protocol import KVSpec, Ops, RawTensor
+from octavo.ops.protocol import KVSpec, Ops, StoredTensor
 
 __all__ = [
     "Activation",
@@ -17,7 +17,7 @@ __all__ = [
     "LayerConfig",
     "ModelConfig",
     "Ops",
-    "RawTensor",
     "RopeConfig",
     "RopeScaling",
+    "StoredTensor",
 ]

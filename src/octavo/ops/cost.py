@@ -62,11 +62,20 @@ def rms_norm(elements: int, weight_bytes: int, has_residual: bool, widths: Width
 
 
 def linear(
-    rows: int, in_features: int, out_features: int, weight_bytes: int, has_residual: bool, widths: Widths
+    rows: int,
+    in_features: int,
+    out_features: int,
+    weight_bytes: int,
+    has_residual: bool,
+    widths: Widths,
+    *,
+    has_bias: bool = False,
 ) -> Cost:
+    """`weight_bytes`: with those of the bias."""
     outputs = rows * out_features
     read = weight_bytes + (rows * in_features + outputs * has_residual) * widths.activation
-    return Cost(2 * outputs * in_features + outputs * has_residual, read, outputs * widths.activation)
+    added = outputs * (has_bias + has_residual)
+    return Cost(2 * outputs * in_features + added, read, outputs * widths.activation)
 
 
 def rope(elements: int, rotated: int, widths: Widths) -> Cost:

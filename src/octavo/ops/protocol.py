@@ -25,8 +25,8 @@ Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's,
 KVLayer = Any  # a backend's K and V of one layer, all blocks
 
 
-class RawTensor(Protocol):
-    """A tensor as the file has it. Provided by octavo.formats."""
+class StoredTensor(Protocol):
+    """A tensor as the file has it: an octavo.formats.RawTensor, or what stands in for one."""
 
     @property
     def name(self) -> str: ...
@@ -66,7 +66,6 @@ class KVSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    rope: RopeConfig
 
 
 class Ops(Protocol):
@@ -90,7 +89,7 @@ class Ops(Protocol):
 
     # --- for the memory plan, before anything is allocated: bytes ---
 
-    def weight_nbytes(self, tensor: RawTensor) -> int:
+    def weight_nbytes(self, tensor: StoredTensor) -> int:
         """What this backend keeps of a tensor."""
         ...
 
@@ -98,14 +97,24 @@ class Ops(Protocol):
         """K and V of so many tokens in one layer."""
         ...
 
-    def scratch_nbytes(self, config: ModelConfig, num_tokens: int, num_rows: int, max_context: int) -> int:
-        """Most that one step of `num_tokens` tokens and `num_rows` logits rows allocates besides weights and KV."""
+    def scratch_nbytes(
+        self,
+        config: ModelConfig,
+        layers: Callable[[Batch], Array],
+        num_tokens: int,
+        num_rows: int,
+        max_context: int,
+    ) -> int:
+        """Most that one step of `num_tokens` tokens and `num_rows` logits rows allocates besides weights and KV.
+        `layers`: all of the model but its head, as `capture` takes it, on KV layers that may be without blocks and
+        weights that need not be packed yet."""
         ...
 
     # --- made once, at load time ---
 
-    def linear_weight(self, parts: Sequence[RawTensor]) -> Weight:
-        """Pack matrices [out_i, in] that share their input into one handle; its outputs are the parts' side by side."""
+    def linear_weight(self, parts: Sequence[StoredTensor], biases: Sequence[StoredTensor] = ()) -> Weight:
+        """Pack matrices [out_i, in] that share their input into one handle; its outputs are the parts' side by side.
+        `biases`: [out_i] of each part, or none at all."""
         ...
 
     def defer_packing(self) -> Callable[[], None]:
@@ -113,11 +122,11 @@ class Ops(Protocol):
         before a weight is used and while the tensors' file is open."""
         ...
 
-    def embedding_weight(self, tensor: RawTensor) -> Weight:
+    def embedding_weight(self, tensor: StoredTensor) -> Weight:
         """Pack an embedding [vocab, hidden]. The handle serves `embed`, and `linear` where embeddings are tied."""
         ...
 
-    def vector_weight(self, tensor: RawTensor, offset: float = 0.0) -> Weight:
+    def vector_weight(self, tensor: StoredTensor, offset: float = 0.0) -> Weight:
         """Pack a norm's weight [n]; `offset` is added in float32."""
         ...
 
@@ -141,7 +150,7 @@ class Ops(Protocol):
         ...
 
     def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
-        """[T, out] = x @ weight^T + residual."""
+        """[T, out] = x @ weight^T + bias + residual, added in this order."""
         ...
 
     def split_heads(self, x: Array, parts: Sequence[int], head_dim: int) -> list[Array]:

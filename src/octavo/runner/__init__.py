@@ -1,1 +1,1 @@
-"""The runner: plans to batches, the loop over a model's layers, weights from files, executors."""
+"""The runner: plans to batches, the loop over a model's layers, executors."""

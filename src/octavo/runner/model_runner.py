@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
 from octavo.core.protocols import BlockTier
 from octavo.core.want import Hidden
-from octavo.models import Model
+from octavo.models import Model, run_layers
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.ops.rows import RowRequest
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
-from octavo.runner.memory import rows_per_slice
+from octavo.runner.logits import rows_per_slice
 from octavo.sampling import Sampler
 from octavo.sampling.sampler import SamplingError
 
@@ -34,7 +34,7 @@ class ModelRunner:
         self._block_size = block_size
         self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
-        self._trunk = ops.capture(self._run_trunk)
+        self._trunk = ops.capture(lambda batch: run_layers(model, ops, batch, self._kv))
         self._sampler = Sampler(ops.rows)
         self._rows_per_slice = rows_per_slice(vocab_size)
 
@@ -70,12 +70,6 @@ class ModelRunner:
             if index < self._num_layers:
                 x = self._model.layer(self._ops, index, x, batch, self._kv[index])
         return x, hidden
-
-    def _run_trunk(self, batch: Batch) -> Array:
-        x = self._model.embed(self._ops, batch)
-        for index, kv in enumerate(self._kv):
-            x = self._model.layer(self._ops, index, x, batch, kv)
-        return x
 
     def _answer(self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: Hiddens) -> tuple[GrantResult, ...]:
         answers = self._sample(batch, x, logits_requests(grants))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -10,36 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.trace import OpRecord, TraceOps, TraceWeight
-from octavo.formats.tensor import RawTensor
-from octavo.models import model_class
-from octavo.ops import Batch, ModelConfig
+from octavo.models import WeightLoader, family, run_layers
+from octavo.ops import Batch, ModelConfig, Ops
 from octavo.ops.cost import Widths
-from octavo.runner.weights import FileWeights, weight_shape
 
 
 def trace_step(
     config: ModelConfig,
     sequences: Sequence[tuple[int, int]],
     *,
-    tensors: Mapping[str, RawTensor] | None = None,
-    gguf: bool = True,
+    weights: Callable[[Ops], WeightLoader] | None = None,
     widths: Widths | None = None,
     logits_rows: int | None = None,
 ) -> list[OpRecord]:
     """The ops of a step in which each sequence has (tokens of context already cached, tokens computed now).
 
     Args:
-        tensors: of the model's file, for packed weight sizes; None: weights of `widths.activation` bytes an element.
-        gguf: whether `tensors` are a GGUF file's.
+        weights: makes the loader, for the sizes that a file has; None: weights of `widths.activation` bytes an element.
         logits_rows: rows whose logits are made; None: one per sequence.
     """
     ops = TraceOps(widths)
-    loader = _ShapeWeights(config, ops) if tensors is None else FileWeights(ops, config, "trace", tensors, gguf)
-    model = model_class(config.architecture)(config, loader)
-    batch = _batch(sequences)
-    x = model.embed(ops, batch)
-    for index, kv in enumerate(model.kv_specs):
-        x = model.layer(ops, index, x, batch, kv)
+    model = family(config.architecture).model(config, _ShapeWeights(ops) if weights is None else weights(ops))
+    x = run_layers(model, ops, _batch(sequences), ops.kv_layers(model.kv_specs, 0, 1))
     rows = np.arange(len(sequences) if logits_rows is None else logits_rows, dtype=np.int32)
     if len(rows):
         model.head(ops, ops.take_rows(x, rows))
@@ -97,21 +89,22 @@ class _ShapeTensor:
 class _ShapeWeights:
     """The WeightLoader of a model that exists as a configuration only."""
 
-    def __init__(self, config: ModelConfig, ops: TraceOps) -> None:
-        self._config = config
+    def __init__(self, ops: TraceOps) -> None:
         self._ops = ops
 
-    def _tensor(self, name: str) -> _ShapeTensor:
-        return _ShapeTensor(name, weight_shape(self._config, name), self._ops.widths.activation)
+    def _tensor(self, name: str, *shape: int) -> _ShapeTensor:
+        return _ShapeTensor(name, shape, self._ops.widths.activation)
 
-    def embedding(self, name: str) -> TraceWeight:
-        return self._ops.embedding_weight(self._tensor(name))
+    def embedding(self, name: str, rows: int, width: int) -> TraceWeight:
+        return self._ops.embedding_weight(self._tensor(name, rows, width))
 
-    def vector(self, name: str, offset: float = 0.0) -> TraceWeight:
-        return self._ops.vector_weight(self._tensor(name), offset)
+    def vector(self, name: str, size: int, offset: float = 0.0) -> TraceWeight:
+        return self._ops.vector_weight(self._tensor(name, size), offset)
 
-    def column_parallel(self, *names: str) -> TraceWeight:
-        return self._ops.linear_weight([self._tensor(name) for name in names])
+    def column_parallel(self, outputs: Mapping[str, int], inputs: int, *, bias: bool = False) -> TraceWeight:
+        parts = [self._tensor(name, size, inputs) for name, size in outputs.items()]
+        biases = [self._tensor(f"{name}.bias", size) for name, size in outputs.items()] if bias else []
+        return self._ops.linear_weight(parts, biases)
 
-    def row_parallel(self, name: str) -> TraceWeight:
-        return self._ops.linear_weight([self._tensor(name)])
+    def row_parallel(self, name: str, outputs: int, inputs: int) -> TraceWeight:
+        return self._ops.linear_weight([self._tensor(name, outputs, inputs)])

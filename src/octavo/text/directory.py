@@ -34,8 +34,13 @@ _MAX_CONFIG_BYTES = 32 << 20  # of one JSON file: of one that lists 65,536 token
 _MAX_TEMPLATE_BYTES, _MAX_TEMPLATES = 1 << 20, 64  # of templates in files of their own
 
 
-def tokenizer_from_directory(path: Path) -> Tokenizer:
-    """See `Tokenizer.from_directory`."""
+def tokenizer_from_directory(path: str | Path) -> Tokenizer:
+    """From ``tokenizer.json`` and the small JSON files beside it.
+
+    Raises ModelNotFoundError without a ``tokenizer.json``, ModelFormatError for a malformed file,
+    UnsupportedModelError for a decoder not implemented.
+    """
+    path = Path(path)
     if not path.is_dir():
         raise ModelNotFoundError(f"{path}: no such directory")
     file = path / "tokenizer.json"

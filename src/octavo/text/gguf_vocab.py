@@ -145,8 +145,13 @@ class _Metadata:
         log.warning(f"%s: {message}", self.path, *values)
 
 
-def tokenizer_from_gguf(values: Mapping[str, Any], path: object) -> Tokenizer:
-    """See `Tokenizer.from_gguf`."""
+def tokenizer_from_gguf(values: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
+    """From the ``tokenizer.*`` keys of a GGUF file; `path` is for error messages.
+
+    String arrays are sequences of str (one with a ``to_list`` method is turned into a list by it), numeric arrays
+    NumPy arrays or sequences. Raises UnsupportedModelError for a kind of tokenizer not implemented,
+    ModelFormatError naming the key for missing or inconsistent metadata.
+    """
     metadata = _Metadata(values, path)
     kind = metadata.string("model")
     if kind not in KINDS:

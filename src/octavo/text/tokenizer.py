@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.text.added_tokens import AddedTokens
@@ -19,8 +17,7 @@ _BORDERS = ("\n", ".", "a", "0", "\u4e00")
 
 
 class Tokenizer:
-    """Make one with `from_gguf` or `from_directory`. Safe to share by
-    threads.
+    """Made by `gguf_vocab.tokenizer_from_gguf` and `directory.tokenizer_from_directory`. Safe to share by threads.
 
     Decoding joins the bytes of the tokens and reads them as UTF-8, each maximal invalid part becoming one U+FFFD, as
     the Unicode standard recommends. On valid text that is what transformers gives; on a broken run of SentencePiece
@@ -58,30 +55,6 @@ class Tokenizer:
         self._chat_templates = dict(chat_templates)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
         self._special_texts: AddedTokens | None = None  # made when first asked for
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
-        """From the ``tokenizer.*`` keys of a GGUF file; `path` is for error messages.
-
-        String arrays are sequences of str (one with a ``to_list`` method is turned into a list by it), numeric arrays
-        NumPy arrays or sequences. Raises UnsupportedModelError for a kind of tokenizer not implemented,
-        ModelFormatError naming the key for missing or inconsistent metadata.
-        """
-        from octavo.text.gguf_vocab import tokenizer_from_gguf
-
-        return tokenizer_from_gguf(metadata, path)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> Tokenizer:
-        """From a Hugging Face directory: ``tokenizer.json`` and the small JSON files beside it. No code there is ever
-        run.
-
-        Raises ModelNotFoundError without a ``tokenizer.json``, ModelFormatError for a malformed file,
-        UnsupportedModelError for a decoder not implemented.
-        """
-        from octavo.text.directory import tokenizer_from_directory
-
-        return tokenizer_from_directory(Path(path))
 
     @property
     def vocab_size(self) -> int:

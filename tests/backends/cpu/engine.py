@@ -54,8 +54,9 @@ def label(combination: Mapping[str, Any]) -> str:
 # --- models and requests ---
 
 
-def awkward_llama(folder: Path, tokenizer_from: Path, **settings: Any) -> Path:
-    """A random Llama none of whose sizes a vector or a group of 32 divides, but for head_dim; three KV heads."""
+def awkward_llama(folder: Path, tokenizer_from: Path, variant: str = "llama-tied", **settings: Any) -> Path:
+    """A random Llama none of whose sizes a vector or a group of 32 divides, but for head_dim; three KV heads. Or a
+    model of another family that has them."""
     import json
 
     sizes = {
@@ -68,7 +69,7 @@ def awkward_llama(folder: Path, tokenizer_from: Path, **settings: Any) -> Path:
         "head_dim": 48,
         "max_position_embeddings": 1024,
     }
-    make(folder, "llama-tied", settings=sizes | settings)
+    make(folder, variant, settings=sizes | settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, folder / name)
     return folder

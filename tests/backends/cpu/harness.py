@@ -103,6 +103,11 @@ def random_tensor(name: str, outputs: int, inputs: int, seed: int = 0, scales: N
     return RawTensor(name, (outputs, inputs), kind, blocks.reshape(outputs, -1))
 
 
+def vector(values: Floats, name: str = "b") -> RawTensor:
+    """A bias as a file has it."""
+    return RawTensor(name, values.shape, QuantType.F32, np.ascontiguousarray(values).view(np.uint8).reshape(1, -1))
+
+
 def unpacked(weight: Any, segment: int, first: int, outputs: int, inputs: int) -> Floats:
     out = np.full((outputs, inputs), np.nan, np.float32)
     weight.unpack(segment, first, out)
@@ -144,7 +149,7 @@ class Paged:
         for s, count in enumerate(counts):
             self.tables[s, :count] = dealt[at : at + count]
             at += count
-        spec = KVSpec(self.kv_heads, self.head_dim, self.window, ROPE)
+        spec = KVSpec(self.kv_heads, self.head_dim, self.window)
         (self.kv,) = self.ops.kv_layers([spec], num_blocks, self.block_size)
         if self.fill is not None:
             self._write_all(num_blocks * self.block_size, self.fill)

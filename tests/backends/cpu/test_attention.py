@@ -13,7 +13,6 @@ from octavo.backends.reference import ReferenceOps
 from octavo.ops import KVSpec
 from tests.backends.cpu.harness import (
     INSTRUCTION_SETS,
-    ROPE,
     Floats,
     Paged,
     array,
@@ -187,7 +186,7 @@ def test_copy_blocks_in_order(kv_dtype: str) -> None:
     """A target may be the source of a later copy, and a source be overwritten by one; all layers. Whole blocks move:
     guards against scales left behind."""
     ops = CpuOps(threads=1, kv_dtype=kv_dtype)
-    specs = [KVSpec(2, 32, None, ROPE), KVSpec(1, 16, 16, ROPE)]
+    specs = [KVSpec(2, 32, None), KVSpec(1, 16, 16)]
     layers = ops.kv_layers(specs, 5, 16)
     values = [array(5 * 16, spec.num_kv_heads, spec.head_dim, seed=i) for i, spec in enumerate(specs)]
 
@@ -196,7 +195,7 @@ def test_copy_blocks_in_order(kv_dtype: str) -> None:
         spec, kv = specs[index], layers[index]
         paged = Paged(ops, [16] * 5, spec.num_kv_heads, spec.head_dim, fill=None)
         paged.tables[:, 0] = np.arange(5)
-        one_key = ops.kv_layers([KVSpec(spec.num_kv_heads, spec.head_dim, 1, ROPE)], 0, 16)[0]
+        one_key = ops.kv_layers([KVSpec(spec.num_kv_heads, spec.head_dim, 1)], 0, 16)[0]
         assert one_key.layer is not kv.layer
         paged.kv = kv
         q = np.zeros((16, spec.num_kv_heads, spec.head_dim), np.float32)
@@ -221,7 +220,7 @@ def test_copy_blocks_in_order(kv_dtype: str) -> None:
 def test_bytes_of_kv(kv_dtype: str) -> None:
     """The memory plan's number is what a block of a layer takes."""
     ops = CpuOps(threads=1, kv_dtype=kv_dtype)
-    spec = KVSpec(3, 64, None, ROPE)
+    spec = KVSpec(3, 64, None)
     values = 2 * 160 * 3 * 64 * KV_BYTES[kv_dtype]
     scales = 2 * 160 * 3 * 4 * 2 if kv_dtype == "int8" else 0  # one for 32 values
     assert ops.kv_nbytes(spec, 160) == values + scales

@@ -56,6 +56,18 @@ BREAKS = [
         (f"{CPU}/test_linear.py",),
     ),
     Break(
+        2,
+        "the bias of a single row is added by halves",
+        "csrc/cpu/linear.inl",
+        "if (piece.bias != nullptr) acc = add(acc, load(piece.bias + panel * kPanel));",
+        "if (piece.bias != nullptr) {\n"
+        "const F bias = mul(load(piece.bias + panel * kPanel), set1(piece.rows == 1 ? 0.5f : 1.0f));\n"
+        "acc = add(acc, bias);\n"
+        "if (piece.rows == 1) acc = add(acc, bias);\n"
+        "}",
+        (f"{CPU}/test_linear.py",),
+    ),
+    Break(
         3,
         "a group's scale looks at the group before it",
         "csrc/cpu/linear.inl",

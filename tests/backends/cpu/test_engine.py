@@ -42,10 +42,22 @@ def tiny_cpu_llama_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFa
     return awkward_llama(tmp_path_factory.mktemp("awkward"), tiny_llama_dir)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module")
+def tiny_cpu_qwen2_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases, and a window on the second layer."""
+    window = {"sliding_window": 40, "max_window_layers": 1}
+    return awkward_llama(tmp_path_factory.mktemp("qwen2"), tiny_llama_dir, "qwen2-window", **window)
+
+
+@pytest.fixture(scope="module")
+def tiny_cpu_qwen3_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return awkward_llama(tmp_path_factory.mktemp("qwen3"), tiny_llama_dir, "qwen3")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def known(request: pytest.FixtureRequest) -> Known:
     """A tiny model, requests, and what each answers alone, by KV type."""
-    name = "tiny_cpu_llama_dir" if request.param == "llama" else "tiny_gemma3_dir"
+    name = "tiny_gemma3_dir" if request.param == "gemma3" else f"tiny_cpu_{request.param}_dir"
     folder: Path = request.getfixturevalue(name)
     with LLM(str(folder), backend="cpu", threads=1, max_model_len=64) as llm:
         requests = requests_for(llm.model_config.vocab_size, long_prompt=310, max_tokens=20)

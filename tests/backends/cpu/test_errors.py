@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from octavo import _C, LLM, SamplingParams
-from octavo.backends.cpu import CpuOps, available_processors
+from octavo.backends.cpu import CpuOps, CpuWeight, available_processors
 from octavo.core.errors import ConfigError
 from octavo.ops import KVSpec
 from tests.backends.cpu.engine import awkward_llama
-from tests.backends.cpu.harness import ROPE, Paged, array, random_tensor
+from tests.backends.cpu.harness import Paged, array, random_tensor
 
 F32 = np.float32
 
@@ -100,7 +100,7 @@ def test_memory_that_is_not_there(make: Callable[[], Any]) -> None:
 def test_untouched_blocks_cost_nothing() -> None:
     """KV is taken from the system when it is written: 1 TiB of blocks, a few of them used."""
     ops = CpuOps(threads=1)
-    (kv,) = ops.kv_layers([KVSpec(8, 128, None, ROPE)], 2**24, 16)
+    (kv,) = ops.kv_layers([KVSpec(8, 128, None)], 2**24, 16)
     assert kv.layer.nbytes == 2**40
     kv.layer.copy_block(2**24 - 1, 7)
 
@@ -196,6 +196,9 @@ def test_packing_outside(ops: CpuOps) -> None:
     for order, at, error in (([4], 0, IndexError), ([-1], 0, IndexError), ([0] * 4, 17, ValueError)):
         with pytest.raises(error):
             _C.pack(ops.machine, [(weight, 0, rows, np.array(order), at)])
+    with pytest.raises(ValueError, match="nothing was packed"):
+        weight.unpack(0, 0, np.empty((1, 64), F32))
+    _C.pack(ops.machine, [(weight, 0, rows, None, 0)])
     for part, first, shape, error in ((1, 0, (1, 64), IndexError), (0, 20, (1, 64), ValueError)):
         with pytest.raises(error):
             weight.unpack(part, first, np.empty(shape, F32))
@@ -204,6 +207,25 @@ def test_packing_outside(ops: CpuOps) -> None:
     for first, shape in ((2**64 - 1, (2, 64)), (0, (1, 63)), (0, (21, 64))):
         with pytest.raises(ValueError, match="shape"):
             weight.unpack(0, first, np.empty(shape, F32))
+
+
+def test_weights_that_were_never_packed(ops: CpuOps) -> None:
+    """They have no memory: guards against reading from there."""
+    weight = CpuWeight(_C.Weight([("Q4_1", 20)], 64), (20,))
+    x = ops.from_numpy(np.ones((3, 64), F32))
+    with pytest.raises(ValueError, match="a weight was never packed"):
+        ops.linear(x, weight)
+    _C.pack(ops.machine, [(weight.packed, 0, random_tensor("Q4_1", 20, 64).data, None, 0)])
+    assert ops.linear(x, weight).columns == 20
+
+
+@pytest.mark.parametrize("size", [0, 19, 21, 32])
+def test_biases_of_another_size(size: int) -> None:
+    if size == 0:
+        assert _C.Weight([("Q4_1", 20)], 64, np.empty(0, F32)).outputs == 20  # none
+        return
+    with pytest.raises(ValueError, match="a bias has a number for each output"):
+        _C.Weight([("Q4_1", 20)], 64, np.ones(size, F32))
 
 
 def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from octavo.backends.cpu import FORMATS, CpuOps
+from octavo.backends.reference import ReferenceOps
 from octavo.formats import QuantType, RawTensor
 from tests.backends.cpu.harness import (
     CODES,
@@ -22,6 +23,7 @@ from tests.backends.cpu.harness import (
     machines,
     random_tensor,
     run_linear,
+    vector,
 )
 
 INPUTS = {"short": 1, "some": 3, "long": 8}  # in units of 32, or 256 for formats with super-blocks
@@ -49,9 +51,9 @@ def expected(x: Floats, tensor: RawTensor) -> tuple[NDArray[np.float64], NDArray
     return values @ weights.T, np.abs(values) @ np.abs(weights).T
 
 
-def weight_of(ops: CpuOps, name: str, outputs: int, inputs: int) -> tuple[Any, RawTensor]:
+def weight_of(ops: CpuOps, name: str, outputs: int, inputs: int, bias: Floats | None = None) -> tuple[Any, RawTensor]:
     tensor = random_tensor(name, outputs, inputs)
-    return ops.linear_weight([tensor]), tensor
+    return ops.linear_weight([tensor], [] if bias is None else [vector(bias)]), tensor
 
 
 def activations(rows: int, inputs: int, seed: int = 0) -> Floats:
@@ -77,6 +79,10 @@ def test_against_float64(instruction_set: str, name: str) -> None:
         assert (np.abs(got - exact) <= 2e-6 * magnitude + 1e-30).all(), np.abs(got - exact).max()
         residual = array(rows, outputs, seed=5)
         np.testing.assert_array_equal(run_linear(ops, weight, x, residual), got + residual)
+        bias = array(outputs, seed=6)
+        biased, _ = weight_of(ops, name, outputs, inputs, bias)
+        np.testing.assert_array_equal(run_linear(ops, biased, x), got + bias)
+        np.testing.assert_array_equal(run_linear(ops, biased, x, residual), (got + bias) + residual)
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -219,7 +225,7 @@ def test_a_row_is_the_same_among_others(instruction_set: str, name: str) -> None
     multiplies where one instance of the kernel has none."""
     ops = machine(instruction_set)
     inputs = 512
-    weight, _ = weight_of(ops, name, 40, inputs)
+    weight, _ = weight_of(ops, name, 40, inputs, array(40, seed=6))
     x, residual = activations(20, inputs), array(20, 40, seed=9)
     alone = np.concatenate([run_linear(ops, weight, x[i : i + 1], residual[i : i + 1]) for i in range(20)])
     for rows in range(1, 21):
@@ -234,11 +240,12 @@ def test_an_output_is_the_same_among_others(name: str) -> None:
     and outputs that are written past the end."""
     ops = machine("portable") if name in FLOATS else CpuOps(threads=1)
     tensor = random_tensor(name, 50, 256)
-    x, residual = activations(3, 256), array(3, 50, seed=9)
-    whole = run_linear(ops, ops.linear_weight([tensor]), x, residual)
+    x, residual, bias = activations(3, 256), array(3, 50, seed=9), array(50, seed=6)
+    whole = run_linear(ops, ops.linear_weight([tensor], [vector(bias)]), x, residual)
     for outputs in range(1, 50):
         part = RawTensor("w", (outputs, 256), tensor.dtype, tensor.data[:outputs])
-        got = run_linear(ops, ops.linear_weight([part]), x, np.ascontiguousarray(residual[:, :outputs]))
+        weight = ops.linear_weight([part], [vector(bias[:outputs])])
+        got = run_linear(ops, weight, x, np.ascontiguousarray(residual[:, :outputs]))
         bits_equal(got, whole[:, :outputs], f"{outputs} outputs")
 
 
@@ -250,7 +257,7 @@ def test_instruction_sets_and_threads_agree(name: str, rows: int) -> None:
     x, residual = activations(rows, inputs), array(rows, 300, seed=9)
     expected_bits = None
     for note, ops in machines():
-        weight, _ = weight_of(ops, name, 300, inputs)
+        weight, _ = weight_of(ops, name, 300, inputs, array(300, seed=6))
         got = run_linear(ops, weight, x, residual)
         expected_bits = got if expected_bits is None else expected_bits
         bits_equal(got, expected_bits, note)
@@ -262,11 +269,12 @@ def test_parts_of_different_formats() -> None:
     for note, ops in machines():
         tensors = [random_tensor(name, outputs, 256, seed=i) for i, (name, outputs) in enumerate(layout)]
         x, residual = activations(9, 256), array(9, 60, seed=9)
-        got = run_linear(ops, ops.linear_weight(tensors), x, residual)
+        biases = [vector(array(outputs, seed=20 + i)) for i, (_, outputs) in enumerate(layout)]
+        got = run_linear(ops, ops.linear_weight(tensors, biases), x, residual)
         columns = np.split(residual, np.cumsum([outputs for _, outputs in layout])[:-1], axis=1)
         each = [
-            run_linear(ops, ops.linear_weight([tensor]), x, np.ascontiguousarray(part))
-            for tensor, part in zip(tensors, columns, strict=True)
+            run_linear(ops, ops.linear_weight([tensor], [bias]), x, np.ascontiguousarray(part))
+            for tensor, bias, part in zip(tensors, biases, columns, strict=True)
         ]
         bits_equal(got, np.concatenate(each, axis=1), note)
 
@@ -280,6 +288,22 @@ def test_float32_compute(name: str) -> None:
     weights = tensor.dequantize().astype(np.float64)
     got = run_linear(ops, ops.linear_weight([tensor]), x)
     assert (np.abs(got - x @ weights.T) <= 2e-6 * (np.abs(x) @ np.abs(weights).T)).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "F32"])
+def test_bias_against_the_reference(name: str) -> None:
+    """The same handle on both backends, of parts each with its bias."""
+    ops, reference = CpuOps(threads=2, compute_dtype="float32"), ReferenceOps("float64")
+    tensors = [random_tensor(name, outputs, 64, seed=outputs) for outputs in (20, 7)]
+    biases = [vector(array(outputs, seed=outputs) * 3) for outputs in (20, 7)]
+    x, residual = activations(5, 64), array(5, 27, seed=9)
+    theirs = reference.linear(x.astype(np.float64), reference.linear_weight(tensors, biases), residual)
+    ours = run_linear(ops, ops.linear_weight(tensors, biases), x, residual)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    without = reference.linear(x.astype(np.float64), reference.linear_weight(tensors), residual)
+    np.testing.assert_allclose(
+        theirs - without, np.tile(np.concatenate([array(20, seed=20), array(7, seed=7)]) * 3, (5, 1))
+    )
 
 
 def test_no_rows() -> None:

@@ -197,7 +197,7 @@ def test_captured_is_eager(instruction_set: str, threads: int) -> None:
 
     def build() -> tuple[CpuOps, Callable[[Batch], Any]]:
         ops = machine(instruction_set, threads)
-        specs = [KVSpec(2, 16, window, RopeConfig(1e4, 16)) for window in (None, 5, None)]
+        specs = [KVSpec(2, 16, window) for window in (None, 5, None)]
         shapes = {"embedding": ("Q6_K", 50, 256), "up": ("Q4_K", 512, 256), "down": ("Q8_0", 256, 256)}
         weights: dict[str, Any] = {name: ops.linear_weight([random_tensor(*shape)]) for name, shape in shapes.items()}
         weights["qkv"] = ops.linear_weight([random_tensor(*part) for part in QKV])

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError
 from octavo.formats.tensor import RawTensor
+from octavo.models import family
 from octavo.ops import ModelConfig, Ops
 from octavo.ops.protocol import Weight
 
-log = logging.getLogger(__name__)
-
-# GGUF name of a layer's tensor, by the canonical name inside the layer. Families differ in two of them.
-_GGUF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GGUF_GEMMA3_LAYER = _GGUF_LAYER | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 _GGUF_MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -51,6 +31,7 @@ class FileWeights:
     ) -> None:
         self._ops = ops
         self._config = config
+        self._family = family(config.architecture)
         self._path = path
         self._tensors = tensors
         self._gguf = gguf
@@ -59,17 +40,19 @@ class FileWeights:
 
     # --- what models call ---
 
-    def embedding(self, name: str) -> Weight:
-        return self._ops.embedding_weight(self._take(name))
+    def embedding(self, name: str, rows: int, width: int) -> Weight:
+        return self._ops.embedding_weight(self._take(name, (rows, width)))
 
-    def vector(self, name: str, offset: float = 0.0) -> Weight:
-        return self._ops.vector_weight(self._take(name), offset)
+    def vector(self, name: str, size: int, offset: float = 0.0) -> Weight:
+        return self._ops.vector_weight(self._take(name, (size,)), offset)
 
-    def column_parallel(self, *names: str) -> Weight:
-        return self._ops.linear_weight([self._take(name) for name in names])
+    def column_parallel(self, outputs: Mapping[str, int], inputs: int, *, bias: bool = False) -> Weight:
+        parts = [self._take(name, (size, inputs)) for name, size in outputs.items()]
+        biases = [self._take(name, (size,), "bias") for name, size in outputs.items()] if bias else []
+        return self._ops.linear_weight(parts, biases)
 
-    def row_parallel(self, name: str) -> Weight:
-        return self._ops.linear_weight([self._take(name)])
+    def row_parallel(self, name: str, outputs: int, inputs: int) -> Weight:
+        return self._ops.linear_weight([self._take(name, (outputs, inputs))])
 
     # --- files ---
 
@@ -96,34 +79,37 @@ class FileWeights:
             )
         self._pack()
 
-    def _take(self, name: str) -> RawTensor:
-        file_name = self._file_name(name)
+    def _take(self, name: str, expected: tuple[int, ...], kind: str = "weight") -> RawTensor:
+        file_name = self._file_name(name, kind)
         tensor = self._tensors.get(file_name)
         if tensor is None:
             raise ModelFormatError(self._path, file_name, "tensor is missing")
         self._unused.discard(file_name)
-        expected = weight_shape(self._config, name)
         if tensor.shape != expected:
             raise ModelFormatError(
                 self._path, file_name, f"has shape {tensor.shape}; the configuration says {expected}"
             )
-        if self._gguf and self._config.architecture == "llama" and name.endswith((".q_proj", ".k_proj")):
+        if self._gguf and self._family.gguf_interleaved_rope and name.endswith((".q_proj", ".k_proj")):
             return tensor.select_rows(self._halves_order(tensor.shape[0]))
         return tensor
 
-    def _file_name(self, name: str) -> str:
-        if not self._gguf:
-            found = stored_tensor(self._tensors, name)
-            if found is None and name == "embed_tokens" and self._config.tie_embeddings:
-                found = stored_tensor(self._tensors, "lm_head")  # the one of the two that was stored
-            return _hf_name(self._tensors, name) if found is None else found.name
-        if match := _LAYER_NAME.fullmatch(name):
-            names = _GGUF_GEMMA3_LAYER if self._config.architecture == "gemma3" else _GGUF_LAYER
-            return f"blk.{match[1]}.{names[match[2]]}.weight"
-        return f"{_GGUF_MODEL[name]}.weight"
+    def _file_name(self, name: str, kind: str = "weight") -> str:
+        if self._gguf:
+            return self._gguf_name(name, kind)
+        found = stored_tensor(self._tensors, name)
+        if found is None and name == "embed_tokens" and self._config.tie_embeddings:
+            found = stored_tensor(self._tensors, "lm_head")  # the one of the two that was stored
+        return _hf_name(self._tensors, name, kind) if found is None or kind != "weight" else found.name
 
-    def _halves_order(self, rows: int) -> np.ndarray:
-        """llama.cpp stores q and k of the Llama family for a rope on neighbouring pairs: within each head, rows
+    def _gguf_name(self, name: str, kind: str) -> str:
+        match = _LAYER_NAME.fullmatch(name)
+        known = _GGUF_MODEL.get(name) if match is None else self._family.gguf_layer.get(match[2])
+        if known is None:
+            raise LookupError(f"{self._family.name}: GGUF files have no name for {name}")
+        return f"{known}.{kind}" if match is None else f"blk.{match[1]}.{known}.{kind}"
+
+    def _halves_order(self, rows: int) -> NDArray[np.intp]:
+        """llama.cpp stores q and k of some families for a rope on neighbouring pairs: within each head, rows
         2i and 2i + 1 are what the original has at i and i + D/2. Whole rows move, so quantised values stay."""
         head_dim = self._config.head_dim
         within = np.arange(head_dim).reshape(-1, 2).T.reshape(-1)  # 0, 2, 4, ..., 1, 3, 5, ...
@@ -135,28 +121,8 @@ def stored_tensor(tensors: Mapping[str, RawTensor], name: str) -> RawTensor | No
     return tensors.get(_hf_name(tensors, name))
 
 
-def _hf_name(tensors: Mapping[str, RawTensor], name: str) -> str:
+def _hf_name(tensors: Mapping[str, RawTensor], name: str, kind: str = "weight") -> str:
     if name == "lm_head":
         return next((head for head in _HF_HEADS if head in tensors), _HF_HEADS[0])
     prefix = next((p for p in _HF_PREFIXES if f"{p}norm.weight" in tensors), _HF_PREFIXES[0])
-    return f"{prefix}{name}.weight"
-
-
-def weight_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """The shape that a model's weight has by its canonical name, outermost dimension first."""
-    c = config
-    hidden, query, key = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes = {
-        "embed_tokens": (c.vocab_size, hidden),
-        "lm_head": (c.vocab_size, hidden),
-        "q_proj": (query, hidden),
-        "k_proj": (key, hidden),
-        "v_proj": (key, hidden),
-        "o_proj": (hidden, query),
-        "q_norm": (c.head_dim,),
-        "k_norm": (c.head_dim,),
-        "gate_proj": (c.intermediate_size, hidden),
-        "up_proj": (c.intermediate_size, hidden),
-        "down_proj": (hidden, c.intermediate_size),
-    }
-    return shapes.get(name.rsplit(".", 1)[-1], (hidden,))  # all else are norms over the hidden state
+    return f"{prefix}{name}.{kind}"

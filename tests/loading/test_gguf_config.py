@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.formats import GGUFFile, QuantType, RawTensor
+from octavo.loading.gguf_config import config_from_gguf
 from octavo.ops import RopeConfig, RopeScaling
-from octavo.runner.gguf_config import config_from_gguf
 
 SOUND: dict[str, Any] = {
     "block_count": 8,
@@ -124,7 +124,7 @@ import sys
 from resource import RUSAGE_SELF, getrusage
 from octavo.core.errors import ModelFormatError
 from octavo.formats import GGUFFile
-from octavo.runner.gguf_config import config_from_gguf
+from octavo.loading.gguf_config import config_from_gguf
 before = getrusage(RUSAGE_SELF).ru_maxrss
 with GGUFFile(sys.argv[1]) as file:
     try:
@@ -164,6 +164,17 @@ def test_rope_factors_are_scaled_too() -> None:
         config_of("llama", SOUND | {"rope.scaling.type": "yarn"}, tensor("rope_freqs.weight", 4, value=2.0))
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_qwen(architecture: str) -> None:
+    """Guards against a window on every layer: files may name one, but not where it begins or whether it is used."""
+    config = config_of(architecture, SOUND | {"attention.key_length": 12, "attention.value_length": 12})
+    assert (config.architecture, config.head_dim, config.num_layers) == (architecture, 12, 8)
+    windows = config_of(architecture, SOUND | {"attention.sliding_window": 16}).layers
+    assert {layer.window for layer in windows} == {None}
+    with pytest.raises(UnsupportedModelError, match=rf"{architecture}\.rope\.scaling\.type='yarn'"):
+        config_of(architecture, SOUND | {"rope.scaling.type": "yarn"})
+
+
 def test_other_patterns_of_windows() -> None:
     config = config_of("gemma3", SOUND | {"attention.sliding_window": 16, "attention.sliding_window_pattern": 3})
     assert [layer.window for layer in config.layers] == [16, 16, None, 16, 16, None, 16, 16]
@@ -196,7 +207,7 @@ _VALUES = st.one_of(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    architecture=st.sampled_from(["llama", "gemma3"]),
+    architecture=st.sampled_from(["llama", "gemma3", "qwen2", "qwen3"]),
     changes=st.dictionaries(st.sampled_from([*SOUND, *OTHERS]), _VALUES, min_size=1, max_size=3),
 )
 def test_any_values(architecture: str, changes: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pytest
 from octavo import LLM
 from octavo.core.errors import OutOfMemoryError
 from octavo.core.want import Sample
-from octavo.runner.memory import available_memory, plan_memory, rows_per_slice, size
+from octavo.loading.memory import available_memory, plan_memory, size
+from octavo.runner.logits import rows_per_slice
 from tests.models.probe import GREEDY, Probe
 from tests.models.tiny import make
 
@@ -136,7 +139,8 @@ def test_a_step_keeps_to_its_scratch(
         parts.append((sequence, context + length, Sample((GREEDY,))))
     longest = max(stop for _, stop, _ in parts)
     num_tokens = sum(lengths)
-    planned = probe.ops.scratch_nbytes(probe.config, num_tokens, min(num_tokens, rows_per_slice(vocab)), longest)
+    rows = min(num_tokens, rows_per_slice(vocab))
+    planned = probe.ops.scratch_nbytes(probe.config, lambda _: None, num_tokens, rows, longest)
     probe.tap.rows = _Nothing()
     tracemalloc.start()
     try:
@@ -154,3 +158,27 @@ class _Nothing(list):  # type: ignore[type-arg]
 
     def __iadd__(self, rows: object) -> _Nothing:  # type: ignore[override,misc]
         return self
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_is_refused_was_not_allocated(tmp_path: Path, backend: str) -> None:
+    """Guards against weights that take their memory before the plan says that there is none."""
+    settings = {"vocab_size": 2_000_000, "hidden_size": 64, "head_dim": 16}
+    make(tmp_path, "llama-tied", settings=settings, dtype="float16")  # 512 MB as float32
+    program = """
+import sys
+from resource import RUSAGE_SELF, getrusage
+import octavo.backends.cpu, octavo.wiring
+from octavo import LLM
+from octavo.core.errors import OutOfMemoryError
+from octavo.loading import memory
+before = getrusage(RUSAGE_SELF).ru_maxrss
+try:
+    LLM(sys.argv[1], backend=sys.argv[2], kv_cache_memory_bytes=1 << 10)
+except OutOfMemoryError as error:
+    assert "kv_cache_memory_bytes" in str(error)
+    print(getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path), backend]
+    kib = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert int(kib) < 64 << 10

@@ -12,7 +12,6 @@ from octavo.core.errors import OutOfMemoryError
 # unless one sequence of max_model_len needs more.
 KV_SHARE = 0.5
 KV_MOST_BYTES = 4 << 30
-LOGITS_SLICE_BYTES = 64 << 20  # logits are made this much at a time, whatever the number of rows
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -42,11 +41,6 @@ class MemoryPlan:
             f"each; {self.num_blocks * self.block_size} tokens) = {size(self.total_bytes)} of "
             f"{size(self.available_bytes)} available"
         )
-
-
-def rows_per_slice(vocab_size: int) -> int:
-    """Rows of logits (float32) that are made at a time."""
-    return max(LOGITS_SLICE_BYTES // (4 * vocab_size), 1)
 
 
 def plan_memory(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from octavo import LLM
-from octavo.runner.fingerprint import fingerprint_of, versions_of
+from octavo.loading.fingerprint import fingerprint_of, versions_of
 
 
 def test_of_files_and_settings(tmp_path: Path) -> None:

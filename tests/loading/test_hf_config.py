@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from octavo.loading.hf_config import config_from_folder
 from octavo.ops import Activation, ModelConfig, RopeConfig, RopeScaling
-from octavo.runner.hf_config import config_from_folder
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -62,6 +62,56 @@ def test_gemma3_defaults(tmp_path: Path) -> None:
     for layer, kind in zip(config.layers, theirs.layer_types, strict=True):
         assert layer.rope.theta == theirs.rope_parameters[kind]["rope_theta"]
         assert layer.window == (theirs.sliding_window if kind == "sliding_attention" else None)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_sliding_window": True},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 15},
+        {"tie_word_embeddings": True, "head_dim": 24},
+        {"num_key_value_heads": None},
+    ],
+)
+def test_qwen_is_read_as_in_transformers(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    given = ("hidden_size", "intermediate_size", "vocab_size")
+    values = {key: LLAMA[key] for key in given} | {"model_type": kind, "num_hidden_layers": 30}
+    config = read(tmp_path, values | {"num_attention_heads": 16, "num_key_value_heads": 8} | changes)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert (config.architecture, config.num_kv_heads) == (kind, theirs.num_key_value_heads)
+    heads = theirs.hidden_size // theirs.num_attention_heads
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or heads)
+    assert (config.max_position, config.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+    windows = [theirs.sliding_window if name == "sliding_attention" else None for name in theirs.layer_types]
+    assert [layer.window for layer in config.layers] == windows
+    assert {layer.rope.theta for layer in config.layers} == {theirs.rope_parameters["rope_theta"]}
+
+
+def test_qwen_leaves_out_what_transformers_knows(tmp_path: Path) -> None:
+    """As many KV heads as transformers has where the key is missing; where it is null, as many as there are heads."""
+    values = LLAMA | {"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 128}
+    assert read(tmp_path, values).num_kv_heads == 32
+    assert read(tmp_path, values | {"num_key_value_heads": None}).num_kv_heads == 64
+
+
+def test_biases_of_qwen(tmp_path: Path) -> None:
+    """Qwen 2 has them whatever the file says, as in transformers; Qwen 3 with them is not built."""
+    assert read(tmp_path, LLAMA | {"model_type": "qwen2", "attention_bias": False, "num_key_value_heads": 4})
+    with pytest.raises(UnsupportedModelError, match="attention_bias=True is not supported"):
+        read(tmp_path, LLAMA | {"model_type": "qwen3", "attention_bias": True, "num_key_value_heads": 4})
+    with pytest.raises(UnsupportedModelError, match="dual_chunk_attention_config="):
+        read(tmp_path, LLAMA | {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}})
+    with pytest.raises(UnsupportedModelError, match="rope type 'yarn' is not supported; supported: default, linear"):
+        rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+        read(tmp_path, LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4, "rope_scaling": rope})
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -199,6 +249,14 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_f
         (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
         (GEMMA3 | {"query_pre_attn_scalar": -4}, "query_pre_attn_scalar"),
         (GEMMA3 | {"model_type": "gemma3", "text_config": 5}, "text_config"),
+        ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window"),
+        ({"model_type": "qwen2", "num_key_value_heads": 4, "max_window_layers": "all"}, "max_window_layers"),
+        (
+            {"model_type": "qwen3", "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 0},
+            "sliding_window",
+        ),
+        ({"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 0}, "head_dim"),
+        ({"model_type": "qwen3", "num_key_value_heads": 3}, "num_kv_heads"),
     ],
 )
 def test_the_key_at_fault_is_named(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
@@ -249,6 +307,7 @@ _KEYS = sorted(
         *("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window"),
         *("sliding_window_pattern", "layer_types", "query_pre_attn_scalar", "tie_word_embeddings", "text_config"),
         *("hidden_act", "hidden_activation", "attention_bias", "rope_local_base_freq", "partial_rotary_factor"),
+        *("use_sliding_window", "max_window_layers", "dual_chunk_attention_config"),
     }
     - {"model_type"}
 )
@@ -256,7 +315,7 @@ _KEYS = sorted(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "mistral", "gemma3_text", "gemma3"]),
+    family=st.sampled_from(["llama", "mistral", "gemma3_text", "gemma3", "qwen2", "qwen3"]),
     changes=st.dictionaries(st.sampled_from(_KEYS), _HOSTILE, min_size=1, max_size=3),
 )
 def test_any_values(tmp_path_factory: pytest.TempPathFactory, family: str, changes: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 
 from octavo.formats import GGUFFile, RawTensor
 from octavo.formats.mapping import ModelFile
+from octavo.loading.gguf_config import config_from_gguf
+from octavo.loading.hf_config import config_from_folder
+from octavo.loading.weights import stored_tensor
 from octavo.ops import ModelConfig
-from octavo.runner.gguf_config import config_from_gguf
-from octavo.runner.hf_config import config_from_folder
-from octavo.runner.weights import stored_tensor
 
 log = logging.getLogger(__name__)
 

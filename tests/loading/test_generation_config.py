@@ -12,7 +12,7 @@ import pytest
 
 from octavo.core.errors import ModelFormatError
 from octavo.formats import GGUFFile
-from octavo.runner.generation_config import generation_config_of
+from octavo.loading.generation_config import generation_config_of
 
 ALL = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.05}
 

@@ -1,0 +1,24 @@
+"""A model between the two halves of building an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.formats.mapping import ModelFile
+from octavo.loading.memory import MemoryPlan
+from octavo.models import Model
+from octavo.ops import ModelConfig, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model whose weights are in memory, or on their way there."""
+
+    path: Path
+    file: ModelFile  # open
+    config: ModelConfig
+    max_model_len: int
+    ops: Ops
+    memory_plan: MemoryPlan
+    model: Model
