@@ -1,5 +1,7 @@
-"""Answers of the Octavo that is installed, as one JSON object: tokens, log-probabilities to the bit, and the files of all
-modules that were imported. ``python smoke.py INSTRUCTION_SET``; needs the model smollm2, and neither pytest nor a checkout.
+"""Answers of the Octavo that is installed, as one JSON object: tokens, log-probabilities to the bit, and the files of
+all modules that were imported.
+
+``python smoke.py INSTRUCTION_SET`` needs the model smollm2, and neither pytest nor a checkout.
 """
 
 from __future__ import annotations
@@ -8,8 +10,7 @@ import json
 import sys
 from typing import Any
 
-from octavo import LLM, BeamSearchParams, SamplingParams
-from octavo.core.outputs import CompletionOutput
+from octavo import LLM, BeamSearchParams, CompletionOutput, SamplingParams
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a village by the sea,"]
 
@@ -53,5 +54,5 @@ def _logprobs(rows: Any) -> Any:
 
 if __name__ == "__main__":
     result = answers(sys.argv[1])
-    files = sorted({module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)} - {__file__})
-    print(json.dumps({"answers": result, "files": files}))
+    files = {getattr(module, "__file__", None) for module in sys.modules.values()} - {None, __file__}
+    print(json.dumps({"answers": result, "files": sorted(files)}))

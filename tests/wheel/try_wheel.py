@@ -33,8 +33,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_contents(wheel: Path, root: Path = ROOT) -> None:
-    """The package and nothing else, with its licence and its program, for all Pythons from 3.11; no paths of the machine
-    that made it.
+    """The package and nothing else, with its licence and its program, for all Pythons from 3.11. Nothing in it names a
+    path of the machine that made it.
 
     Raises WheelError.
     """
