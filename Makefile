@@ -39,6 +39,24 @@ $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.install
 	$(PIP_INSTALL) --requirement $(VENV)/$*.txt
 	@touch $@
 
+install: $(VENV)/.install ## Install Octavo into .venv, editable
+
+run: $(VENV)/.install ## Fetch MODEL (smollm2) and answer PROMPT
+	@$(BIN)/octavo pull $(MODEL) > /dev/null
+	@$(BIN)/octavo run --model $(MODEL) "$(PROMPT)"
+
+test: $(VENV)/.test ## Run the tests, but for the slow ones and those that need a GPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test ## Run the slow tests; they re-make the oracle files
+	$(BIN)/python -m pytest -m slow --timeout 7200 $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test ## Try random input from strangers for FUZZ_SECONDS (an hour)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 $(VENV)/.wheel: $(VENV)/.pip pyproject.toml
 	$(EXTRA) wheel > $(VENV)/wheel.txt
 	$(PIP_INSTALL) --requirement $(VENV)/wheel.txt
@@ -59,26 +77,8 @@ dist/.wheel: $(VENV)/.wheel CMakeLists.txt README.md LICENSE $(CXX_FILES) $(PY_F
 wheel: dist/.wheel ## Make a wheel for any Linux with glibc 2.28 and Python 3.11 or later, and an sdist
 	@ls dist/*
 
-test-wheel: dist/.wheel ## Try the wheel in an environment without a compiler, and compare with .venv
-	$(PYTHON) -I tests/wheel/try_wheel.py dist/*.whl --compare-with $(BIN)/python
-
-install: $(VENV)/.install ## Install Octavo into .venv, editable
-
-run: $(VENV)/.install ## Fetch MODEL (smollm2) and answer PROMPT
-	@$(BIN)/octavo pull $(MODEL) > /dev/null
-	@$(BIN)/octavo run --model $(MODEL) "$(PROMPT)"
-
-test: $(VENV)/.test ## Run the tests, but for the slow ones and those that need a GPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-test-slow: $(VENV)/.test ## Run the slow tests; they re-make the oracle files
-	$(BIN)/python -m pytest -m slow --timeout 7200 $(PYTEST_ARGS)
-
-test-gpu: $(VENV)/.test ## Run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-
-fuzz: $(VENV)/.test ## Try random input from strangers for FUZZ_SECONDS (an hour)
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+test-wheel: dist/.wheel ## Try the wheel in an environment without a compiler; compare with .venv's Octavo if there is one
+	$(PYTHON) -I tests/wheel/try_wheel.py dist/*.whl $(if $(wildcard $(VENV)/.install),--compare-with $(BIN)/python)
 
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .

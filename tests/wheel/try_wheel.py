@@ -89,7 +89,7 @@ def output_of(command: list[str], folder: Path, variables: dict[str, str]) -> st
 
 
 def extension_of(files: list[str]) -> str:
-    (file,) = (file for file in files if file.endswith(Path(EXTENSION).name))
+    (file,) = (file for file in files if Path(file).match("octavo/_C.*.so"))
     return file
 
 
@@ -133,11 +133,10 @@ def try_wheel(wheel: Path, other: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--compare-with", type=Path, metavar="PYTHON", help="with another build; ignored if not there")
+    parser.add_argument("--compare-with", type=Path, metavar="PYTHON", help="one with another build of Octavo")
     arguments = parser.parse_args()
-    other = arguments.compare_with
     try:
-        try_wheel(arguments.wheel.resolve(), other if other is not None and other.exists() else None)
+        try_wheel(arguments.wheel.resolve(), arguments.compare_with)
     except WheelError as error:
         sys.exit(f"{arguments.wheel}: {error}")
 
