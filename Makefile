@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --build-constraint constraints.txt
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+PY_FILES := $(shell find src -name '*.py' -o -name '*.pyi')
 EXTRA = $(BIN)/python -c 'import sys, tomllib; \
     print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]]))'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-slow test-gpu fuzz lint format clean
+.PHONY: help install run test test-slow test-gpu fuzz wheel test-wheel lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -55,6 +56,29 @@ test-gpu: $(VENV)/.test ## Run the tests that need a GPU
 
 fuzz: $(VENV)/.test ## Try random input from strangers for FUZZ_SECONDS (an hour)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+$(VENV)/.wheel: $(VENV)/.pip pyproject.toml
+	$(EXTRA) wheel > $(VENV)/wheel.txt
+	$(PIP_INSTALL) --requirement $(VENV)/wheel.txt
+	@touch $@
+
+# The wheel is built from the sdist, so that both hold all that is needed. auditwheel refuses one that needs a newer glibc.
+# Times in archives are the last commit's: the same sources give the same bytes.
+dist/.wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || date +%s)
+dist/.wheel: $(VENV)/.wheel CMakeLists.txt README.md LICENSE $(CXX_FILES) $(PY_FILES)
+	rm -rf dist build/dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir build/dist \
+	    --config-setting cmake.define.OCTAVO_MANYLINUX=ON .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) \
+	    --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	@touch $@
+
+wheel: dist/.wheel ## Make a wheel for any Linux with glibc 2.28 and Python 3.11 or later, and an sdist
+	@ls dist/*
+
+test-wheel: dist/.wheel ## Try the wheel in an environment without a compiler; compare with .venv's Octavo if there is one
+	$(PYTHON) -I tests/wheel/try_wheel.py dist/*.whl $(if $(wildcard $(VENV)/.install),--compare-with $(BIN)/python)
 
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .
