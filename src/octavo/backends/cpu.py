@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -290,7 +291,7 @@ class CpuOps:
         ]
 
     def rope(self, x: CpuArray, batch: Batch, rope: RopeConfig) -> CpuArray:
-        frequencies = rope.inverse_frequencies()
+        frequencies = _inverse_frequencies(rope)
         head_dim = x.columns // x.heads
         return self._op(lambda g, a: g.rope(a, head_dim, rope.dim, frequencies), [x], x.columns, batch, x.heads)
 
@@ -330,6 +331,11 @@ class CpuOps:
         """An array of this backend from [rows, n] or [rows, heads, n] values."""
         flat = np.array(values, np.float32, order="C").reshape(len(values), math.prod(values.shape[1:]))
         return CpuArray(flat, -1, 0, flat.shape[1], values.shape[1] if values.ndim == 3 else 0)
+
+
+@cache  # layers have few different ones, and starting up records them all
+def _inverse_frequencies(rope: RopeConfig) -> NDArray[np.float32]:
+    return rope.inverse_frequencies()
 
 
 def _data(x: CpuArray) -> NDArray[np.float32]:
