@@ -19,8 +19,8 @@
 
 namespace octavo {
 
-// Matrices that share their input, side by side: one segment each. They have no memory before `allocate`: a model can be
-// looked at before there is room for it.
+// Matrices that share their input, side by side: one segment each. They have no memory before `allocate`: a model can
+// be looked at before there is room for it.
 struct Weight {
   struct Segment {
     Format format;
