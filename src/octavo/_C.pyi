@@ -27,22 +27,13 @@ def decode_strings(file: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDA
 def decode_pairs(
     file: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> list[tuple[str, str]] | None: ...
-def row_greatest(machine: Machine, row: _Floats) -> tuple[int, float]: ...
-def row_log_sum_exp(machine: Machine, row: _Floats) -> float: ...
-def row_log_softmax(machine: Machine, row: _Floats, out: _Floats) -> None: ...
-def row_best(machine: Machine, row: _Floats, ids: _Ints) -> None: ...
-def row_rank(machine: Machine, row: _Floats, id: int) -> int: ...
-def row_draw(
-    machine: Machine,
-    row: _Floats,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    stream: Sequence[int],
-    position: int,
-) -> int: ...
+
+# Row, position of what is drawn, kind of want, the want; see csrc/bindings.cpp.
+RowRequest = tuple[int, int, str, Any]
+TokenLogprob = tuple[int, float, int]  # token, log-probability, rank
+RowAnswer = tuple[list[int], list[float], list[TokenLogprob], list[list[TokenLogprob]]]
+
+def sample(machine: Machine, logits: _Floats, requests: Sequence[RowRequest]) -> list[RowAnswer | float | None]: ...
 
 class Weight:
     def __init__(self, parts: Sequence[tuple[str, int]], inputs: int) -> None: ...

@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import _C
+from octavo.backends.cpu_sampling import sample_rows
 from octavo.backends.processors import available_processors
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops.rows import RowRequest, SamplingError
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -27,9 +30,6 @@ _KV_GROUP = 32  # values of an int8 K or V that share a scale
 _MAX_HEAD_DIM = 1024
 _MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
-
-
-Row = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,6 @@ class CpuOps:
         self.machine = _C.Machine(
             instruction_set or _C.instruction_sets()[0], threads or available_processors(), share_prefixes, pin_threads
         )
-        self.rows = CpuRows(self.machine)
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
@@ -264,6 +263,9 @@ class CpuOps:
     def take_rows(self, x: CpuArray, rows: NDArray[np.int32]) -> CpuArray:
         return CpuArray(np.ascontiguousarray(self.to_numpy(x)[rows]), -1, 0, x.columns)
 
+    def sample(self, logits: CpuArray, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        return sample_rows(self.machine, self.to_numpy(logits), requests)
+
     def copy_blocks(self, layers: Sequence[CpuKV], copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:  # in order: a target may be the source of a later copy
             for kv in layers:
@@ -313,43 +315,3 @@ def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batc
         batch.tree_starts,
         batch.tree_parents,
     )
-
-
-class CpuRows:
-    """See octavo.ops.rows.RowOps."""
-
-    def __init__(self, machine: _C.Machine) -> None:
-        self._machine = machine
-
-    def greatest(self, row: Row) -> tuple[int, float]:
-        return _C.row_greatest(self._machine, row)
-
-    def log_sum_exp(self, row: Row) -> float:
-        return _C.row_log_sum_exp(self._machine, row)
-
-    def log_softmax(self, row: Row) -> Row:
-        out = np.empty_like(row)
-        _C.row_log_softmax(self._machine, row, out)
-        return out
-
-    def best(self, row: Row, k: int) -> NDArray[np.int32]:
-        ids = np.empty(k, np.int32)
-        _C.row_best(self._machine, row, ids)
-        return ids
-
-    def rank(self, row: Row, index: int) -> int:
-        return 1 + _C.row_rank(self._machine, row, index)
-
-    def draw(
-        self,
-        row: Row,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
-        stream: tuple[int, ...],
-        position: int,
-    ) -> int:
-        return _C.row_draw(self._machine, row, temperature, top_k, top_p, min_p, seed, stream, position)

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops.rows import RowRequest, SamplingError
+from octavo.sampling import Sampler
 
 Floats = NDArray[Any]
 
@@ -37,12 +40,12 @@ class ReferenceOps:
     """See octavo.ops.Ops. `dtype` is that of weights and activations, `kv_dtype` that of stored K and V."""
 
     name = "reference"
-    rows = None
 
     def __init__(self, dtype: str = "float32", kv_dtype: str = "float32") -> None:
         self.dtype = np.dtype(dtype)
         self.kv_dtype = np.dtype(kv_dtype)
         self._frequencies: dict[RopeConfig, Floats] = {}
+        self._sampler = Sampler()
 
     @property
     def identity(self) -> str:
@@ -207,6 +210,9 @@ class ReferenceOps:
 
     def take_rows(self, x: Floats, rows: NDArray[np.int32]) -> Floats:
         return x[rows]
+
+    def sample(self, logits: Floats, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        return self._sampler.sample(np.asarray(logits, np.float32), requests)
 
     def read_block(self, layers: Sequence[KVLayer], block: int) -> bytes:
         return b"".join(part[block].tobytes() for kv in layers for part in (kv.k, kv.v))

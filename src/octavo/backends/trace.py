@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig, cost
 from octavo.ops.cost import Cost, Widths
+from octavo.ops.rows import RowRequest, SamplingError
 
 Shape = tuple[int, ...]
 
@@ -48,7 +50,6 @@ class TraceOps:
     """See octavo.ops.Ops. `records` lists what was run, in order."""
 
     name = "trace"
-    rows = None
 
     def __init__(self, widths: Widths | None = None) -> None:
         self.widths = widths or Widths()
@@ -149,6 +150,9 @@ class TraceOps:
     def take_rows(self, x: TraceArray, rows: NDArray[np.int32]) -> TraceArray:
         output = (len(rows), *x.shape[1:])
         return self._record("take_rows", [x], output, None, cost.take_rows(math.prod(output), self.widths))
+
+    def sample(self, logits: TraceArray, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        raise TypeError("the trace backend has shapes and no values")
 
     def copy_blocks(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
         raise TypeError("a trace is of one batch and copies no blocks")

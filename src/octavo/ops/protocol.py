@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.ops.model_config import Activation, ModelConfig, RopeConfig
-from octavo.ops.rows import RowOps
+from octavo.ops.rows import RowRequest, SamplingError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from octavo.core.plan import RowResult
     from octavo.ops.batch import Batch
 
 Array = Any  # a backend's array
@@ -73,11 +74,6 @@ class Ops(Protocol):
     """One backend."""
 
     name: str
-
-    @property
-    def rows(self) -> RowOps | None:
-        """What the sampler does to rows of logits; None: it has its own, in NumPy."""
-        ...
 
     @property
     def identity(self) -> str:
@@ -168,6 +164,12 @@ class Ops(Protocol):
 
     def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
         """[R, n]: rows of x."""
+        ...
+
+    def sample(self, logits: Array, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        """Answer what is asked of rows of logits [R, vocab], each request by itself: one that cannot be answered gives
+        its error. Rows are read as float32 and may be asked several times. What is drawn is a function of the row and
+        its request alone; ties go to the lower id. `octavo.sampling.Sampler` says what each want means."""
         ...
 
     def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:

@@ -14,11 +14,9 @@ from octavo.core.want import Hidden
 from octavo.models import Model
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
-from octavo.ops.rows import RowRequest
+from octavo.ops.rows import RowRequest, SamplingError
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
 from octavo.runner.memory import rows_per_slice
-from octavo.sampling import Sampler
-from octavo.sampling.sampler import SamplingError
 
 Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
 
@@ -35,7 +33,6 @@ class ModelRunner:
         self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
         self._trunk = ops.capture(self._run_trunk)
-        self._sampler = Sampler(ops.rows)
         self._rows_per_slice = rows_per_slice(vocab_size)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -91,7 +88,7 @@ class ModelRunner:
             while at < len(requests) and requests[at].row < first + len(chosen):
                 asked.append(requests[at]._replace(row=requests[at].row - first))
                 at += 1
-            yield from self._sampler.sample(np.asarray(self._ops.to_numpy(logits), np.float32), asked)
+            yield from self._ops.sample(logits, asked)
 
 
 def _collect(grant: Grant, answers: Iterator[RowResult | SamplingError], hidden: Hiddens) -> GrantResult:

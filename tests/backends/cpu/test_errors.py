@@ -219,23 +219,12 @@ def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:
         lambda: _C.Graph(None),
         lambda: _C.pack(None, []),
         lambda: g.run(None, None, *(None,) * 6, 3),
-        lambda: _C.row_draw(None, np.zeros(3, F32), 1.0, 0, 1.0, 0.0, 0, [], 0),
+        lambda: _C.sample(None, np.zeros((1, 3), F32), []),
+        lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [(0, 0, "sample", None)]),
+        lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [None]),
     ):
         with pytest.raises((TypeError, ValueError)):
             call()
-
-
-def test_rows_that_are_not_numbers(ops: CpuOps) -> None:
-    """Guards against a token id past the end of the row."""
-    assert _C.row_greatest(ops.machine, np.full(100, np.nan, F32))[0] < 100
-    for row in (np.full(300, np.nan, F32), np.array([0.0, np.nan, 1.0], F32)):
-        for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
-            with pytest.raises(ValueError, match="NaN"):
-                _C.row_draw(ops.machine, row, 1.0, *filters, 1, [0], 5)
-        with pytest.raises(ValueError, match="NaN"):
-            _C.row_best(ops.machine, row, np.zeros(2, np.int32))
-    for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
-        assert 0 <= _C.row_draw(ops.machine, np.full(300, -np.inf, F32), 1.0, *filters, 1, [0], 5) < 300
 
 
 def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
@@ -247,22 +236,21 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     expected = ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes()
     good = [getattr(batch, name).copy() for name in METADATA]
     weight, rows = _C.Weight([("Q4_1", 400)], 64), random_tensor("Q4_1", 400, 64).data
-    order, row = np.arange(400), array(5000)
-    logits = array(50_000)
+    order = np.arange(400)
+    logits = array(2, 50_000)
     ends = threading.Event()
 
     def change() -> None:
         while not ends.is_set():
             for value in (np.nan, np.inf, -np.inf, 0.0):
-                logits[...] = value
+                logits[0] = value
+            logits[1] = logits[1, ::-1].copy()
             for name in METADATA:
                 getattr(batch, name)[...] = 2**31 - 1
             order[...] = 2**60
-            row[...] = np.nan
             for name, values in zip(METADATA, good, strict=True):
                 getattr(batch, name)[...] = values
             order[...] = np.arange(400)
-            row[...] = array(5000)
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -276,17 +264,28 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
                 _C.pack(ops.machine, [(weight, 0, rows, order, 0)])
                 done["packed"] += 1
             with suppress(ValueError, IndexError):
-                assert 0 <= _C.row_draw(ops.machine, row, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 5000
-                done["drawn"] += 1
-            with suppress(ValueError):
-                assert _C.row_draw(ops.machine, logits, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 50_000
-            assert _C.row_greatest(ops.machine, logits)[0] < 50_000
+                for answer in _C.sample(ops.machine, logits, WANTS):
+                    if isinstance(answer, tuple):
+                        assert all(0 <= token < 50_000 for token in answer[0])
+                        done["drawn"] += 1
             done["all"] += 1
     finally:
         ends.set()
         thread.join()
 
 
+# Of both rows: draws with and without filters and processors, candidates, scores, log-probabilities.
+WANTS = [
+    (row, 5, kind, want)
+    for row in (0, 1)
+    for kind, want in (
+        ("sample", [(1.0, k, p, 0.0, 1, (0,), 3, None) for k, p in ((40, 0.9), (0, 0.9), (0, 1.0))]),
+        ("sample", [(0.0, 0, 1.0, 0.0, 1, (), None, ((), (7,), (), (1.0, 0.0, 0.0), (), (), (), 0))]),
+        ("top_k", (9, None, None)),
+        ("score", [(1, 2)]),
+        ("next_logprobs", (7, 4)),
+    )
+]
 METADATA = ("input_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping")
 
 
