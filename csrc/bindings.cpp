@@ -155,10 +155,10 @@ void unpack(const Weight& whole, std::size_t index, std::size_t first, const Mat
   }
 }
 
-void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound,
-         std::optional<Ints> input_ids, std::optional<Ints> positions, std::optional<Ints> query_start_loc,
-         std::optional<Ints> seq_lens, std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping,
-         std::size_t rows, std::optional<Ints> tree_starts, std::optional<Ints> tree_parents) {
+using PyTap = std::tuple<PyView, Ints, Matrix>;  // a view, rows of it, where they are copied to
+
+void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound, const Batch* batch,
+         std::size_t rows, const std::vector<PyTap>& wanted) {
   if (bound.size() != bound_ids.size() || bound_ids != graph.bound_buffers()) {
     throw nb::value_error("run: needs the bound buffers in order, then the last op's output");
   }
@@ -169,41 +169,15 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     }
     pointers.push_back(bound[i].data());
   }
-  BatchView batch;
-  batch.tokens = rows;
-  std::vector<std::vector<int32_t>> copies;  // of the metadata, which is checked and read without the interpreter
-  copies.reserve(8);
-  const auto copied = [&](const auto& array) {
-    copies.push_back(copy_of(array));
-    return copies.back().data();
-  };
-  const auto check = [&](const Ints& array, std::size_t size) {
-    if (array.shape(0) != size) throw nb::value_error("run: batch metadata of the wrong length");
-    return copied(array);
-  };
-  if (input_ids) {
-    if (!positions || !query_start_loc || !seq_lens || !block_tables || !slot_mapping) {
-      throw nb::value_error("run: batch metadata is given in full or not at all");
+  std::vector<Tap> taps;
+  for (const auto& [view, chosen, out] : wanted) {
+    if (out.shape(0) != chosen.shape(0) || out.shape(1) != std::get<2>(view)) {
+      throw nb::value_error("run: rows that are copied have the wrong shape");
     }
-    batch.input_ids = check(*input_ids, rows);
-    batch.positions = check(*positions, rows);
-    batch.slot_mapping = check(*slot_mapping, rows);
-    batch.seqs = seq_lens->shape(0);
-    batch.seq_lens = copied(*seq_lens);
-    batch.query_start_loc = check(*query_start_loc, batch.seqs + 1);
-    if (block_tables->shape(0) != batch.seqs) throw nb::value_error("run: a block table for each sequence");
-    batch.block_tables = copied(*block_tables);
-    batch.table_width = block_tables->shape(1);
-  }
-  if (tree_starts.has_value() != tree_parents.has_value() || (tree_starts && !input_ids)) {
-    throw nb::value_error("run: starts and parents of draft trees are given together, with a batch");
-  }
-  if (tree_starts) {
-    batch.tree_starts = check(*tree_starts, batch.seqs);
-    batch.tree_parents = check(*tree_parents, rows);
+    taps.push_back({view_of(view), copy_of(chosen), out.data()});
   }
   nb::gil_scoped_release release;
-  graph.run(batch, rows, bound_ids, pointers);
+  graph.run(batch, rows, bound_ids, pointers, taps);
 }
 
 // --- rows of logits ---
@@ -519,6 +493,27 @@ NB_MODULE(_C, m) {
       .def_prop_ro(
           "block_bytes", [](const KVLayer& layer) { return 2 * layer.block_bytes(); }, "Of K and V.")
       .def_prop_ro("nbytes", [](const KVLayer& layer) { return layer.k.size() + layer.v.size(); });
+  nb::class_<Batch>(m, "Batch", "A step's metadata, copied and checked; see octavo.ops.Batch.")
+      .def(
+          "__init__",
+          [](Batch* self, const Ints& input_ids, const Ints& positions, const Ints& query_start_loc,
+             const IntTable& block_tables, const Ints& slot_mapping, std::size_t block_size,
+             const std::optional<Ints>& tree_starts, const std::optional<Ints>& tree_parents) {
+            BatchArrays arrays{copy_of(input_ids),
+                               copy_of(positions),
+                               copy_of(query_start_loc),
+                               copy_of(block_tables),
+                               copy_of(slot_mapping),
+                               block_tables.shape(1),
+                               block_size};
+            if (tree_starts) arrays.tree_starts = copy_of(*tree_starts);
+            if (tree_parents) arrays.tree_parents = copy_of(*tree_parents);
+            new (self) Batch(std::move(arrays));
+          },
+          nb::arg("input_ids").noconvert(), nb::arg("positions").noconvert(), nb::arg("query_start_loc").noconvert(),
+          nb::arg("block_tables").noconvert(), nb::arg("slot_mapping").noconvert(), nb::arg("block_size"),
+          nb::arg("tree_starts").noconvert().none(), nb::arg("tree_parents").noconvert().none())
+      .def_prop_ro("num_tokens", [](const Batch& batch) { return batch.view().tokens; });
   nb::class_<Graph>(m, "Graph", "Ops on numbered buffers; a view is (buffer, first column, columns).")
       .def(nb::init<std::shared_ptr<Machine>>(), nb::arg("machine"))
       .def("bind", &Graph::bind, nb::arg("columns"))
@@ -561,11 +556,7 @@ NB_MODULE(_C, m) {
           },
           nb::arg("x"), nb::arg("activation"))
       // noconvert: another type or layout would be copied, and what is written to a copy is lost.
-      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("input_ids").noconvert().none(),
-           nb::arg("positions").noconvert().none(), nb::arg("query_start_loc").noconvert().none(),
-           nb::arg("seq_lens").noconvert().none(), nb::arg("block_tables").noconvert().none(),
-           nb::arg("slot_mapping").noconvert().none(), nb::arg("rows"),
-           nb::arg("tree_starts").noconvert().none() = nb::none(),
-           nb::arg("tree_parents").noconvert().none() = nb::none(),
-           "Run with the memory of bound buffers and, last, of the last op's output.");
+      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("batch").none(), nb::arg("rows"),
+           nb::arg("taps").noconvert() = nb::tuple(),
+           "Run with the memory of bound buffers and, last, of the last op's output. `taps`: (view, rows, out) to copy.");
 }

@@ -63,6 +63,21 @@ class KVLayer:
     @property
     def nbytes(self) -> int: ...
 
+class Batch:
+    def __init__(
+        self,
+        input_ids: _Ints,
+        positions: _Ints,
+        query_start_loc: _Ints,
+        block_tables: _Ints,
+        slot_mapping: _Ints,
+        block_size: int,
+        tree_starts: _Ints | None,
+        tree_parents: _Ints | None,
+    ) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+
 class Graph:
     def __init__(self, machine: Machine) -> None: ...
     def bind(self, columns: int) -> int: ...
@@ -77,15 +92,9 @@ class Graph:
         self,
         bound_ids: Sequence[int],
         bound: Sequence[_Floats],
-        input_ids: _Ints | None,
-        positions: _Ints | None,
-        query_start_loc: _Ints | None,
-        seq_lens: _Ints | None,
-        block_tables: _Ints | None,
-        slot_mapping: _Ints | None,
+        batch: Batch | None,
         rows: int,
-        tree_starts: _Ints | None = None,
-        tree_parents: _Ints | None = None,
+        taps: Sequence[tuple[_View, _Ints, _Floats]] = (),
     ) -> None: ...
 
 # Weight, part of it, rows as in the file, their order if they are not in it, and the part's output that they begin at.

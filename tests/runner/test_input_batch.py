@@ -35,7 +35,6 @@ def test_layout_by_hand() -> None:
         "input_ids": [13, 14, 15, 20, 38],
         "positions": [3, 4, 5, 0, 8],
         "query_start_loc": [0, 3, 4, 5],
-        "seq_lens": [6, 1, 9],
         "slot_mapping": [7 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1, 5 * 4, 9 * 4],
         "logits_indices": [3, 4],
     }

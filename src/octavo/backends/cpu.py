@@ -185,7 +185,19 @@ class CpuOps:
 
     # --- recording and running ---
 
-    def capture(self, function: Callable[[Batch], CpuArray]) -> Callable[[Batch], CpuArray]:
+    def prepare(self, batch: Batch) -> _C.Batch:
+        return _C.Batch(
+            batch.input_ids,
+            batch.positions,
+            batch.query_start_loc,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.block_size,
+            batch.tree_starts,
+            batch.tree_parents,
+        )
+
+    def capture(self, function: Callable[[_C.Batch], CpuArray]) -> Callable[[_C.Batch], CpuArray]:
         """Record the ops that `function` calls, once; what comes back runs them with another batch."""
         graph = _C.Graph(self.machine)
         self._recording = graph
@@ -194,9 +206,9 @@ class CpuOps:
         finally:
             self._recording = None
 
-        def replay(batch: Batch) -> CpuArray:
+        def replay(batch: _C.Batch) -> CpuArray:
             data = np.empty((batch.num_tokens, result.columns), np.float32)
-            _run(graph, [result.buffer], [data], batch, batch.num_tokens)
+            graph.run([result.buffer], [data], batch, batch.num_tokens)
             return CpuArray(data, -1, 0, result.columns)
 
         return replay
@@ -206,7 +218,7 @@ class CpuOps:
         record: Callable[..., int],
         inputs: Sequence[CpuArray | None],
         columns: int,
-        batch: Batch | None = None,
+        batch: _C.Batch | None = None,
         heads: int = 0,
     ) -> CpuArray:
         """Record one op, or run it. `record(graph, *views)` gives its output's buffer."""
@@ -222,14 +234,14 @@ class CpuOps:
         out = record(graph, *views)
         bound = [_data(x) for x in present]
         if columns:
-            _run(graph, [*ids.values(), out], [*bound, data], batch, rows)
+            graph.run([*ids.values(), out], [*bound, data], batch, rows)
         else:
-            _run(graph, list(ids.values()), bound, batch, rows)
+            graph.run(list(ids.values()), bound, batch, rows)
         return CpuArray(data, -1, 0, columns, heads)
 
     # --- ops ---
 
-    def embed(self, batch: Batch, weight: CpuWeight, scale: float = 1.0) -> CpuArray:
+    def embed(self, batch: _C.Batch, weight: CpuWeight, scale: float = 1.0) -> CpuArray:
         return self._op(lambda g: g.embed(weight.packed, scale), [], weight.packed.inputs, batch)
 
     def rms_norm(
@@ -246,15 +258,15 @@ class CpuOps:
             CpuArray(x.data, x.buffer, first, part, part // head_dim) for first, part in zip(firsts, parts, strict=True)
         ]
 
-    def rope(self, x: CpuArray, batch: Batch, rope: RopeConfig) -> CpuArray:
+    def rope(self, x: CpuArray, batch: _C.Batch, rope: RopeConfig) -> CpuArray:
         frequencies = rope.inverse_frequencies()
         head_dim = x.columns // x.heads
         return self._op(lambda g, a: g.rope(a, head_dim, rope.dim, frequencies), [x], x.columns, batch, x.heads)
 
-    def store_kv(self, k: CpuArray, v: CpuArray, batch: Batch, kv: CpuKV) -> None:
+    def store_kv(self, k: CpuArray, v: CpuArray, batch: _C.Batch, kv: CpuKV) -> None:
         self._op(lambda g, a, b: g.store_kv(a, b, kv.layer), [k, v], 0, batch)
 
-    def attention(self, q: CpuArray, batch: Batch, kv: CpuKV, scale: float) -> CpuArray:
+    def attention(self, q: CpuArray, batch: _C.Batch, kv: CpuKV, scale: float) -> CpuArray:
         return self._op(lambda g, a: g.attention(a, kv.layer, scale), [q], q.columns, batch)
 
     def gated(self, x: CpuArray, activation: Activation) -> CpuArray:
@@ -296,22 +308,3 @@ def _data(x: CpuArray) -> NDArray[np.float32]:
     if x.data is None:
         raise RuntimeError("this array is of a recording and has no values")
     return x.data
-
-
-def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batch: Batch | None, rows: int) -> None:
-    if batch is None:
-        graph.run(ids, bound, None, None, None, None, None, None, rows)
-        return
-    graph.run(
-        ids,
-        bound,
-        batch.input_ids,
-        batch.positions,
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_tables,
-        batch.slot_mapping,
-        rows,
-        batch.tree_starts,
-        batch.tree_parents,
-    )

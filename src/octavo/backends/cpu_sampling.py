@@ -80,11 +80,10 @@ def _result(request: RowRequest, answer: tuple[Any, ...] | float | None) -> RowR
     position, want = request.position, request.want
     match want:
         case Sample():
-            draws = [DrawResult(token) for token in tokens]
-            for index in range(len(entries)):
-                if want.draws[index].params.logprobs is not None:
-                    draws[index] = DrawResult(tokens[index], _logprobs(entries[index], _top(tops[index])))
-            return RowResult(position, draws=tuple(draws))
+            if not entries:
+                return RowResult(position, tuple(map(DrawResult, tokens)))
+            drawn = zip(want.draws, tokens, entries, tops, strict=True)
+            return RowResult(position, tuple(_drawn(*one) for one in drawn))
         case TopK():
             top = _top(tops[0]) if tops else ()
             return RowResult(
@@ -95,6 +94,10 @@ def _result(request: RowRequest, answer: tuple[Any, ...] | float | None) -> RowR
         case Score():
             return RowResult(position, scores=tuple(values))
     return RowResult(position, logprobs=_logprobs(entries[0], _top(tops[0])))
+
+
+def _drawn(draw: Draw, token: int, entry: _C.TokenLogprob, top: list[_C.TokenLogprob]) -> DrawResult:
+    return DrawResult(token, None if draw.params.logprobs is None else _logprobs(entry, _top(top)))
 
 
 def _top(entries: list[_C.TokenLogprob]) -> tuple[TokenLogprob, ...]:

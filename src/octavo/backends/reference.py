@@ -97,6 +97,9 @@ class ReferenceOps:
     def capture(self, function: Callable[[Batch], Floats]) -> Callable[[Batch], Floats]:
         return function
 
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
     # --- ops ---
 
     def embed(self, batch: Batch, weight: Linear, scale: float = 1.0) -> Floats:

@@ -93,6 +93,9 @@ class TraceOps:
     def capture(self, function: Callable[[Batch], TraceArray]) -> Callable[[Batch], TraceArray]:
         return function
 
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
     # --- ops ---
 
     def _record(

@@ -35,8 +35,9 @@ class LoadedModel:
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
         """[len(token_ids), vocab], computed in one step."""
-        ops, batch = self._ops, _batch(token_ids)
-        layers = ops.kv_layers(self._model.kv_specs, batch.block_tables.shape[1], _BLOCK_SIZE)
+        ops = self._ops
+        batch = ops.prepare(_batch(token_ids))
+        layers = ops.kv_layers(self._model.kv_specs, -(-len(token_ids) // _BLOCK_SIZE), _BLOCK_SIZE)
         x = self._model.embed(ops, batch)
         for index, kv in enumerate(layers):
             x = self._model.layer(ops, index, x, batch, kv)
@@ -56,7 +57,6 @@ def _batch(token_ids: Sequence[int]) -> Batch:
         input_ids=np.array(token_ids, np.int32),
         positions=positions,
         query_start_loc=np.array([0, count], np.int32),
-        seq_lens=np.array([count], np.int32),
         block_tables=np.arange(-(-count // _BLOCK_SIZE), dtype=np.int32)[None],
         slot_mapping=positions,
         logits_indices=positions,

@@ -1,8 +1,8 @@
 """The ops a model is written against. A backend gives them meaning.
 
-Arrays, weights, KV layers are opaque handles that only the backend looks into. Shapes: T tokens of the batch, R rows,
-H heads, KH KV heads, D head_dim. Activations are float32 (float64 on request, on `reference`). No op changes its
-inputs, except `store_kv` and `copy_blocks`, which write KV.
+Arrays, weights, KV layers and prepared batches are opaque handles that only the backend looks into. Shapes: T tokens of
+the batch, R rows, H heads, KH KV heads, D head_dim. Activations are float32 (float64 on request, on `reference`). No op
+changes its inputs, except `store_kv` and `copy_blocks`, which write KV.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Array = Any  # a backend's array
 Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's, the numbers of outputs of its parts
 KVLayer = Any  # a backend's K and V of one layer, all blocks
+BatchHandle = Any  # a step's Batch as `prepare` gave it
 
 
 class RawTensor(Protocol):
@@ -121,14 +122,21 @@ class Ops(Protocol):
         """K and V of `num_blocks` blocks for each layer; nothing is read before it was written."""
         ...
 
-    def capture(self, function: Callable[[Batch], Array]) -> Callable[[Batch], Array]:
+    def capture(self, function: Callable[[BatchHandle], Array]) -> Callable[[BatchHandle], Array]:
         """The same function, perhaps faster: a backend may record the ops it calls once and replay them for each batch.
         So `function` must call the same ops whatever the batch holds."""
         ...
 
+    # --- once a step ---
+
+    def prepare(self, batch: Batch) -> BatchHandle:
+        """Hand over a step's metadata; what comes back serves all of its ops and stays as it was when it was made.
+        Raises ValueError if the arrays do not fit each other."""
+        ...
+
     # --- the model's ops ---
 
-    def embed(self, batch: Batch, weight: Weight, scale: float = 1.0) -> Array:
+    def embed(self, batch: BatchHandle, weight: Weight, scale: float = 1.0) -> Array:
         """[T, hidden]: rows of the embedding, times `scale`."""
         ...
 
@@ -144,15 +152,15 @@ class Ops(Protocol):
         """[T, sum(parts)] -> one [T, part / D, D] per part."""
         ...
 
-    def rope(self, x: Array, batch: Batch, rope: RopeConfig) -> Array:
+    def rope(self, x: Array, batch: BatchHandle, rope: RopeConfig) -> Array:
         """[T, heads, D] rotated to the batch's positions; elements i and i + dim/2 form a pair (Su et al., 2021)."""
         ...
 
-    def store_kv(self, k: Array, v: Array, batch: Batch, kv: KVLayer) -> None:
+    def store_kv(self, k: Array, v: Array, batch: BatchHandle, kv: KVLayer) -> None:
         """Write [T, KH, D] each to the batch's slots, rounded to the KV type."""
         ...
 
-    def attention(self, q: Array, batch: Batch, kv: KVLayer, scale: float) -> Array:
+    def attention(self, q: Array, batch: BatchHandle, kv: KVLayer, scale: float) -> Array:
         """[T, H * D]: causal attention of each row over its own sequence's stored K and V, up to its own position and
         inside the layer's window; query head h reads KV head h // (H / KH) (Ainslie et al., 2023). A node of a draft
         tree sees the positions before the tree, its ancestors and itself."""

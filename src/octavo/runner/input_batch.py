@@ -40,7 +40,6 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
         input_ids=np.array(input_ids, np.int32),
         positions=np.array(positions, np.int32),
         query_start_loc=np.array(query_start_loc, np.int32),
-        seq_lens=np.array([grant.stop for grant in grants], np.int32),
         block_tables=tables,
         slot_mapping=np.array(slots, np.int32),
         logits_indices=np.array(wanted, np.int32),

@@ -13,7 +13,7 @@ from octavo.core.protocols import BlockTier
 from octavo.core.want import Hidden
 from octavo.models import Model
 from octavo.ops import Batch, Ops
-from octavo.ops.protocol import Array, KVLayer
+from octavo.ops.protocol import Array, BatchHandle, KVLayer
 from octavo.ops.rows import RowRequest, SamplingError
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
 from octavo.runner.memory import rows_per_slice
@@ -45,7 +45,7 @@ class ModelRunner:
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
-        x, hidden = self._forward(batch, hidden_rows(plan.grants, batch))
+        x, hidden = self._forward(self._ops.prepare(batch), hidden_rows(plan.grants, batch))
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
@@ -55,7 +55,7 @@ class ModelRunner:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
         return self._ops.read_block(self._kv, block)
 
-    def _forward(self, batch: Batch, wanted: dict[int, list[int]]) -> tuple[Array, Hiddens]:
+    def _forward(self, batch: BatchHandle, wanted: dict[int, list[int]]) -> tuple[Array, Hiddens]:
         """[T, hidden] after the last layer, and the wanted rows after others."""
         if not wanted:
             return self._trunk(batch), {}
@@ -68,7 +68,7 @@ class ModelRunner:
                 x = self._model.layer(self._ops, index, x, batch, self._kv[index])
         return x, hidden
 
-    def _run_trunk(self, batch: Batch) -> Array:
+    def _run_trunk(self, batch: BatchHandle) -> Array:
         x = self._model.embed(self._ops, batch)
         for index, kv in enumerate(self._kv):
             x = self._model.layer(self._ops, index, x, batch, kv)

@@ -36,7 +36,7 @@ def trace_step(
     ops = TraceOps(widths)
     loader = _ShapeWeights(config, ops) if tensors is None else FileWeights(ops, config, "trace", tensors, gguf)
     model = model_class(config.architecture)(config, loader)
-    batch = _batch(sequences)
+    batch = ops.prepare(_batch(sequences))
     x = model.embed(ops, batch)
     for index, kv in enumerate(model.kv_specs):
         x = model.layer(ops, index, x, batch, kv)
@@ -56,7 +56,6 @@ def _batch(sequences: Sequence[tuple[int, int]]) -> Batch:
         input_ids=empty,
         positions=np.concatenate(positions) if positions else empty,
         query_start_loc=starts,
-        seq_lens=np.array([old + new for old, new in sequences], np.int32),
         block_tables=np.zeros((len(sequences), 0), np.int32),
         slot_mapping=empty,
         logits_indices=starts[1:] - 1,

@@ -218,7 +218,7 @@ def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:
         lambda: g.attention(x, None, 1.0),
         lambda: _C.Graph(None),
         lambda: _C.pack(None, []),
-        lambda: g.run(None, None, *(None,) * 6, 3),
+        lambda: g.run(None, None, None, 3),
         lambda: _C.sample(None, np.zeros((1, 3), F32), []),
         lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [(0, 0, "sample", None)]),
         lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [None]),
@@ -233,7 +233,7 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     paged = Paged(ops, [20, 5])
     batch = paged.batch([(0, 3, 20), (1, 4, 5)])
     q = ops.from_numpy(array(18, 4, 16))
-    expected = ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes()
+    expected = ops.to_numpy(ops.attention(q, ops.prepare(batch), paged.kv, 1.0)).tobytes()
     good = [getattr(batch, name).copy() for name in METADATA]
     weight, rows = _C.Weight([("Q4_1", 400)], 64), random_tensor("Q4_1", 400, 64).data
     order = np.arange(400)
@@ -258,7 +258,7 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     try:
         while done["run"] < 200 or done["packed"] < 50 or done["drawn"] < 50:
             with suppress(ValueError, IndexError):
-                assert ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes() == expected
+                assert ops.to_numpy(ops.attention(q, ops.prepare(batch), paged.kv, 1.0)).tobytes() == expected
                 done["run"] += 1
             with suppress(ValueError, IndexError):
                 _C.pack(ops.machine, [(weight, 0, rows, order, 0)])
@@ -286,7 +286,7 @@ WANTS = [
         ("next_logprobs", (7, 4)),
     )
 ]
-METADATA = ("input_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping")
+METADATA = ("input_ids", "positions", "query_start_loc", "block_tables", "slot_mapping")
 
 
 def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
@@ -295,9 +295,9 @@ def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
     out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
     for _ in range(200):
         out = g.rms_norm((out, 0, 64), np.ones(64, F32), 1e-5, None)
-    values, none = array(300, 64), (None,) * 6
+    values = array(300, 64)
     expected = np.zeros((300, 64), F32)
-    g.run([x[0], out], [values, expected], *none, 300)
+    g.run([x[0], out], [values, expected], None, 300)
     failed: list[BaseException] = []
     left = threading.Semaphore(2)
 
@@ -305,7 +305,7 @@ def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
         try:
             for _ in range(20):
                 result = np.zeros((300, 64), F32)
-                g.run([x[0], out], [values, result], *none, 300)
+                g.run([x[0], out], [values, result], None, 300)
                 assert result.tobytes() == expected.tobytes()
         except BaseException as error:
             failed.append(error)
@@ -336,8 +336,8 @@ def test_runs_with_the_wrong_buffers(ops: CpuOps) -> None:
     """Guards against writing through a pointer that was never given."""
     g, x = graph(ops)
     out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
-    a, none = np.zeros((3, 64), F32), (None,) * 6
-    g.run([x[0], out], [a, a.copy()], *none, 3)
+    a = np.zeros((3, 64), F32)
+    g.run([x[0], out], [a, a.copy()], None, 3)
     for ids, arrays in (
         ([], []),
         ([out], [a]),
@@ -350,14 +350,14 @@ def test_runs_with_the_wrong_buffers(ops: CpuOps) -> None:
         ([x[0], -1], [a, a]),
     ):
         with pytest.raises(ValueError, match="run:"):
-            g.run(ids, arrays, *none, 3)
+            g.run(ids, arrays, None, 3)
     for bad in (a.astype(np.float64), a[:, ::2], a[0]):
         with pytest.raises(TypeError):
-            g.run([x[0], out], [bad, a], *none, 3)
+            g.run([x[0], out], [bad, a], None, 3)
     frozen = a.copy()
     frozen.flags.writeable = False
     with pytest.raises(TypeError):
-        g.run([x[0], out], [a, frozen], *none, 3)
+        g.run([x[0], out], [a, frozen], None, 3)
 
 
 # --- batches ---
@@ -368,7 +368,7 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
     paged = Paged(ops, [20, 5])
     good = paged.batch([(0, 3, 20), (1, 4, 5)])
     q = ops.from_numpy(array(18, 4, 16))
-    ops.attention(q, good, paged.kv, 1.0)
+    ops.attention(q, ops.prepare(good), paged.kv, 1.0)
     table = good.block_tables.copy()
     table[0, 1] = 4 + 2
     negative = good.block_tables.copy()
@@ -395,23 +395,25 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
         replace(good, query_start_loc=changed(starts, 1, 19)),
         replace(good, query_start_loc=changed(starts, 2, 17)),
         replace(good, query_start_loc=starts[:2]),
-        replace(good, seq_lens=good.seq_lens[:1]),
     ):
-        with pytest.raises(ValueError, match="run:"):
-            ops.attention(q, batch, paged.kv, 1.0)
+        with pytest.raises(ValueError, match=r"(run|prepare):"):
+            ops.attention(q, ops.prepare(batch), paged.kv, 1.0)
     weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
     for token in (-1, 20, 2**31 - 1):
-        with pytest.raises(ValueError, match="run:"):
-            ops.embed(replace(good, input_ids=changed(good.input_ids, 2, token)), weight)
+        with pytest.raises(ValueError, match=r"(run|prepare):"):
+            ops.embed(ops.prepare(replace(good, input_ids=changed(good.input_ids, 2, token))), weight)
+    with pytest.raises(ValueError, match="run:"):  # blocks of another size than the layer's
+        ops.attention(q, ops.prepare(replace(good, block_size=32)), paged.kv, 1.0)
+    with pytest.raises(ValueError, match="run:"):  # rows of another batch
+        ops.attention(q, ops.prepare(paged.batch([(0, 3, 20)])), paged.kv, 1.0)
     g, x = graph(ops)
     out = g.rope(x, 16, 16, np.ones(8, F32))
     with pytest.raises(ValueError, match="run:"):
-        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], *(None,) * 6, 3)
+        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], None, 3)
     with pytest.raises(TypeError):
-        ops.attention(q, replace(good, positions=positions.astype(np.int64)), paged.kv, 1.0)
-    ids = np.zeros(3, np.int32)
-    with pytest.raises(ValueError, match="in full or not at all"):
-        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], ids, *(None,) * 5, 3)
+        ops.prepare(replace(good, positions=positions.astype(np.int64)))
+    with pytest.raises(TypeError):
+        ops.prepare(replace(good, positions=None))  # type: ignore[arg-type]
 
 
 def test_recorded_arrays_have_no_values(ops: CpuOps) -> None:
@@ -426,9 +428,9 @@ def test_recorded_arrays_have_no_values(ops: CpuOps) -> None:
             return x
 
         paged = Paged(ops, [5])
-        ops.capture(first_of_two)(paged.batch([(0, 0, 5)]))
-    paged = Paged(ops, [5])
-    assert ops.to_numpy(ops.embed(paged.batch([(0, 0, 5)]), weight)).shape == (5, 64), "works after a failed recording"
+        ops.capture(first_of_two)(ops.prepare(paged.batch([(0, 0, 5)])))
+    batch = ops.prepare(Paged(ops, [5]).batch([(0, 0, 5)]))
+    assert ops.to_numpy(ops.embed(batch, weight)).shape == (5, 64), "works after a failed recording"
 
 
 # --- the process ---

@@ -201,7 +201,7 @@ def test_one_recording_in_many_threads(ops: CpuOps) -> None:
         return ops.linear(ops.rms_norm(x, np.ones(256, np.float32), 1e-5), weight, x)
 
     recorded = ops.capture(two_layers)
-    batches = [ragged([(0, n)], seed=n)[0] for n in (1, 40, 3, 17)]
+    batches = [ops.prepare(ragged([(0, n)], seed=n)[0]) for n in (1, 40, 3, 17)]
     expected = [ops.to_numpy(two_layers(batch)) for batch in batches]
     errors: list[BaseException] = []
 

@@ -115,7 +115,7 @@ def test_rope(name: str, head_dim: int, dim: int) -> None:
     rope = RopeConfig(10_000.0, dim, scaling)
     x = array(batch.num_tokens, 3, head_dim)
     expected = ReferenceOps().rope(x, batch, rope)
-    got = everywhere(lambda ops: ops.to_numpy(ops.rope(ops.from_numpy(x), batch, rope)))
+    got = everywhere(lambda ops: ops.to_numpy(ops.rope(ops.from_numpy(x), ops.prepare(batch), rope)))
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * 4)
 
@@ -126,10 +126,12 @@ def test_rope_does_not_depend_on_neighbours() -> None:
     rope = RopeConfig(500_000.0, 64)
     batch, _ = ragged([(0, 40), (130_000, 3), (5, 1)], block_size=16)
     x = array(batch.num_tokens, 2, 64)
-    whole = ops.to_numpy(ops.rope(ops.from_numpy(x), batch, rope))
+    whole = ops.to_numpy(ops.rope(ops.from_numpy(x), ops.prepare(batch), rope))
     for row in range(batch.num_tokens):
         alone, _ = ragged([(int(batch.positions[row]), 1)], block_size=16)
-        bits_equal(ops.to_numpy(ops.rope(ops.from_numpy(x[row : row + 1]), alone, rope)), whole[row : row + 1])
+        bits_equal(
+            ops.to_numpy(ops.rope(ops.from_numpy(x[row : row + 1]), ops.prepare(alone), rope)), whole[row : row + 1]
+        )
 
 
 # --- embedding and rows ---
@@ -143,14 +145,17 @@ def test_embed(name: str, scale: float) -> None:
     batch, _ = ragged([(0, 60), (3, 5)])
     batch.input_ids[:50] = np.arange(50)
     expected = tensor.dequantize()[batch.input_ids] * np.float32(scale)
-    got = everywhere(lambda ops: ops.to_numpy(ops.embed(batch, ops.embedding_weight(tensor), scale)))
+    got = everywhere(lambda ops: ops.to_numpy(ops.embed(ops.prepare(batch), ops.embedding_weight(tensor), scale)))
     bits_equal(got, expected)
 
 
 def test_embed_nothing() -> None:
     ops = CpuOps(threads=1)
     batch, _ = ragged([])
-    assert ops.to_numpy(ops.embed(batch, ops.embedding_weight(random_tensor("Q4_1", 9, 64)))).shape == (0, 64)
+    assert ops.to_numpy(ops.embed(ops.prepare(batch), ops.embedding_weight(random_tensor("Q4_1", 9, 64)))).shape == (
+        0,
+        64,
+    )
 
 
 def test_split_heads_and_take_rows() -> None:
@@ -213,7 +218,11 @@ def test_captured_is_eager(instruction_set: str, threads: int) -> None:
     for seed, sequences in enumerate([[(0, 30)], *RAGGED.values(), [(0, 3), (16, 1)], [(0, 90), (0, 1)]]):
         batch, blocks = ragged(sequences, 16, seed=seed)
         assert blocks <= 80
-        bits_equal(ops.to_numpy(recorded(batch)), eager_ops.to_numpy(eager(batch)), str(sequences))
+        bits_equal(
+            ops.to_numpy(recorded(ops.prepare(batch))),
+            eager_ops.to_numpy(eager(eager_ops.prepare(batch))),
+            str(sequences),
+        )
 
 
 QKV = (("Q5_K", 64, 256), ("Q5_K", 32, 256), ("Q6_K", 32, 256))
