@@ -558,5 +558,6 @@ NB_MODULE(_C, m) {
       // noconvert: another type or layout would be copied, and what is written to a copy is lost.
       .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("batch").none(), nb::arg("rows"),
            nb::arg("taps").noconvert() = nb::tuple(),
-           "Run with the memory of bound buffers and, last, of the last op's output. `taps`: (view, rows, out) to copy.");
+           "Run with the memory of bound buffers and, last, of the last op's output. `taps`: (view, rows, out) to "
+           "copy.");
 }

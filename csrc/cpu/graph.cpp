@@ -421,7 +421,8 @@ void Graph::run_linear(const Node& node, Work& work) {
       }
     });
   }
-  const float* residual = node.residual.buffer < 0 ? nullptr : memory_of(node.residual.buffer, work) + node.residual.first;
+  const float* residual =
+      node.residual.buffer < 0 ? nullptr : memory_of(node.residual.buffer, work) + node.residual.first;
   float* y = memory_of(node.out, work);
   std::size_t panels = 0;
   for (const Weight::Segment& segment : weight.segments) panels += panels_of(segment.outputs);

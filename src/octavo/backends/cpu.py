@@ -8,7 +8,7 @@ third of a decode step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from octavo.backends.cpu_sampling import sample_rows
 from octavo.backends.processors import available_processors
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -197,19 +198,28 @@ class CpuOps:
             batch.tree_parents,
         )
 
-    def capture(self, function: Callable[[_C.Batch], CpuArray]) -> Callable[[_C.Batch], CpuArray]:
+    def capture(self, function: Callable[[_C.Batch], Iterator[CpuArray]]) -> Replay:
         """Record the ops that `function` calls, once; what comes back runs them with another batch."""
         graph = _C.Graph(self.machine)
         self._recording = graph
         try:
-            result = function(None)  # type: ignore[arg-type] # ops record what they do with a batch, not its values
+            states = list(function(None))  # type: ignore[arg-type] # ops record what they do with a batch, not its values
         finally:
             self._recording = None
+        last = states[-1]
 
-        def replay(batch: _C.Batch) -> CpuArray:
-            data = np.empty((batch.num_tokens, result.columns), np.float32)
-            graph.run([result.buffer], [data], batch, batch.num_tokens)
-            return CpuArray(data, -1, 0, result.columns)
+        def replay(
+            batch: _C.Batch, wanted: Mapping[int, NDArray[np.int32]] | None = None
+        ) -> tuple[CpuArray, dict[int, CpuArray]]:
+            data = np.empty((batch.num_tokens, last.columns), np.float32)
+            taken: dict[int, CpuArray] = {}
+            taps = []
+            for number, rows in (wanted or {}).items():
+                state, out = states[number], np.empty((len(rows), states[number].columns), np.float32)
+                taken[number] = CpuArray(out, -1, 0, state.columns, state.heads)
+                taps.append((state.view, rows, out))
+            graph.run([last.buffer], [data], batch, batch.num_tokens, taps)
+            return CpuArray(data, -1, 0, last.columns), taken
 
         return replay
 

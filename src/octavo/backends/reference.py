@@ -6,15 +6,17 @@ product of NumPy's BLAS may round differently for another number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.backends.eager import run_eagerly
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig
+from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 from octavo.sampling import Sampler
 
@@ -94,8 +96,8 @@ class ReferenceOps:
             layers.append(KVLayer(np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype), spec.window))
         return layers
 
-    def capture(self, function: Callable[[Batch], Floats]) -> Callable[[Batch], Floats]:
-        return function
+    def capture(self, function: Callable[[Batch], Iterator[Floats]]) -> Replay:
+        return run_eagerly(self, function)
 
     def prepare(self, batch: Batch) -> Batch:
         return batch

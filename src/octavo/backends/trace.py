@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.backends.eager import run_eagerly
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RawTensor, RopeConfig, cost
 from octavo.ops.cost import Cost, Widths
+from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 
 Shape = tuple[int, ...]
@@ -90,8 +92,8 @@ class TraceOps:
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVSpec]:
         return list(specs)
 
-    def capture(self, function: Callable[[Batch], TraceArray]) -> Callable[[Batch], TraceArray]:
-        return function
+    def capture(self, function: Callable[[Batch], Iterator[TraceArray]]) -> Replay:
+        return run_eagerly(self, function)
 
     def prepare(self, batch: Batch) -> Batch:
         return batch

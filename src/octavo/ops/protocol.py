@@ -7,7 +7,7 @@ changes its inputs, except `store_kv` and `copy_blocks`, which write KV.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,16 @@ Array = Any  # a backend's array
 Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's, the numbers of outputs of its parts
 KVLayer = Any  # a backend's K and V of one layer, all blocks
 BatchHandle = Any  # a step's Batch as `prepare` gave it
+
+
+class Replay(Protocol):
+    """What `Ops.capture` makes of a function."""
+
+    def __call__(
+        self, batch: BatchHandle, wanted: Mapping[int, NDArray[np.int32]] | None = None
+    ) -> tuple[Array, dict[int, Array]]:
+        """The last state, and by number of state the rows [R, n] that are wanted of it, in their order."""
+        ...
 
 
 class RawTensor(Protocol):
@@ -122,9 +132,10 @@ class Ops(Protocol):
         """K and V of `num_blocks` blocks for each layer; nothing is read before it was written."""
         ...
 
-    def capture(self, function: Callable[[BatchHandle], Array]) -> Callable[[BatchHandle], Array]:
-        """The same function, perhaps faster: a backend may record the ops it calls once and replay them for each batch.
-        So `function` must call the same ops whatever the batch holds."""
+    def capture(self, function: Callable[[BatchHandle], Iterator[Array]]) -> Replay:
+        """Run the ops of a function that yields a step's states one after another, [T, n] each: the last one comes
+        back, and rows of any that are wanted, which cost nothing where nobody wants some. A backend may record the
+        ops once and replay them for each batch. So `function` must call the same ops whatever the batch holds."""
         ...
 
     # --- once a step ---

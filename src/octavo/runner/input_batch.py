@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.core.plan import Grant
 from octavo.core.want import Hidden, NextLogprobs
@@ -63,7 +64,7 @@ def logits_requests(grants: Sequence[Grant]) -> list[RowRequest]:
     return requests
 
 
-def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, list[int]]:
+def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, NDArray[np.int32]]:
     """Rows of the batch whose hidden states are wanted, ascending, by layer."""
     found: dict[int, list[int]] = {}
     for index, grant in enumerate(grants):
@@ -72,4 +73,4 @@ def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, list[int]]:
             if isinstance(want, Hidden):
                 for layer in dict.fromkeys(want.layers):
                     found.setdefault(layer, []).extend(range(first + start, first + stop))
-    return found
+    return {layer: np.array(rows, np.int32) for layer, rows in found.items()}

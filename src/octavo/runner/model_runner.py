@@ -24,15 +24,12 @@ Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows
 class ModelRunner:
     """One model on one backend, with its KV."""
 
-    def __init__(
-        self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, num_layers: int, vocab_size: int
-    ) -> None:
+    def __init__(self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
         self._model = model
         self._ops = ops
         self._block_size = block_size
-        self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
-        self._trunk = ops.capture(self._run_trunk)
+        self._trunk = ops.capture(self._states)
         self._rows_per_slice = rows_per_slice(vocab_size)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -45,7 +42,8 @@ class ModelRunner:
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
-        x, hidden = self._forward(self._ops.prepare(batch), hidden_rows(plan.grants, batch))
+        x, states = self._trunk(self._ops.prepare(batch), hidden_rows(plan.grants, batch))
+        hidden = {layer: iter(self._ops.to_numpy(rows)) for layer, rows in states.items()}
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
@@ -55,24 +53,13 @@ class ModelRunner:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
         return self._ops.read_block(self._kv, block)
 
-    def _forward(self, batch: BatchHandle, wanted: dict[int, list[int]]) -> tuple[Array, Hiddens]:
-        """[T, hidden] after the last layer, and the wanted rows after others."""
-        if not wanted:
-            return self._trunk(batch), {}
-        hidden: Hiddens = {}
+    def _states(self, batch: BatchHandle) -> Iterator[Array]:
+        """[T, hidden] after the embedding and after each layer."""
         x = self._model.embed(self._ops, batch)
-        for index in range(self._num_layers + 1):
-            if index in wanted:
-                hidden[index] = iter(self._ops.to_numpy(self._ops.take_rows(x, np.array(wanted[index], np.int32))))
-            if index < self._num_layers:
-                x = self._model.layer(self._ops, index, x, batch, self._kv[index])
-        return x, hidden
-
-    def _run_trunk(self, batch: BatchHandle) -> Array:
-        x = self._model.embed(self._ops, batch)
+        yield x
         for index, kv in enumerate(self._kv):
             x = self._model.layer(self._ops, index, x, batch, kv)
-        return x
+            yield x
 
     def _answer(self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: Hiddens) -> tuple[GrantResult, ...]:
         answers = self._sample(batch, x, logits_requests(grants))

@@ -419,18 +419,44 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
 def test_recorded_arrays_have_no_values(ops: CpuOps) -> None:
     weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
     with pytest.raises(RuntimeError, match="recording"):
-        ops.capture(lambda batch: ops.take_rows(ops.embed(batch, weight), np.array([0], np.int32)))
+        ops.capture(lambda batch: iter([ops.take_rows(ops.embed(batch, weight), np.array([0], np.int32))]))
     with pytest.raises(ValueError, match="run:"):  # what comes back must be what the last op made
 
         def first_of_two(batch: Any) -> Any:
             x = ops.embed(batch, weight)
             ops.rms_norm(x, np.ones(64, F32), 1e-5)
-            return x
+            yield x
 
         paged = Paged(ops, [5])
         ops.capture(first_of_two)(ops.prepare(paged.batch([(0, 0, 5)])))
     batch = ops.prepare(Paged(ops, [5]).batch([(0, 0, 5)]))
     assert ops.to_numpy(ops.embed(batch, weight)).shape == (5, 64), "works after a failed recording"
+
+
+def test_rows_of_a_recording_that_are_not_there(ops: CpuOps) -> None:
+    """Guards against copying from outside a buffer, or to outside the result."""
+    weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
+    recorded = ops.capture(lambda batch: iter([ops.embed(batch, weight)]))
+    batch = ops.prepare(Paged(ops, [5]).batch([(0, 0, 5)]))
+    with pytest.raises(IndexError):
+        recorded(batch, {1: np.array([0], np.int32)})
+    for rows in ([5], [-1], [0, 2**31 - 1]):
+        with pytest.raises(ValueError, match="no such row"):
+            recorded(batch, {0: np.array(rows, np.int32)})
+    with pytest.raises(TypeError):
+        recorded(batch, {0: np.array([0])})  # int64
+    g, x = graph(ops)
+    out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
+    a, rows = np.zeros((3, 64), F32), np.array([1], np.int32)
+    for view, into in (
+        (x, np.zeros((1, 64), F32)),  # nothing that an op made
+        ((out, 0, 64), np.zeros((2, 64), F32)),
+        ((out, 0, 64), np.zeros((1, 63), F32)),
+        ((out, 1, 64), np.zeros((1, 64), F32)),
+        ((-1, 0, 64), np.zeros((1, 64), F32)),
+    ):
+        with pytest.raises(ValueError, match=r"run:|a view"):
+            g.run([x[0], out], [a, a.copy()], None, 3, [(view, rows, into)])
 
 
 # --- the process ---
