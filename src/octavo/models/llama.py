@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.models.registry import WeightLoader
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class LlamaModel:
             for weights, layer in zip(self.layers, self.config.layers, strict=True)
         ]
 
-    def embed(self, ops: Ops, batch: Batch) -> Array:
+    def embed(self, ops: Ops, batch: BatchHandle) -> Array:
         return ops.embed(batch, self.embedding, self.config.embedding_scale)
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
         rope = config.layers[index].rope
         h = ops.rms_norm(x, w.attention_norm, config.norm_eps)

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 class WeightLoader(Protocol):
@@ -37,11 +37,11 @@ class Model(Protocol):
         """What each layer keeps of a token, one per layer."""
         ...
 
-    def embed(self, ops: Ops, batch: Batch) -> Array:
+    def embed(self, ops: Ops, batch: BatchHandle) -> Array:
         """[T, hidden]"""
         ...
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         """[T, hidden] -> [T, hidden]; stores the K and V of the batch's tokens."""
         ...
 
