@@ -73,11 +73,10 @@ void forbid_repeated_ngrams(std::vector<float>& row, const Changes& changes) {
 
 void process(std::vector<float>& row, const Changes& changes) {
   if (!changes.allowed.empty()) {
-    std::vector<float> kept(row.size(), -INFINITY);
-    for (const int32_t token : changes.allowed) {
-      kept[static_cast<std::size_t>(token)] = row[static_cast<std::size_t>(token)];
-    }
-    row.swap(kept);
+    std::vector<float> kept;
+    for (const int32_t token : changes.allowed) kept.push_back(row[static_cast<std::size_t>(token)]);
+    std::fill(row.begin(), row.end(), -INFINITY);
+    for (std::size_t i = 0; i < kept.size(); ++i) row[static_cast<std::size_t>(changes.allowed[i])] = kept[i];
   }
   for (const int32_t token : changes.forbidden) row[static_cast<std::size_t>(token)] = -INFINITY;
   for (const auto& [token, bias] : changes.bias) row[static_cast<std::size_t>(token)] += bias;

@@ -121,7 +121,8 @@ class CpuOps:
         widest = max(config.intermediate_size, config.hidden_size, query)
         # The buffers of a graph, which reuses those of equal width, and the quantised input of a linear.
         columns = 4 * config.hidden_size + 4 * query + 4 * key + 3 * config.intermediate_size + widest // 2
-        return 4 * (num_tokens * columns + 2 * num_rows * config.vocab_size)
+        rows = num_rows + max(num_rows, self.machine.threads)  # each thread may process a copy of a row
+        return 4 * (num_tokens * columns + rows * config.vocab_size)
 
     # --- weights and KV ---
 

@@ -40,16 +40,11 @@ def _asked(request: RowRequest) -> _C.RowRequest:
 
 def _draw(draw: Draw) -> tuple[Any, ...]:
     params = draw.params
-    return (
-        0.0 if params.greedy else params.temperature,
-        max(params.top_k, 0),
-        params.top_p,
-        params.min_p,
-        draw.seed,
-        draw.stream,
-        params.logprobs,
-        _changes(draw),
-    )
+    changes = _changes(draw)
+    if params.greedy:  # the best token, whatever the filters and the noise
+        return 0.0, 0, 1.0, 0.0, 0, (), params.logprobs, changes
+    top_k = max(params.top_k, 0)
+    return params.temperature, top_k, params.top_p, params.min_p, draw.seed, draw.stream, params.logprobs, changes
 
 
 def _changes(draw: Draw) -> tuple[Any, ...] | None:
