@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "cpu/graph.h"
-#include "cpu/sampling.h"
+#include "cpu/sampler.h"
 
 namespace nb = nanobind;
 using namespace octavo;
@@ -23,8 +23,6 @@ using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::devic
 using RowOrder = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using PackedRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using MutableFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using MutableInts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PyView = std::tuple<int, std::size_t, std::size_t>;  // buffer, first column, columns
 
@@ -159,10 +157,10 @@ void unpack(const Weight& whole, std::size_t index, std::size_t first, const Mat
   }
 }
 
-void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound,
-         std::optional<Ints> input_ids, std::optional<Ints> positions, std::optional<Ints> query_start_loc,
-         std::optional<Ints> seq_lens, std::optional<IntTable> block_tables, std::optional<Ints> slot_mapping,
-         std::size_t rows, std::optional<Ints> tree_starts, std::optional<Ints> tree_parents) {
+using PyTap = std::tuple<PyView, Ints, Matrix>;  // a view, rows of it, where they are copied to
+
+void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matrix>& bound, const Batch* batch,
+         std::size_t rows, const std::vector<PyTap>& wanted) {
   if (bound.size() != bound_ids.size() || bound_ids != graph.bound_buffers()) {
     throw nb::value_error("run: needs the bound buffers in order, then the last op's output");
   }
@@ -173,83 +171,143 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
     }
     pointers.push_back(bound[i].data());
   }
-  BatchView batch;
-  batch.tokens = rows;
-  std::vector<std::vector<int32_t>> copies;  // of the metadata, which is checked and read without the interpreter
-  copies.reserve(8);
-  const auto copied = [&](const auto& array) {
-    copies.push_back(copy_of(array));
-    return copies.back().data();
-  };
-  const auto check = [&](const Ints& array, std::size_t size) {
-    if (array.shape(0) != size) throw nb::value_error("run: batch metadata of the wrong length");
-    return copied(array);
-  };
-  if (input_ids) {
-    if (!positions || !query_start_loc || !seq_lens || !block_tables || !slot_mapping) {
-      throw nb::value_error("run: batch metadata is given in full or not at all");
+  std::vector<Tap> taps;
+  for (const auto& [view, chosen, out] : wanted) {
+    if (out.shape(0) != chosen.shape(0) || out.shape(1) != std::get<2>(view)) {
+      throw nb::value_error("run: rows that are copied have the wrong shape");
     }
-    batch.input_ids = check(*input_ids, rows);
-    batch.positions = check(*positions, rows);
-    batch.slot_mapping = check(*slot_mapping, rows);
-    batch.seqs = seq_lens->shape(0);
-    batch.seq_lens = copied(*seq_lens);
-    batch.query_start_loc = check(*query_start_loc, batch.seqs + 1);
-    if (block_tables->shape(0) != batch.seqs) throw nb::value_error("run: a block table for each sequence");
-    batch.block_tables = copied(*block_tables);
-    batch.table_width = block_tables->shape(1);
-  }
-  if (tree_starts.has_value() != tree_parents.has_value() || (tree_starts && !input_ids)) {
-    throw nb::value_error("run: starts and parents of draft trees are given together, with a batch");
-  }
-  if (tree_starts) {
-    batch.tree_starts = check(*tree_starts, batch.seqs);
-    batch.tree_parents = check(*tree_parents, rows);
+    taps.push_back({view_of(view), copy_of(chosen), out.data()});
   }
   nb::gil_scoped_release release;
-  graph.run(batch, rows, bound_ids, pointers);
+  graph.run(batch, rows, bound_ids, pointers, taps);
 }
 
-// A row of logits, of which there is at least one.
-std::size_t size_of(const Floats& row) {
-  if (row.shape(0) == 0) throw nb::value_error("a row of logits has at least one value");
-  return row.shape(0);
+// --- rows of logits ---
+
+using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// Allowed, forbidden, bias, (repetition, presence, frequency), prompt, (token, times) of the output, all tokens, size
+// of n-grams; see Changes.
+using PyChanges = std::tuple<std::vector<int32_t>, std::vector<int32_t>, std::vector<std::pair<int32_t, double>>,
+                             std::tuple<double, double, double>, std::vector<int32_t>,
+                             std::vector<std::pair<int32_t, std::size_t>>, std::vector<int32_t>, std::size_t>;
+// Temperature (0: greedy), top_k (0: off), top_p, min_p, seed, stream, logprobs, changes.
+using PyDraw = std::tuple<double, std::size_t, double, double, uint64_t, std::vector<uint64_t>,
+                          std::optional<std::size_t>, std::optional<PyChanges>>;
+using PyTopK = std::tuple<std::size_t, std::optional<std::size_t>, std::optional<PyChanges>>;
+using PyNextLogprobs = std::pair<int32_t, std::size_t>;
+// Row, position of what is drawn, kind of want, the want: a list of draws, a PyTopK, sets of tokens, a PyNextLogprobs.
+using PyRequest = std::tuple<std::size_t, uint32_t, std::string, nb::object>;
+
+template <class Value>
+Value cast_to(const nb::object& given) {
+  Value value;
+  if (!nb::try_cast<Value>(given, value)) throw nb::type_error("sample: what is wanted is not of the kind's form");
+  return value;
 }
 
-// Calls `work` with who does it, without the interpreter.
-template <class Work>
-auto on_row(Machine& machine, const Work& work) {
-  nb::gil_scoped_release release;
-  Pool::Session session(machine.pool);
-  return work(RowWorkers{machine.kernels, machine.pool});
+// From Python's tuples, checked.
+class RequestReader {
+ public:
+  RequestReader(std::size_t rows, std::size_t vocab) : rows_(rows), vocab_(vocab) {}
+
+  RowRequest read(const PyRequest& request) const {
+    const auto& [row, position, kind, want] = request;
+    if (row >= rows_) throw nb::index_error("sample: no such row");
+    if (kind == "sample") {
+      std::vector<Draw> draws;
+      for (const PyDraw& draw : cast_to<std::vector<PyDraw>>(want)) draws.push_back(read(draw, position));
+      return {row, std::move(draws)};
+    }
+    if (kind == "top_k") {
+      const auto [k, logprobs, changes] = cast_to<PyTopK>(want);
+      return {row, TopK{k, logprobs, read(changes)}};
+    }
+    if (kind == "score") {
+      Score score{cast_to<std::vector<std::vector<int32_t>>>(want)};
+      for (const std::vector<int32_t>& set : score.sets) check(set);
+      return {row, std::move(score)};
+    }
+    if (kind == "next_logprobs") {
+      const auto [token, top] = cast_to<PyNextLogprobs>(want);
+      check(token);
+      return {row, NextLogprobs{token, top}};
+    }
+    throw nb::value_error(("sample: no such kind of want: " + kind).c_str());
+  }
+
+ private:
+  Draw read(const PyDraw& draw, uint32_t position) const {
+    const auto& [temperature, top_k, top_p, min_p, seed, stream, logprobs, changes] = draw;
+    if (!(temperature >= 0.0)) throw nb::value_error("sample: the temperature must be at least 0");
+    const uint64_t path = temperature > 0.0 ? stream_id(seed, stream) : 0;
+    const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(path),
+                       static_cast<uint32_t>(path >> 32), position};
+    return {temperature == 0.0, {temperature, top_k, top_p, min_p}, key, logprobs, read(changes)};
+  }
+
+  std::optional<Changes> read(const std::optional<PyChanges>& given) const {
+    if (!given) return std::nullopt;
+    Changes changes;
+    const auto& [allowed, forbidden, bias, penalties, prompt, output, token_ids, ngram_size] = *given;
+    for (const std::vector<int32_t>* tokens : {&allowed, &forbidden, &prompt, &token_ids}) check(*tokens);
+    changes.allowed = allowed;
+    changes.forbidden = forbidden;
+    for (const auto& [token, amount] : bias) changes.bias.emplace_back(check(token), static_cast<float>(amount));
+    changes.repetition = static_cast<float>(std::get<0>(penalties));
+    changes.presence = static_cast<float>(std::get<1>(penalties));
+    changes.frequency = static_cast<float>(std::get<2>(penalties));
+    changes.prompt = prompt;
+    for (const auto& [token, times] : output) changes.output.emplace_back(check(token), static_cast<float>(times));
+    changes.token_ids = token_ids;
+    changes.ngram_size = ngram_size;
+    return changes;
+  }
+
+  int32_t check(int32_t token) const {
+    if (token < 0 || static_cast<std::size_t>(token) >= vocab_) {
+      throw nb::index_error("sample: a token id outside the vocabulary");
+    }
+    return token;
+  }
+  void check(const std::vector<int32_t>& tokens) const {
+    for (const int32_t token : tokens) check(token);
+  }
+
+  std::size_t rows_, vocab_;
+};
+
+using PyLogprob = std::tuple<int32_t, double, std::size_t>;  // token, log-probability, rank
+
+std::vector<PyLogprob> given(const std::vector<TokenLogprob>& logprobs) {
+  std::vector<PyLogprob> all;
+  for (const TokenLogprob& one : logprobs) all.emplace_back(one.token, one.logprob, one.rank);
+  return all;
 }
 
-void row_best(Machine& machine, const Floats& row, const MutableInts& ids) {
-  if (ids.shape(0) > size_of(row)) throw nb::value_error("row_best: more than there are");
-  const std::vector<int32_t> found =
-      on_row(machine, [&](const RowWorkers& workers) { return best(workers, row.data(), row.shape(0), ids.shape(0)); });
-  if (found.size() != ids.shape(0)) throw nb::value_error("row_best: the row was changed meanwhile");
-  std::copy(found.begin(), found.end(), ids.data());
+nb::object given(const RowAnswer& answer) {
+  if (answer.failure == RowAnswer::Failure::Damaged) return nb::float_(answer.greatest);
+  if (answer.failure == RowAnswer::Failure::NothingLeft) return nb::none();
+  std::vector<std::vector<PyLogprob>> tops;
+  for (const std::vector<TokenLogprob>& top : answer.tops) tops.push_back(given(top));
+  return nb::cast(std::make_tuple(answer.tokens, answer.values, given(answer.logprobs), tops));
 }
 
-void row_log_softmax(Machine& machine, const Floats& row, const MutableFloats& out) {
-  if (out.shape(0) != size_of(row)) throw nb::value_error("row_log_softmax: wrong length");
-  on_row(machine, [&](const RowWorkers& workers) { log_softmax(workers, row.data(), row.shape(0), out.data()); });
-}
-
-std::size_t row_draw(Machine& machine, const Floats& row, double temperature, std::size_t top_k, double top_p,
-                     double min_p, uint64_t seed, const std::vector<uint64_t>& stream, uint32_t position) {
-  size_of(row);
-  if (!(temperature > 0.0)) throw nb::value_error("row_draw: the temperature must be more than 0");
-  const uint64_t path = stream_id(seed, stream);
-  const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(path),
-                     static_cast<uint32_t>(path >> 32), position};
-  const std::size_t drawn = on_row(machine, [&](const RowWorkers& workers) {
-    return draw(workers, row.data(), row.shape(0), {temperature, top_k, top_p, min_p}, key);
-  });
-  // Not of a row of numbers; of one that another thread writes to, perhaps.
-  if (drawn >= row.shape(0)) throw nb::value_error("row_draw: no value of the row could be drawn");
-  return drawn;
+nb::list sample_rows(Machine& machine, const Logits& logits, const std::vector<PyRequest>& asked) {
+  const std::size_t vocab = logits.shape(1);
+  if (vocab == 0) throw nb::value_error("a row of logits has at least one value");
+  const RequestReader reader(logits.shape(0), vocab);
+  std::vector<RowRequest> requests;
+  requests.reserve(asked.size());
+  for (const PyRequest& request : asked) requests.push_back(reader.read(request));
+  std::vector<RowAnswer> answers;
+  {
+    nb::gil_scoped_release release;
+    Pool::Session session(machine.pool);
+    answers = sample(machine.kernels, machine.pool, logits.data(), vocab, requests);
+  }
+  nb::list all;
+  for (const RowAnswer& answer : answers) all.append(given(answer));
+  return all;
 }
 
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
@@ -403,36 +461,9 @@ NB_MODULE(_C, m) {
   m.def("decode_strings", &decode_strings, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def("decode_pairs", &decode_pairs, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def(
-      "row_greatest",
-      [](Machine& machine, const Floats& row) {
-        const std::size_t n = size_of(row);
-        auto found = on_row(machine, [&](const RowWorkers& workers) { return greatest(workers, row.data(), n); });
-        // Beyond the row if there is nothing but NaN, or another thread writes to it.
-        return std::make_pair(std::min<std::size_t>(found.first, n - 1), found.second);
-      },
-      nb::arg("machine"), nb::arg("row").noconvert(), "Index and value of the greatest; NaN if any value is.");
-  m.def(
-      "row_log_sum_exp",
-      [](Machine& machine, const Floats& row) {
-        const std::size_t n = size_of(row);
-        return on_row(machine, [&](const RowWorkers& workers) { return log_sum_exp(workers, row.data(), n); });
-      },
-      nb::arg("machine"), nb::arg("row").noconvert());
-  m.def("row_log_softmax", &row_log_softmax, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("out").noconvert(),
-        "Log-probabilities, rounded from float64.");
-  m.def("row_best", &row_best, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("ids").noconvert(),
-        "Indices of the len(ids) greatest, greatest first.");
-  m.def(
-      "row_rank",
-      [](const Machine& machine, const Floats& row, std::size_t id) {
-        if (id >= size_of(row)) throw nb::index_error("row_rank: no such value");
-        nb::gil_scoped_release release;
-        return machine.kernels.row_rank(row.data(), row.shape(0), id);
-      },
-      nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("id"), "Values that stand before this one, from 0.");
-  m.def("row_draw", &row_draw, nb::arg("machine"), nb::arg("row").noconvert(), nb::arg("temperature"), nb::arg("top_k"),
-        nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("stream"), nb::arg("position"),
-        "A token id; top_k 0 is off.");
+      "sample", &sample_rows, nb::arg("machine"), nb::arg("logits").noconvert(), nb::arg("requests"),
+      "Answers of all requests, in order: (tokens, values, log-probabilities, best tokens of each or of all); None if "
+      "nothing is left to draw, the row's greatest value if it is not finite.");
   nb::class_<Weight>(m, "Weight", "Packed matrices [outputs, inputs] that share their input, side by side.")
       .def(
           "__init__",
@@ -466,6 +497,27 @@ NB_MODULE(_C, m) {
       .def_prop_ro(
           "block_bytes", [](const KVLayer& layer) { return 2 * layer.block_bytes(); }, "Of K and V.")
       .def_prop_ro("nbytes", [](const KVLayer& layer) { return layer.k.size() + layer.v.size(); });
+  nb::class_<Batch>(m, "Batch", "A step's metadata, copied and checked; see octavo.ops.Batch.")
+      .def(
+          "__init__",
+          [](Batch* self, const Ints& input_ids, const Ints& positions, const Ints& query_start_loc,
+             const IntTable& block_tables, const Ints& slot_mapping, std::size_t block_size,
+             const std::optional<Ints>& tree_starts, const std::optional<Ints>& tree_parents) {
+            BatchArrays arrays{copy_of(input_ids),
+                               copy_of(positions),
+                               copy_of(query_start_loc),
+                               copy_of(block_tables),
+                               copy_of(slot_mapping),
+                               block_tables.shape(1),
+                               block_size};
+            if (tree_starts) arrays.tree_starts = copy_of(*tree_starts);
+            if (tree_parents) arrays.tree_parents = copy_of(*tree_parents);
+            new (self) Batch(std::move(arrays));
+          },
+          nb::arg("input_ids").noconvert(), nb::arg("positions").noconvert(), nb::arg("query_start_loc").noconvert(),
+          nb::arg("block_tables").noconvert(), nb::arg("slot_mapping").noconvert(), nb::arg("block_size"),
+          nb::arg("tree_starts").noconvert().none(), nb::arg("tree_parents").noconvert().none())
+      .def_prop_ro("num_tokens", [](const Batch& batch) { return batch.view().tokens; });
   nb::class_<Graph>(m, "Graph", "Ops on numbered buffers; a view is (buffer, first column, columns).")
       .def(nb::init<std::shared_ptr<Machine>>(), nb::arg("machine"))
       .def("bind", &Graph::bind, nb::arg("columns"))
@@ -510,11 +562,8 @@ NB_MODULE(_C, m) {
       .def("scratch_bytes", &Graph::scratch_bytes, nb::arg("rows"), nb::arg("context"),
            "What a run takes besides weights, KV and bound buffers, as far as it does not depend on the batch.")
       // noconvert: another type or layout would be copied, and what is written to a copy is lost.
-      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("input_ids").noconvert().none(),
-           nb::arg("positions").noconvert().none(), nb::arg("query_start_loc").noconvert().none(),
-           nb::arg("seq_lens").noconvert().none(), nb::arg("block_tables").noconvert().none(),
-           nb::arg("slot_mapping").noconvert().none(), nb::arg("rows"),
-           nb::arg("tree_starts").noconvert().none() = nb::none(),
-           nb::arg("tree_parents").noconvert().none() = nb::none(),
-           "Run with the memory of bound buffers and, last, of the last op's output.");
+      .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("batch").none(), nb::arg("rows"),
+           nb::arg("taps").noconvert() = nb::tuple(),
+           "Run with the memory of bound buffers and, last, of the last op's output. `taps`: (view, rows, out) to "
+           "copy.");
 }

@@ -250,15 +250,15 @@ async def test_an_engine_that_fails_tells_everybody(llm: AsyncLLM, monkeypatch: 
 
 async def test_a_failed_request_raises_and_the_others_go_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (await last(llm, PROMPT, params())).outputs[0].token_ids
-    sampler = llm._loop.engine._executor._runner._sampler  # type: ignore[attr-defined]
-    run = sampler.run
+    ops = llm._loop.engine._executor._runner._ops  # type: ignore[attr-defined]
+    sample = ops.sample
 
-    def failing(logits: Any, want: Any, *rest: Any) -> Any:
-        if want.draws[0].seed == 666:
+    def failing(logits: Any, requests: Any) -> Any:
+        if any(request.want.draws[0].seed == 666 for request in requests):
             raise ArithmeticError("bad row")
-        return run(logits, want, *rest)
+        return sample(logits, requests)
 
-    monkeypatch.setattr(sampler, "run", failing)
+    monkeypatch.setattr(ops, "sample", failing)
     good, bad = await asyncio.gather(
         last(llm, PROMPT, params()), last(llm, PROMPT, params(seed=666)), return_exceptions=True
     )

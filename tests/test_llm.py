@@ -643,14 +643,14 @@ def test_a_request_that_fails_in_the_engine_says_so(tiny: LLM, monkeypatch: pyte
     """One output has finish_reason "error" and the reason; its neighbours in the batch are as they would be."""
     expected = token_ids(tiny.generate(PROMPT, params())[0])
     runner = tiny._engine._executor._runner  # type: ignore[attr-defined]
-    run = runner._sampler.run
+    sample = runner._ops.sample
 
-    def failing(logits: Any, want: Any, position: int) -> Any:
-        if want.draws[0].seed == 666 and position > 10:
+    def failing(logits: Any, requests: Any) -> Any:
+        if any(request.want.draws[0].seed == 666 and request.position > 10 for request in requests):
             raise ArithmeticError("bad row")
-        return run(logits, want, position)
+        return sample(logits, requests)
 
-    monkeypatch.setattr(runner._sampler, "run", failing)
+    monkeypatch.setattr(runner._ops, "sample", failing)
     good, bad, fine = tiny.generate([PROMPT] * 3, [params(), params(seed=666), params()])
     assert token_ids(good) == token_ids(fine) == expected
     assert bad.outputs[0].finish_reason == "error" and bad.error == "ArithmeticError: bad row"

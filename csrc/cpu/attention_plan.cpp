@@ -26,13 +26,13 @@ struct Seq {
 
 class Planner {
  public:
-  Planner(AttentionPlan& plan, const BatchView& batch, std::size_t window, std::size_t kv_heads, std::size_t block_size,
-          int threads, bool share)
+  Planner(AttentionPlan& plan, const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads,
+          bool share)
       : plan_(plan),
         batch_(batch),
         window_(window),
         kv_heads_(kv_heads),
-        blocks_per_tile_(kTile / block_size),
+        blocks_per_tile_(kTile / batch.block_size),
         row_states_(batch.tokens, 0) {
     std::vector<Seq> few;
     for (std::size_t s = 0; s < batch.seqs; ++s) {
@@ -232,9 +232,9 @@ class Planner {
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, std::size_t block_size,
-                             int threads, bool share) {
-  Planner(*this, batch, window, kv_heads, block_size, threads, share);
+AttentionPlan::AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads,
+                             bool share) {
+  Planner(*this, batch, window, kv_heads, threads, share);
 }
 
 }  // namespace octavo

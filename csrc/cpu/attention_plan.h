@@ -6,9 +6,19 @@
 #include <cstdint>
 #include <vector>
 
-#include "batch.h"
-
 namespace octavo {
+
+// What a batch holds; see octavo.ops.Batch. Block tables that are long enough, and trees that are trees, see Batch.
+struct BatchView {
+  std::size_t tokens = 0, seqs = 0, table_width = 0, block_size = 0;
+  const int32_t* input_ids = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* query_start_loc = nullptr;
+  const int32_t* block_tables = nullptr;
+  const int32_t* slot_mapping = nullptr;
+  const int32_t* tree_starts = nullptr;   // null: no sequence has a draft tree
+  const int32_t* tree_parents = nullptr;  // beside tree_starts
+};
 
 struct AttentionPlan {
   // Rows that see the same blocks in tiles [first_tile, last_tile), and one KV head.
@@ -31,8 +41,7 @@ struct AttentionPlan {
   std::size_t num_states = 0;
   std::size_t shared_tiles = 0;  // tiles that rows of several sequences read together, of one KV head
 
-  AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, std::size_t block_size, int threads,
-                bool share);
+  AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads, bool share);
 };
 
 }  // namespace octavo

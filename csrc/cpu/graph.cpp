@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -208,58 +209,25 @@ std::vector<int> Graph::bound_buffers() const {
 }
 
 // Throws std::invalid_argument if a batch would make an op read or write where nothing is.
-void Graph::check(const BatchView& batch) const {
-  const auto needs = [&](bool yes) {
+void Graph::check(const Batch* batch, std::size_t rows) const {
+  const auto needs = [](bool yes) {
     if (!yes) throw std::invalid_argument("run: the batch does not fit");
   };
-  const auto below = [](int32_t value, std::size_t limit) {
-    return value >= 0 && static_cast<std::size_t>(value) < limit;
-  };
-  const KVLayer* before = nullptr;
+  if (batch != nullptr) needs(batch->view().tokens == rows);
   for (const Node& node : nodes_) {
-    if (node.op != Op::Embed && node.op != Op::Rope && node.op != Op::StoreKV && node.op != Op::Attention) continue;
-    needs(batch.input_ids != nullptr);
-    if (node.layer == nullptr) continue;
-    const KVLayer& layer = *node.layer;
-    if (before != nullptr && before->num_blocks == layer.num_blocks &&
-        before->view.block_size == layer.view.block_size) {
-      continue;  // as a rule all layers have the same blocks
-    }
-    before = &layer;
-    const std::size_t size = layer.view.block_size;
-    for (std::size_t t = 0; t < batch.tokens; ++t) needs(below(batch.slot_mapping[t], layer.num_blocks * size));
-    for (std::size_t s = 0; s < batch.seqs; ++s) {
-      const auto first = static_cast<std::size_t>(batch.query_start_loc[s]);
-      const auto last = static_cast<std::size_t>(batch.query_start_loc[s + 1]);
-      needs(first <= last && last <= batch.tokens && (s > 0 || first == 0));
-      std::size_t blocks = 0;
-      for (std::size_t t = first; t < last; ++t) {
-        needs(below(batch.positions[t], batch.table_width * size));
-        blocks = std::max(blocks, static_cast<std::size_t>(batch.positions[t]) / size + 1);
-      }
-      const int32_t* table = batch.block_tables + s * batch.table_width;
-      for (std::size_t b = 0; b < blocks; ++b) needs(below(table[b], layer.num_blocks));
-    }
-    needs(batch.seqs > 0 && static_cast<std::size_t>(batch.query_start_loc[batch.seqs]) == batch.tokens);
+    if (node.op == Op::Embed || node.op == Op::Rope || node.layer != nullptr) needs(batch != nullptr);
+    if (node.layer != nullptr) needs(batch->inside(node.layer->num_blocks, node.layer->view.block_size));
   }
-  if (before != nullptr && batch.tree_starts != nullptr) check_trees(batch);
-  if (embed_rows_ == SIZE_MAX) return;
-  for (std::size_t t = 0; t < batch.tokens; ++t) needs(below(batch.input_ids[t], embed_rows_));
+  if (embed_rows_ != SIZE_MAX) needs(batch->greatest_id() < static_cast<int64_t>(embed_rows_));
 }
 
-// Rows of a draft tree come after their parents, one position further; the first are at the tree's start.
-void Graph::check_trees(const BatchView& batch) {
-  for (std::size_t s = 0; s < batch.seqs; ++s) {
-    const int32_t start = batch.tree_starts[s];
-    const int32_t first = batch.query_start_loc[s];
-    for (int32_t row = first; row < batch.query_start_loc[s + 1]; ++row) {
-      const int32_t parent = batch.tree_parents[row];
-      if (start < 0 || batch.positions[row] < start) continue;
-      const bool root = parent < 0 && batch.positions[row] == start;
-      const bool child = parent >= first && parent < row && batch.positions[row] == batch.positions[parent] + 1 &&
-                         batch.positions[parent] >= start;
-      if (!root && !child) throw std::invalid_argument("run: the draft tree does not fit");
-    }
+void Graph::check(const Tap& tap, std::size_t rows) const {
+  check(tap.view);
+  if (buffers_[static_cast<std::size_t>(tap.view.buffer)].bound >= 0) {
+    throw std::invalid_argument("run: rows are copied of what an op made");
+  }
+  for (const int32_t row : tap.rows) {
+    if (row < 0 || static_cast<std::size_t>(row) >= rows) throw std::invalid_argument("run: no such row");
   }
 }
 
@@ -318,16 +286,9 @@ std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t context) {
 // --- running ---
 
 struct Graph::Work {
-  const BatchView& batch;
+  const Batch* batch;
   std::size_t rows;
   const std::vector<float*>& bound;
-  // Cut once for all layers with the same window, heads and blocks.
-  struct Cut {
-    long window;
-    std::size_t kv_heads, block_size;
-    AttentionPlan plan;
-  };
-  std::vector<Cut> cuts;
 };
 
 namespace {
@@ -343,12 +304,13 @@ std::size_t grain_of(std::size_t count, int threads) {
 
 }  // namespace
 
-void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>& bound_ids,
-                const std::vector<float*>& bound) {
+void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bound_ids,
+                const std::vector<float*>& bound, const std::vector<Tap>& taps) {
   const std::unique_lock<std::mutex> lock(in_use_);
+  for (const Tap& tap : taps) check(tap, rows);
   if (nodes_.empty() || rows == 0) return;
   if (bound_ids != bound_buffers()) throw std::invalid_argument("run: more was recorded meanwhile");
-  check(batch);
+  check(batch, rows);
   Pool::Session session(machine_->pool);
   if (!all_packed_) {
     for (const Node& node : nodes_) {
@@ -364,6 +326,7 @@ void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>
   scales_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
   sums_.grow(quantized_inputs_ / kGroup * rows * sizeof(int32_t));
   totals_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
+  const int32_t* positions = batch == nullptr ? nullptr : batch->view().positions;  // no rope without a batch
   std::size_t angles = 0;
   for (const auto& table : tables_) angles += 2 * table.size() * rows;
   angles_.grow(angles * sizeof(float));
@@ -373,7 +336,7 @@ void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>
     machine_->pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
       for (std::size_t t = begin; t < end; ++t) {
         for (std::size_t i = 0; i < half; ++i) {
-          const float angle = static_cast<float>(batch.positions[t]) * table[i];
+          const float angle = static_cast<float>(positions[t]) * table[i];
           at[2 * half * t + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
           at[2 * half * t + half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
         }
@@ -381,22 +344,39 @@ void Graph::run(const BatchView& batch, std::size_t rows, const std::vector<int>
     });
     at += 2 * half * rows;
   }
-  Work work{batch, rows, bound, {}};
-  for (const Node& node : nodes_) run_node(node, work);
+  Work work{batch, rows, bound};
+  for (const Node& node : nodes_) {
+    run_node(node, work);
+    for (const Tap& tap : taps) {
+      if (tap.view.buffer == node.out) copy_out(tap, work);  // before its memory serves another op
+    }
+  }
+}
+
+float* Graph::memory_of(int index, const Work& work) const {
+  const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
+  return index == nodes_.back().out ? work.bound.back()
+         : buffer.bound >= 0        ? work.bound[static_cast<std::size_t>(buffer.bound)]
+                                    : arena_.as<float>() + buffer.at * work.rows;
+}
+
+void Graph::copy_out(const Tap& tap, const Work& work) const {
+  const float* from = memory_of(tap.view.buffer, work) + tap.view.first;
+  const std::size_t stride = columns_of(tap.view.buffer);
+  float* to = tap.out;
+  for (const int32_t row : tap.rows) {
+    std::memcpy(to, from + static_cast<std::size_t>(row) * stride, tap.view.columns * sizeof(float));
+    to += tap.view.columns;
+  }
 }
 
 void Graph::run_node(const Node& node, Work& work) {
   const Kernels& kernels = machine_->kernels;
   Pool& pool = machine_->pool;
   const std::size_t rows = work.rows;
-  const int result = nodes_.back().out;
   const auto place = [&](const View& view) -> Place {
     if (view.buffer < 0) return {nullptr, 0};
-    const Buffer& buffer = buffers_[static_cast<std::size_t>(view.buffer)];
-    float* base = view.buffer == result ? work.bound.back()
-                  : buffer.bound >= 0   ? work.bound[static_cast<std::size_t>(buffer.bound)]
-                                        : arena_.as<float>() + buffer.at * rows;
-    return {base + view.first, buffer.columns};
+    return {memory_of(view.buffer, work) + view.first, columns_of(view.buffer)};
   };
   const Place x = place(node.x);
   const Place residual = place(node.residual);
@@ -406,7 +386,7 @@ void Graph::run_node(const Node& node, Work& work) {
       pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           kernels.embed(node.weight->segments[0].format, node.weight->segments[0].packed.data(), node.weight->inputs,
-                        static_cast<std::size_t>(work.batch.input_ids[t]), node.number, y.data + t * y.stride);
+                        static_cast<std::size_t>(work.batch->view().input_ids[t]), node.number, y.data + t * y.stride);
         }
       });
       return;
@@ -444,7 +424,8 @@ void Graph::run_node(const Node& node, Work& work) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < kv.kv_heads; ++h) {
             kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim,
-                             residual.data + t * residual.stride + h * kv.head_dim, h, work.batch.slot_mapping[t]);
+                             residual.data + t * residual.stride + h * kv.head_dim, h,
+                             work.batch->view().slot_mapping[t]);
           }
         }
       });
@@ -469,15 +450,8 @@ void Graph::run_linear(const Node& node, Work& work) {
   const Kernels& kernels = machine_->kernels;
   Pool& pool = machine_->pool;
   const std::size_t rows = work.rows;
-  const int result = nodes_.back().out;
-  const auto base = [&](int index) -> float* {
-    const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
-    return index == result     ? work.bound.back()
-           : buffer.bound >= 0 ? work.bound[static_cast<std::size_t>(buffer.bound)]
-                               : arena_.as<float>() + buffer.at * rows;
-  };
   const Weight& weight = *node.weight;
-  const float* x = base(node.x.buffer) + node.x.first;
+  const float* x = memory_of(node.x.buffer, work) + node.x.first;
   const std::size_t x_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
   const std::size_t groups = weight.inputs / kGroup;
   if (weight.any_codes()) {
@@ -489,8 +463,9 @@ void Graph::run_linear(const Node& node, Work& work) {
       }
     });
   }
-  const float* residual = node.residual.buffer < 0 ? nullptr : base(node.residual.buffer) + node.residual.first;
-  float* y = base(node.out);
+  const float* residual =
+      node.residual.buffer < 0 ? nullptr : memory_of(node.residual.buffer, work) + node.residual.first;
+  float* y = memory_of(node.out, work);
   std::size_t panels = 0;
   for (const Weight::Segment& segment : weight.segments) panels += panels_of(segment.outputs);
   // All segments in one region: a region costs as much as reading some 30 kB.
@@ -522,22 +497,13 @@ void Graph::run_attention(const Node& node, Work& work) {
   const Kernels& kernels = machine_->kernels;
   Pool& pool = machine_->pool;
   const KVLayer& layer = *node.layer;
-  const BatchView& batch = work.batch;
+  const BatchView& batch = work.batch->view();
   const std::size_t dim = layer.view.head_dim;
   const std::size_t heads = node.x.columns / dim;
   const std::size_t group = heads / layer.view.kv_heads;
   const KVView& kv = layer.view;
-  auto cut = std::find_if(work.cuts.begin(), work.cuts.end(), [&](const Work::Cut& c) {
-    return c.window == layer.window && c.kv_heads == kv.kv_heads && c.block_size == kv.block_size;
-  });
-  if (cut == work.cuts.end()) {
-    const auto window = static_cast<std::size_t>(layer.window);
-    work.cuts.push_back(
-        {layer.window, kv.kv_heads, kv.block_size,
-         AttentionPlan(batch, window, kv.kv_heads, kv.block_size, pool.threads(), machine_->share_prefixes)});
-    cut = work.cuts.end() - 1;
-  }
-  const AttentionPlan& plan = cut->plan;
+  const AttentionPlan& plan =
+      work.batch->plan(static_cast<std::size_t>(layer.window), kv.kv_heads, pool.threads(), machine_->share_prefixes);
   machine_->shared_tiles += plan.shared_tiles;
   const std::size_t state_size = group * (2 + dim);
   states_.grow(plan.num_states * state_size * sizeof(float));
@@ -545,16 +511,9 @@ void Graph::run_attention(const Node& node, Work& work) {
   const std::size_t pieces = plan.items.size();
   const std::size_t grain = std::max<std::size_t>(1, pieces / (static_cast<std::size_t>(pool.threads()) * 16));
   scratch_.grow(scratch * static_cast<std::size_t>(pool.threads()) * sizeof(float));
-  const int result = nodes_.back().out;
-  const auto base = [&](int index) -> float* {
-    const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
-    return index == result     ? work.bound.back()
-           : buffer.bound >= 0 ? work.bound[static_cast<std::size_t>(buffer.bound)]
-                               : arena_.as<float>() + buffer.at * work.rows;
-  };
-  const float* q = base(node.x.buffer) + node.x.first;
+  const float* q = memory_of(node.x.buffer, work) + node.x.first;
   const std::size_t q_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
-  float* out = base(node.out);
+  float* out = memory_of(node.out, work);
   pool.parallel(pieces, grain, [&](std::size_t begin, std::size_t end, std::size_t thread) {
     for (std::size_t i = begin; i < end; ++i) {
       const AttentionPlan::Item& item = plan.items[i];

@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "attention_plan.h"
 #include "batch.h"
 #include "kernels.h"
 #include "memory.h"
@@ -75,6 +74,13 @@ struct View {
   std::size_t columns = 0;
 };
 
+// Rows of a view that are copied out while a graph runs.
+struct Tap {
+  View view;
+  std::vector<int32_t> rows;
+  float* out;  // [rows, columns of the view]
+};
+
 class Graph {
  public:
   explicit Graph(std::shared_ptr<Machine> machine) : machine_(std::move(machine)) {}
@@ -99,10 +105,10 @@ class Graph {
   // the states of one row of `context` positions are in it, whose tiles of keys threads divide.
   std::size_t scratch_bytes(std::size_t rows, std::size_t context);
 
-  // One run at a time: another thread's waits. Throws std::invalid_argument if the batch does not fit what was
-  // recorded, std::bad_alloc.
-  void run(const BatchView& batch, std::size_t rows, const std::vector<int>& bound_ids,
-           const std::vector<float*>& bound);
+  // One run at a time: another thread's waits. The batch may be null where no op looks at one; a tap is of an op's
+  // output. Throws std::invalid_argument if these do not fit what was recorded, std::bad_alloc.
+  void run(const Batch* batch, std::size_t rows, const std::vector<int>& bound_ids, const std::vector<float*>& bound,
+           const std::vector<Tap>& taps = {});
 
  private:
   enum class Op { Embed, RmsNorm, Linear, Rope, StoreKV, Attention, Gated };
@@ -129,11 +135,13 @@ class Graph {
   // To be held while ops are recorded; throws std::runtime_error while a run is under way.
   std::unique_lock<std::mutex> recording();
   void check(const View& view) const;
-  void check(const BatchView& batch) const;
-  static void check_trees(const BatchView& batch);
+  void check(const Batch* batch, std::size_t rows) const;
+  void check(const Tap& tap, std::size_t rows) const;
   int add(Node node, std::size_t columns);
   void plan();
   void run_node(const Node& node, Work& work);
+  void copy_out(const Tap& tap, const Work& work) const;
+  float* memory_of(int buffer, const Work& work) const;
   void run_linear(const Node& node, Work& work);
   void run_attention(const Node& node, Work& work);
 

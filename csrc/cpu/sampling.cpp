@@ -20,9 +20,14 @@ std::size_t pieces_of(std::size_t n, std::size_t size) { return (n + size - 1) /
 // visit(piece, its first value, how many there are) for all pieces of a row.
 template <class Visit>
 void each_piece(const RowWorkers& workers, std::size_t n, std::size_t size, const Visit& visit) {
-  workers.pool.parallel(pieces_of(n, size), kGrain / size, [&](std::size_t begin, std::size_t end) {
+  const auto some = [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) visit(i, i * size, std::min(size, n - i * size));
-  });
+  };
+  if (workers.pool == nullptr) {
+    some(0, pieces_of(n, size));
+  } else {
+    workers.pool->parallel(pieces_of(n, size), kGrain / size, some);
+  }
 }
 
 // The greatest value of each piece; NaN where any is.
@@ -133,23 +138,22 @@ std::vector<int32_t> survivors(const RowWorkers& workers, const float* x, std::s
 
 }  // namespace
 
-std::pair<std::size_t, float> greatest(const RowWorkers& workers, const float* x, std::size_t n) {
+Greatest greatest(const RowWorkers& workers, const float* x, std::size_t n) {
   const std::vector<float> tops = maxima(workers, x, n);
   const float top = greatest_of(tops);
-  if (std::isnan(top)) return {n, top};
   const auto piece = static_cast<std::size_t>(std::find(tops.begin(), tops.end(), top) - tops.begin());
-  return {static_cast<std::size_t>(std::find(x + piece * kTopPiece, x + n, top) - x), top};
+  const float* found = piece < tops.size() ? std::find(x + piece * kTopPiece, x + n, top) : x + n;
+  // Nowhere if the row has NaN, or another thread writes to it.
+  return {std::min(static_cast<std::size_t>(found - x), n - 1), top};
 }
 
-double log_sum_exp(const RowWorkers& workers, const float* x, std::size_t n) {
-  const float top = greatest_of(maxima(workers, x, n));
+double log_sum_exp(const RowWorkers& workers, const float* x, std::size_t n, float top) {
   return static_cast<double>(top) + std::log(sum_exp(workers, x, n, top, 1.0f));
 }
 
-void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, float* out) {
-  const double by = log_sum_exp(workers, x, n);
+void log_softmax(const RowWorkers& workers, const float* x, std::size_t n, double normalizer, float* out) {
   each_piece(workers, n, kRowPiece, [&](std::size_t, std::size_t first, std::size_t count) {
-    workers.kernels.row_shift(x + first, count, by, out + first);
+    workers.kernels.row_shift(x + first, count, normalizer, out + first);
   });
 }
 
@@ -196,10 +200,9 @@ std::vector<int32_t> best(const RowWorkers& workers, const float* x, std::size_t
   return ids_of(kept);
 }
 
-std::size_t draw(const RowWorkers& workers, const float* x, std::size_t n, const Filters& filters,
-                 const NoiseKey& key) {
-  const auto [start, top] = greatest(workers, x, n);
-  if (std::isnan(top)) throw std::invalid_argument("nothing can be drawn from a row with NaN");
+std::size_t draw(const RowWorkers& workers, const float* x, std::size_t n, const Greatest& greatest,
+                 const Filters& filters, const NoiseKey& key) {
+  const auto [start, top] = greatest;
   if (filters.top_k == 0 && filters.top_p >= 1.0 && filters.min_p <= 0.0) {
     return workers.kernels.row_draw(x, n, start, top, filters.temperature, key);
   }

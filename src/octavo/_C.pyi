@@ -27,22 +27,13 @@ def decode_strings(file: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDA
 def decode_pairs(
     file: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> list[tuple[str, str]] | None: ...
-def row_greatest(machine: Machine, row: _Floats) -> tuple[int, float]: ...
-def row_log_sum_exp(machine: Machine, row: _Floats) -> float: ...
-def row_log_softmax(machine: Machine, row: _Floats, out: _Floats) -> None: ...
-def row_best(machine: Machine, row: _Floats, ids: _Ints) -> None: ...
-def row_rank(machine: Machine, row: _Floats, id: int) -> int: ...
-def row_draw(
-    machine: Machine,
-    row: _Floats,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    stream: Sequence[int],
-    position: int,
-) -> int: ...
+
+# Row, position of what is drawn, kind of want, the want; see csrc/bindings.cpp.
+RowRequest = tuple[int, int, str, Any]
+TokenLogprob = tuple[int, float, int]  # token, log-probability, rank
+RowAnswer = tuple[list[int], list[float], list[TokenLogprob], list[list[TokenLogprob]]]
+
+def sample(machine: Machine, logits: _Floats, requests: Sequence[RowRequest]) -> list[RowAnswer | float | None]: ...
 
 class Weight:
     def __init__(self, parts: Sequence[tuple[str, int]], inputs: int, bias: _Floats | None = None) -> None: ...
@@ -72,6 +63,21 @@ class KVLayer:
     @property
     def nbytes(self) -> int: ...
 
+class Batch:
+    def __init__(
+        self,
+        input_ids: _Ints,
+        positions: _Ints,
+        query_start_loc: _Ints,
+        block_tables: _Ints,
+        slot_mapping: _Ints,
+        block_size: int,
+        tree_starts: _Ints | None,
+        tree_parents: _Ints | None,
+    ) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+
 class Graph:
     def __init__(self, machine: Machine) -> None: ...
     def bind(self, columns: int) -> int: ...
@@ -87,15 +93,9 @@ class Graph:
         self,
         bound_ids: Sequence[int],
         bound: Sequence[_Floats],
-        input_ids: _Ints | None,
-        positions: _Ints | None,
-        query_start_loc: _Ints | None,
-        seq_lens: _Ints | None,
-        block_tables: _Ints | None,
-        slot_mapping: _Ints | None,
+        batch: Batch | None,
         rows: int,
-        tree_starts: _Ints | None = None,
-        tree_parents: _Ints | None = None,
+        taps: Sequence[tuple[_View, _Ints, _Floats]] = (),
     ) -> None: ...
 
 # Weight, part of it, rows as in the file, their order if they are not in it, and the part's output that they begin at.

@@ -20,7 +20,7 @@ from octavo.loading.loaded_model import LoadedModel
 from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
 from octavo.loading.model_config import model_config
 from octavo.loading.weights import FileWeights
-from octavo.models import Model, family, run_layers
+from octavo.models import Model, family, layer_states
 from octavo.ops import ModelConfig, Ops
 from octavo.runner.logits import rows_per_slice
 
@@ -113,7 +113,7 @@ def _plan(
     config: EngineConfig, of_model: ModelConfig, model: Model, weights_bytes: int, ops: Ops, max_model_len: int
 ) -> MemoryPlan:
     specs = model.kv_specs
-    layers = partial(run_layers, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
+    layers = partial(layer_states, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
     rows = min(rows_per_slice(of_model.vocab_size), config.step_tokens)
     return plan_memory(
         available_bytes=available_memory(),

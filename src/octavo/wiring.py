@@ -97,7 +97,6 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         loaded.ops,
         num_blocks=loaded.memory_plan.num_blocks,
         block_size=config.block_size,
-        num_layers=loaded.config.num_layers,
         vocab_size=loaded.config.vocab_size,
     )
     scheduler = SchedulerConfig(

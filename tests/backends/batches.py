@@ -36,7 +36,6 @@ def ragged(
         input_ids=random.integers(0, vocab_size, starts[-1], dtype=np.int32),
         positions=np.array(positions, np.int32),
         query_start_loc=starts,
-        seq_lens=np.array([old + new for old, new in sequences], np.int32),
         block_tables=tables,
         slot_mapping=np.array(slots, np.int32),
         logits_indices=np.array([], np.int32),

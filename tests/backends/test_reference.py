@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,8 @@ def naive_attention(
 
 
 def keys_and_values(ops: ReferenceOps, batch: Batch) -> tuple[list[Floats], list[Floats]]:
-    lengths = [int(n) for n in batch.seq_lens]
+    starts = batch.query_start_loc
+    lengths = [int(batch.positions[stop - 1]) + 1 if stop > first else 0 for first, stop in pairwise(starts)]
     ks = [array(ops, n, 2, 8, seed=100 + s) for s, n in enumerate(lengths)]
     return ks, [array(ops, n, 2, 8, seed=200 + s) for s, n in enumerate(lengths)]
 

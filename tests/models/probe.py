@@ -54,8 +54,10 @@ def load(path: Path, ops: Ops) -> tuple[Model, ModelConfig]:
 
 
 class Probe:
-    def __init__(self, path: Path, dtype: str = "float32", block_size: int = 16, num_tokens: int = 2048) -> None:
-        self.ops = ReferenceOps(dtype, dtype)
+    def __init__(
+        self, path: Path, dtype: str = "float32", block_size: int = 16, num_tokens: int = 2048, ops: Ops | None = None
+    ) -> None:
+        self.ops = ops if ops is not None else ReferenceOps(dtype, dtype)
         model, self.config = load(path, self.ops)
         self.tap = Tap(model)
         self.kv = KVCacheManager(-(-num_tokens // block_size), block_size)
@@ -64,7 +66,6 @@ class Probe:
             self.ops,
             num_blocks=self.kv.num_blocks,
             block_size=block_size,
-            num_layers=self.config.num_layers,
             vocab_size=self.config.vocab_size,
         )
         self._ids = count()

@@ -35,7 +35,6 @@ def test_layout_by_hand() -> None:
         "input_ids": [13, 14, 15, 20, 38],
         "positions": [3, 4, 5, 0, 8],
         "query_start_loc": [0, 3, 4, 5],
-        "seq_lens": [6, 1, 9],
         "slot_mapping": [7 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1, 5 * 4, 9 * 4],
         "logits_indices": [3, 4],
     }
@@ -75,7 +74,7 @@ def test_wanted_rows() -> None:
     assert batch.logits_indices.tolist() == [0, 1, 3]
     assert [(r.row, r.position) for r in logits_requests(two)] == [(0, 0), (1, 1), (2, 5)]
     assert [r.want for r in logits_requests(two)] == [NextLogprobs((2,), 1), NextLogprobs((3,), 1), SAMPLE]
-    assert hidden_rows(two, batch) == {0: [2, 3]}
+    assert {layer: rows.tolist() for layer, rows in hidden_rows(two, batch).items()} == {0: [2, 3]}
 
 
 def test_parts_of_what_is_wanted() -> None:

@@ -11,9 +11,9 @@ import pytest
 from octavo.core.params import SamplingParams
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import Draw, NextLogprobs, Sample, Score, TopK
+from octavo.ops.rows import SamplingError
 from octavo.sampling import Sampler
 from octavo.sampling.rows import NumpyRows, log_softmax
-from octavo.sampling.sampler import SamplingError
 
 VOCAB = 40
 sampler = Sampler()

@@ -8,7 +8,7 @@ third of a decode step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import _C
+from octavo.backends.cpu_sampling import sample_rows
 from octavo.backends.processors import available_processors
 from octavo.backends.registry import BackendRefusedError, BackendSettings
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
+from octavo.ops.protocol import Replay
+from octavo.ops.rows import RowRequest, SamplingError
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -29,9 +33,6 @@ _KV_GROUP = 32  # values of an int8 K or V that share a scale
 _MAX_HEAD_DIM = 1024
 _MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
-
-
-Row = NDArray[np.float32]
 
 
 def make(settings: BackendSettings) -> CpuOps:
@@ -113,7 +114,6 @@ class CpuOps:
         self.machine = _C.Machine(
             instruction_set or _C.instruction_sets()[0], threads or available_processors(), share_prefixes, pin_threads
         )
-        self.rows = CpuRows(self.machine)
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
@@ -146,14 +146,15 @@ class CpuOps:
     def scratch_nbytes(
         self,
         config: ModelConfig,
-        layers: Callable[[Batch], CpuArray],
+        layers: Callable[[_C.Batch], Iterator[CpuArray]],
         num_tokens: int,
         num_rows: int,
         max_context: int,
     ) -> int:
-        graph, result = self._record(layers)
-        # The head's rows are taken, normalised, and made logits, which are copied.
-        head = num_tokens * result.columns + 2 * num_rows * (config.hidden_size + config.vocab_size)
+        graph, states = self._record(layers)
+        # The head's rows are taken, normalised, and made logits, of which each thread may process a copy.
+        head = num_tokens * states[-1].columns + 2 * num_rows * config.hidden_size
+        head += (num_rows + max(num_rows, self.machine.threads)) * config.vocab_size
         return int(graph.scratch_bytes(num_tokens, max_context)) + 4 * head
 
     # --- weights and KV ---
@@ -226,31 +227,52 @@ class CpuOps:
 
     # --- recording and running ---
 
-    def capture(self, function: Callable[[Batch], CpuArray]) -> Callable[[Batch], CpuArray]:
-        """Record the ops that `function` calls, once; what comes back runs them with another batch."""
-        graph, result = self._record(function)
+    def prepare(self, batch: Batch) -> _C.Batch:
+        return _C.Batch(
+            batch.input_ids,
+            batch.positions,
+            batch.query_start_loc,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.block_size,
+            batch.tree_starts,
+            batch.tree_parents,
+        )
 
-        def replay(batch: Batch) -> CpuArray:
-            data = np.empty((batch.num_tokens, result.columns), np.float32)
-            _run(graph, [result.buffer], [data], batch, batch.num_tokens)
-            return CpuArray(data, -1, 0, result.columns)
+    def capture(self, function: Callable[[_C.Batch], Iterator[CpuArray]]) -> Replay:
+        """Record the ops that `function` calls, once; what comes back runs them with another batch."""
+        graph, states = self._record(function)
+        last = states[-1]
+
+        def replay(
+            batch: _C.Batch, wanted: Mapping[int, NDArray[np.int32]] | None = None
+        ) -> tuple[CpuArray, dict[int, CpuArray]]:
+            data = np.empty((batch.num_tokens, last.columns), np.float32)
+            taken: dict[int, CpuArray] = {}
+            taps = []
+            for number, rows in (wanted or {}).items():
+                state, out = states[number], np.empty((len(rows), states[number].columns), np.float32)
+                taken[number] = CpuArray(out, -1, 0, state.columns, state.heads)
+                taps.append((state.view, rows, out))
+            graph.run([last.buffer], [data], batch, batch.num_tokens, taps)
+            return CpuArray(data, -1, 0, last.columns), taken
 
         return replay
 
-    def _record(self, function: Callable[[Batch], CpuArray]) -> tuple[_C.Graph, CpuArray]:
+    def _record(self, function: Callable[[_C.Batch], Iterator[CpuArray]]) -> tuple[_C.Graph, list[CpuArray]]:
         graph = self._recording = _C.Graph(self.machine)
         try:
-            result = function(None)  # type: ignore[arg-type] # ops record what they do with a batch, not its values
+            states = list(function(None))  # type: ignore[arg-type] # ops record what they do with a batch, not its values
         finally:
             self._recording = None
-        return graph, result
+        return graph, states
 
     def _op(
         self,
         record: Callable[..., int],
         inputs: Sequence[CpuArray | None],
         columns: int,
-        batch: Batch | None = None,
+        batch: _C.Batch | None = None,
         heads: int = 0,
     ) -> CpuArray:
         """Record one op, or run it. `record(graph, *views)` gives its output's buffer."""
@@ -266,14 +288,14 @@ class CpuOps:
         out = record(graph, *views)
         bound = [_data(x) for x in present]
         if columns:
-            _run(graph, [*ids.values(), out], [*bound, data], batch, rows)
+            graph.run([*ids.values(), out], [*bound, data], batch, rows)
         else:
-            _run(graph, list(ids.values()), bound, batch, rows)
+            graph.run(list(ids.values()), bound, batch, rows)
         return CpuArray(data, -1, 0, columns, heads)
 
     # --- ops ---
 
-    def embed(self, batch: Batch, weight: CpuWeight, scale: float = 1.0) -> CpuArray:
+    def embed(self, batch: _C.Batch, weight: CpuWeight, scale: float = 1.0) -> CpuArray:
         return self._op(lambda g: g.embed(weight.packed, scale), [], weight.packed.inputs, batch)
 
     def rms_norm(
@@ -290,15 +312,15 @@ class CpuOps:
             CpuArray(x.data, x.buffer, first, part, part // head_dim) for first, part in zip(firsts, parts, strict=True)
         ]
 
-    def rope(self, x: CpuArray, batch: Batch, rope: RopeConfig) -> CpuArray:
+    def rope(self, x: CpuArray, batch: _C.Batch, rope: RopeConfig) -> CpuArray:
         frequencies = _inverse_frequencies(rope)
         head_dim = x.columns // x.heads
         return self._op(lambda g, a: g.rope(a, head_dim, rope.dim, frequencies), [x], x.columns, batch, x.heads)
 
-    def store_kv(self, k: CpuArray, v: CpuArray, batch: Batch, kv: CpuKV) -> None:
+    def store_kv(self, k: CpuArray, v: CpuArray, batch: _C.Batch, kv: CpuKV) -> None:
         self._op(lambda g, a, b: g.store_kv(a, b, kv.layer), [k, v], 0, batch)
 
-    def attention(self, q: CpuArray, batch: Batch, kv: CpuKV, scale: float) -> CpuArray:
+    def attention(self, q: CpuArray, batch: _C.Batch, kv: CpuKV, scale: float) -> CpuArray:
         return self._op(lambda g, a: g.attention(a, kv.layer, scale), [q], q.columns, batch)
 
     def gated(self, x: CpuArray, activation: Activation) -> CpuArray:
@@ -306,6 +328,9 @@ class CpuOps:
 
     def take_rows(self, x: CpuArray, rows: NDArray[np.int32]) -> CpuArray:
         return CpuArray(np.ascontiguousarray(self.to_numpy(x)[rows]), -1, 0, x.columns)
+
+    def sample(self, logits: CpuArray, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        return sample_rows(self.machine, self.to_numpy(logits), requests)
 
     def copy_blocks(self, layers: Sequence[CpuKV], copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:  # in order: a target may be the source of a later copy
@@ -342,62 +367,3 @@ def _data(x: CpuArray) -> NDArray[np.float32]:
     if x.data is None:
         raise RuntimeError("this array is of a recording and has no values")
     return x.data
-
-
-def _run(graph: _C.Graph, ids: list[int], bound: list[NDArray[np.float32]], batch: Batch | None, rows: int) -> None:
-    if batch is None:
-        graph.run(ids, bound, None, None, None, None, None, None, rows)
-        return
-    graph.run(
-        ids,
-        bound,
-        batch.input_ids,
-        batch.positions,
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_tables,
-        batch.slot_mapping,
-        rows,
-        batch.tree_starts,
-        batch.tree_parents,
-    )
-
-
-class CpuRows:
-    """See octavo.ops.rows.RowOps."""
-
-    def __init__(self, machine: _C.Machine) -> None:
-        self._machine = machine
-
-    def greatest(self, row: Row) -> tuple[int, float]:
-        return _C.row_greatest(self._machine, row)
-
-    def log_sum_exp(self, row: Row) -> float:
-        return _C.row_log_sum_exp(self._machine, row)
-
-    def log_softmax(self, row: Row) -> Row:
-        out = np.empty_like(row)
-        _C.row_log_softmax(self._machine, row, out)
-        return out
-
-    def best(self, row: Row, k: int) -> NDArray[np.int32]:
-        ids = np.empty(k, np.int32)
-        _C.row_best(self._machine, row, ids)
-        return ids
-
-    def rank(self, row: Row, index: int) -> int:
-        return 1 + _C.row_rank(self._machine, row, index)
-
-    def draw(
-        self,
-        row: Row,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
-        stream: tuple[int, ...],
-        position: int,
-    ) -> int:
-        return _C.row_draw(self._machine, row, temperature, top_k, top_p, min_p, seed, stream, position)

@@ -6,15 +6,20 @@ product of NumPy's BLAS may round differently for another number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.backends.eager import run_eagerly
 from octavo.backends.registry import BackendSettings
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
+from octavo.ops.protocol import Replay
+from octavo.ops.rows import RowRequest, SamplingError
+from octavo.sampling import Sampler
 
 Floats = NDArray[Any]
 
@@ -44,13 +49,13 @@ class ReferenceOps:
     """See octavo.ops.Ops. `dtype` is that of weights and activations, `kv_dtype` that of stored K and V."""
 
     name = "reference"
-    rows = None
 
     def __init__(self, dtype: str = "float32", kv_dtype: str = "float32") -> None:
         self.dtype = np.dtype(dtype)
         self.kv_dtype = np.dtype(kv_dtype)
         self._frequencies: dict[RopeConfig, Floats] = {}
         self._deferred: list[Callable[[], None]] | None = None  # what is still to be packed
+        self._sampler = Sampler()
 
     @property
     def identity(self) -> str:
@@ -70,7 +75,7 @@ class ReferenceOps:
     def scratch_nbytes(
         self,
         config: ModelConfig,
-        layers: Callable[[Batch], Floats],
+        layers: Callable[[Batch], Iterator[Floats]],
         num_tokens: int,
         num_rows: int,
         max_context: int,
@@ -123,8 +128,11 @@ class ReferenceOps:
             layers.append(KVLayer(np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype), spec.window))
         return layers
 
-    def capture(self, function: Callable[[Batch], Floats]) -> Callable[[Batch], Floats]:
-        return function
+    def capture(self, function: Callable[[Batch], Iterator[Floats]]) -> Replay:
+        return run_eagerly(self, function)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
 
     # --- ops ---
 
@@ -241,6 +249,9 @@ class ReferenceOps:
 
     def take_rows(self, x: Floats, rows: NDArray[np.int32]) -> Floats:
         return x[rows]
+
+    def sample(self, logits: Floats, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        return self._sampler.sample(np.asarray(logits, np.float32), requests)
 
     def read_block(self, layers: Sequence[KVLayer], block: int) -> bytes:
         return b"".join(part[block].tobytes() for kv in layers for part in (kv.k, kv.v))

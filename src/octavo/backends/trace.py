@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.backends.eager import run_eagerly
+from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor, cost
 from octavo.ops.cost import Cost, Widths
+from octavo.ops.protocol import Replay
+from octavo.ops.rows import RowRequest, SamplingError
 
 Shape = tuple[int, ...]
 
@@ -49,7 +53,6 @@ class TraceOps:
     """See octavo.ops.Ops. `records` lists what was run, in order."""
 
     name = "trace"
-    rows = None
 
     def __init__(self, widths: Widths | None = None) -> None:
         self.widths = widths or Widths()
@@ -73,7 +76,7 @@ class TraceOps:
     def scratch_nbytes(
         self,
         config: ModelConfig,
-        layers: Callable[[Batch], TraceArray],
+        layers: Callable[[Batch], Iterator[TraceArray]],
         num_tokens: int,
         num_rows: int,
         max_context: int,
@@ -99,8 +102,11 @@ class TraceOps:
     def kv_layers(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[KVSpec]:
         return list(specs)
 
-    def capture(self, function: Callable[[Batch], TraceArray]) -> Callable[[Batch], TraceArray]:
-        return function
+    def capture(self, function: Callable[[Batch], Iterator[TraceArray]]) -> Replay:
+        return run_eagerly(self, function)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
 
     # --- ops ---
 
@@ -162,6 +168,9 @@ class TraceOps:
     def take_rows(self, x: TraceArray, rows: NDArray[np.int32]) -> TraceArray:
         output = (len(rows), *x.shape[1:])
         return self._record("take_rows", [x], output, None, cost.take_rows(math.prod(output), self.widths))
+
+    def sample(self, logits: TraceArray, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        raise TypeError("the trace backend has shapes and no values")
 
     def copy_blocks(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
         raise TypeError("a trace is of one batch and copies no blocks")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from octavo.formats import GGUFFile, open_weights
 from octavo.loading.weights import FileWeights
-from octavo.models import family, run_layers
+from octavo.models import family, layer_states
 from octavo.ops import Batch
 from octavo.runner.logits import rows_per_slice
 
@@ -35,9 +35,10 @@ class LoadedModel:
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
         """[len(token_ids), vocab], computed in one step."""
-        ops, batch = self._ops, _batch(token_ids)
-        layers = ops.kv_layers(self._model.kv_specs, batch.block_tables.shape[1], _BLOCK_SIZE)
-        x = run_layers(self._model, ops, batch, layers)
+        ops, given = self._ops, _batch(token_ids)
+        layers = ops.kv_layers(self._model.kv_specs, given.block_tables.shape[1], _BLOCK_SIZE)
+        for x in layer_states(self._model, ops, ops.prepare(given), layers):  # noqa: B007 - the last is wanted
+            pass
         rows = np.empty((len(token_ids), self._vocab_size), np.float32)
         step = rows_per_slice(self._vocab_size)
         for first in range(0, len(rows), step):
@@ -54,7 +55,6 @@ def _batch(token_ids: Sequence[int]) -> Batch:
         input_ids=np.array(token_ids, np.int32),
         positions=positions,
         query_start_loc=np.array([0, count], np.int32),
-        seq_lens=np.array([count], np.int32),
         block_tables=np.arange(-(-count // _BLOCK_SIZE), dtype=np.int32)[None],
         slot_mapping=positions,
         logits_indices=positions,

@@ -2,6 +2,6 @@
 
 from octavo.models.families import FAMILIES, family
 from octavo.models.family import Family
-from octavo.models.model import Model, WeightLoader, run_layers
+from octavo.models.model import Model, WeightLoader, layer_states
 
-__all__ = ["FAMILIES", "Family", "Model", "WeightLoader", "family", "run_layers"]
+__all__ = ["FAMILIES", "Family", "Model", "WeightLoader", "family", "layer_states"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.models.model import WeightLoader
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 class Decoder(ABC):
@@ -30,7 +30,7 @@ class Decoder(ABC):
         """The weights of a layer; their canonical names begin with `at`."""
 
     @abstractmethod
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         """[T, hidden] -> [T, hidden]"""
 
     @property
@@ -41,7 +41,7 @@ class Decoder(ABC):
             for weights, layer in zip(self.layers, self.config.layers, strict=True)
         ]
 
-    def embed(self, ops: Ops, batch: Batch) -> Array:
+    def embed(self, ops: Ops, batch: BatchHandle) -> Array:
         return ops.embed(batch, self.embedding, self.config.embedding_scale)
 
     def head(self, ops: Ops, x: Array) -> Array:

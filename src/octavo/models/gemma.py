@@ -27,8 +27,8 @@ from octavo.models.reading import (
     hf_window,
     rope_config,
 )
-from octavo.ops import Activation, Batch, LayerConfig, ModelConfig, Ops, RopeConfig
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import Activation, LayerConfig, ModelConfig, Ops, RopeConfig
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Gemma3Model(Decoder):
             post_mlp_norm=self.load_norm(load, at + "post_feedforward_layernorm"),
         )
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
         rope, eps = config.layers[index].rope, config.norm_eps
         h = ops.rms_norm(x, w.attention_norm, eps)

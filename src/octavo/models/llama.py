@@ -13,8 +13,8 @@ from octavo.models.decoder import Decoder
 from octavo.models.family import Family, GGUFKeys, HFKeys
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_LAYER, gguf_config, gguf_window, hf_config, hf_layers, hf_rope, hf_window
-from octavo.ops import Batch, LayerConfig, ModelConfig, Ops, RopeConfig
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import LayerConfig, ModelConfig, Ops, RopeConfig
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class LlamaModel(Decoder):
             down=self.load_down(load, at),
         )
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
         rope = config.layers[index].rope
         h = ops.rms_norm(x, w.attention_norm, config.norm_eps)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from octavo.ops import Batch, KVSpec, ModelConfig, Ops
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import KVSpec, ModelConfig, Ops
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 class WeightLoader(Protocol):
@@ -44,11 +44,11 @@ class Model(Protocol):
         """What each layer keeps of a token, one per layer."""
         ...
 
-    def embed(self, ops: Ops, batch: Batch) -> Array:
+    def embed(self, ops: Ops, batch: BatchHandle) -> Array:
         """[T, hidden]"""
         ...
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         """[T, hidden] -> [T, hidden]; stores the K and V of the batch's tokens."""
         ...
 
@@ -57,9 +57,10 @@ class Model(Protocol):
         ...
 
 
-def run_layers(model: Model, ops: Ops, batch: Batch, kv_layers: Sequence[KVLayer]) -> Array:
-    """All of a model but its head: -> [T, hidden]"""
+def layer_states(model: Model, ops: Ops, batch: BatchHandle, kv_layers: Sequence[KVLayer]) -> Iterator[Array]:
+    """All of a model but its head: [T, hidden] after the embedding and after each layer."""
     x = model.embed(ops, batch)
+    yield x
     for index, kv in enumerate(kv_layers):
         x = model.layer(ops, index, x, batch, kv)
-    return x
+        yield x

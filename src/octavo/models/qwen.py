@@ -15,8 +15,8 @@ from octavo.models.family import Family, GGUFKeys, HFKeys
 from octavo.models.llama import LlamaModel
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_HEAD_NORMS, GGUF_LAYER, gguf_config, hf_config, hf_layers, hf_rope, hf_window
-from octavo.ops import Batch, LayerConfig, ModelConfig, Ops, RopeConfig
-from octavo.ops.protocol import Array, KVLayer, Weight
+from octavo.ops import LayerConfig, ModelConfig, Ops, RopeConfig
+from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
 
 
 class Qwen2Model(LlamaModel):
@@ -49,7 +49,7 @@ class Qwen3Model(Decoder):
             down=self.load_down(load, at),
         )
 
-    def layer(self, ops: Ops, index: int, x: Array, batch: Batch, kv: KVLayer) -> Array:
+    def layer(self, ops: Ops, index: int, x: Array, batch: BatchHandle, kv: KVLayer) -> Array:
         w, config = self.layers[index], self.config
         rope, eps = config.layers[index].rope, config.norm_eps
         h = ops.rms_norm(x, w.attention_norm, eps)

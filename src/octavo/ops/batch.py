@@ -1,4 +1,4 @@
-"""The metadata of one ragged batch: the one handle through which all of it reaches the ops.
+"""The metadata of one ragged batch. It is handed to the backend once a step (`Ops.prepare`).
 
 Sequences' tokens are packed one after the other without padding. T = num_tokens, S = num_seqs, R = rows that something
 wants. All arrays are int32 and C-contiguous.
@@ -21,7 +21,6 @@ class Batch:
     input_ids: Ints  # [T] token ids
     positions: Ints  # [T] position of each token in its sequence
     query_start_loc: Ints  # [S + 1] sequence s has the rows [query_start_loc[s], query_start_loc[s + 1])
-    seq_lens: Ints  # [S] tokens of the sequence after this step: cached ones and those of this batch
     block_tables: Ints  # [S, max blocks] block ids; entries past a sequence's blocks are 0 and never read
     slot_mapping: Ints  # [T] block * block_size + offset: where a token's K and V go
     logits_indices: Ints  # [R] rows that something wants, ascending
@@ -37,4 +36,4 @@ class Batch:
 
     @property
     def num_seqs(self) -> int:
-        return len(self.seq_lens)
+        return len(self.query_start_loc) - 1

@@ -1,28 +1,40 @@
 """The ops a model is written against. A backend gives them meaning.
 
-Arrays, weights, KV layers are opaque handles that only the backend looks into. Shapes: T tokens of the batch, R rows,
-H heads, KH KV heads, D head_dim. Activations are float32 (float64 on request, on `reference`). No op changes its
-inputs, except `store_kv` and `copy_blocks`, which write KV.
+Arrays, weights, KV layers and prepared batches are opaque handles that only the backend looks into. Shapes: T tokens of
+the batch, R rows, H heads, KH KV heads, D head_dim. Activations are float32 (float64 on request, on `reference`). No op
+changes its inputs, except `store_kv` and `copy_blocks`, which write KV.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.ops.model_config import Activation, ModelConfig, RopeConfig
-from octavo.ops.rows import RowOps
+from octavo.ops.rows import RowRequest, SamplingError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from octavo.core.plan import RowResult
     from octavo.ops.batch import Batch
 
 Array = Any  # a backend's array
 Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's, the numbers of outputs of its parts
 KVLayer = Any  # a backend's K and V of one layer, all blocks
+BatchHandle = Any  # a step's Batch as `prepare` gave it
+
+
+class Replay(Protocol):
+    """What `Ops.capture` makes of a function."""
+
+    def __call__(
+        self, batch: BatchHandle, wanted: Mapping[int, NDArray[np.int32]] | None = None
+    ) -> tuple[Array, dict[int, Array]]:
+        """The last state, and by number of state the rows [R, n] that are wanted of it, in their order."""
+        ...
 
 
 class StoredTensor(Protocol):
@@ -74,11 +86,6 @@ class Ops(Protocol):
     name: str
 
     @property
-    def rows(self) -> RowOps | None:
-        """What the sampler does to rows of logits; None: it has its own, in NumPy."""
-        ...
-
-    @property
     def identity(self) -> str:
         """All of this backend that an answer may depend on: types, instruction set, libraries."""
         ...
@@ -100,7 +107,7 @@ class Ops(Protocol):
     def scratch_nbytes(
         self,
         config: ModelConfig,
-        layers: Callable[[Batch], Array],
+        layers: Callable[[BatchHandle], Iterator[Array]],
         num_tokens: int,
         num_rows: int,
         max_context: int,
@@ -134,14 +141,22 @@ class Ops(Protocol):
         """K and V of `num_blocks` blocks for each layer; nothing is read before it was written."""
         ...
 
-    def capture(self, function: Callable[[Batch], Array]) -> Callable[[Batch], Array]:
-        """The same function, perhaps faster: a backend may record the ops it calls once and replay them for each batch.
-        So `function` must call the same ops whatever the batch holds."""
+    def capture(self, function: Callable[[BatchHandle], Iterator[Array]]) -> Replay:
+        """Run the ops of a function that yields a step's states one after another, [T, n] each: the last one comes
+        back, and rows of any that are wanted, which cost nothing where nobody wants some. A backend may record the
+        ops once and replay them for each batch. So `function` must call the same ops whatever the batch holds."""
+        ...
+
+    # --- once a step ---
+
+    def prepare(self, batch: Batch) -> BatchHandle:
+        """Hand over a step's metadata; what comes back serves all of its ops and stays as it was when it was made.
+        Raises ValueError if the arrays do not fit each other."""
         ...
 
     # --- the model's ops ---
 
-    def embed(self, batch: Batch, weight: Weight, scale: float = 1.0) -> Array:
+    def embed(self, batch: BatchHandle, weight: Weight, scale: float = 1.0) -> Array:
         """[T, hidden]: rows of the embedding, times `scale`."""
         ...
 
@@ -157,15 +172,15 @@ class Ops(Protocol):
         """[T, sum(parts)] -> one [T, part / D, D] per part."""
         ...
 
-    def rope(self, x: Array, batch: Batch, rope: RopeConfig) -> Array:
+    def rope(self, x: Array, batch: BatchHandle, rope: RopeConfig) -> Array:
         """[T, heads, D] rotated to the batch's positions; elements i and i + dim/2 form a pair (Su et al., 2021)."""
         ...
 
-    def store_kv(self, k: Array, v: Array, batch: Batch, kv: KVLayer) -> None:
+    def store_kv(self, k: Array, v: Array, batch: BatchHandle, kv: KVLayer) -> None:
         """Write [T, KH, D] each to the batch's slots, rounded to the KV type."""
         ...
 
-    def attention(self, q: Array, batch: Batch, kv: KVLayer, scale: float) -> Array:
+    def attention(self, q: Array, batch: BatchHandle, kv: KVLayer, scale: float) -> Array:
         """[T, H * D]: causal attention of each row over its own sequence's stored K and V, up to its own position and
         inside the layer's window; query head h reads KV head h // (H / KH) (Ainslie et al., 2023). A node of a draft
         tree sees the positions before the tree, its ancestors and itself."""
@@ -177,6 +192,12 @@ class Ops(Protocol):
 
     def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
         """[R, n]: rows of x."""
+        ...
+
+    def sample(self, logits: Array, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
+        """Answer what is asked of rows of logits [R, vocab], each request by itself: one that cannot be answered gives
+        its error. Rows are read as float32 and may be asked several times. What is drawn is a function of the row and
+        its request alone; ties go to the lower id. `octavo.sampling.Sampler` says what each want means."""
         ...
 
     def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:

@@ -1,16 +1,12 @@
-"""What is asked of rows of logits, and what the sampler needs of one, float32 [vocab]. Ties go to the lower id."""
+"""What is asked of rows of logits, and why one cannot be answered."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from octavo.core.want import Want
-
-    Row = NDArray[np.float32]
 
 
 class RowRequest(NamedTuple):
@@ -21,43 +17,19 @@ class RowRequest(NamedTuple):
     want: Want  # Sample, TopK, Score, or NextLogprobs of one token
 
 
-class RowOps(Protocol):
-    """A backend's own, or octavo.sampling.rows in NumPy. No method changes the row."""
+class SamplingError(ValueError):
+    """A row cannot be sampled; only the request it belongs to ends."""
 
-    def greatest(self, row: Row) -> tuple[int, float]:
-        """Index and value of the greatest; the value is NaN if any is."""
-        ...
 
-    def log_sum_exp(self, row: Row) -> float:
-        """Natural logarithm of the sum of the exponentials; what turns a logit into a log-probability."""
-        ...
+def damaged_row(greatest: float) -> SamplingError:
+    """Of a row whose greatest value is not finite; NaN if any is."""
+    kind = "NaN" if math.isnan(greatest) else ("+inf" if greatest > 0 else "nothing but -inf")
+    return SamplingError(f"the model's logits contain {kind}: its weights may be damaged")
 
-    def log_softmax(self, row: Row) -> Row:
-        """Natural log-probabilities, rounded to float32."""
-        ...
 
-    def best(self, row: Row, k: int) -> NDArray[np.integer]:
-        """Indices of the k greatest, greatest first. k is at most len(row)."""
-        ...
-
-    def rank(self, row: Row, index: int) -> int:
-        """How many values stand before this one, plus 1."""
-        ...
-
-    def draw(
-        self,
-        row: Row,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
-        stream: tuple[int, ...],
-        position: int,
-    ) -> int:
-        """Draw from what min_p, top_k (0: off) and top_p leave, in this order, of softmax(row / temperature).
-
-        Gumbel-max with the noise of (seed, stream, position, token). The row's greatest value is finite.
-        """
-        ...
+def nothing_left() -> SamplingError:
+    """Of a draw whose processors leave no token."""
+    return SamplingError(
+        "no token can be drawn: the request's allowed_token_ids, bad_words, min_tokens and "
+        "logit_bias together rule out the whole vocabulary"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.core.plan import Grant
 from octavo.core.want import Hidden, NextLogprobs
@@ -40,7 +41,6 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
         input_ids=np.array(input_ids, np.int32),
         positions=np.array(positions, np.int32),
         query_start_loc=np.array(query_start_loc, np.int32),
-        seq_lens=np.array([grant.stop for grant in grants], np.int32),
         block_tables=tables,
         slot_mapping=np.array(slots, np.int32),
         logits_indices=np.array(wanted, np.int32),
@@ -64,7 +64,7 @@ def logits_requests(grants: Sequence[Grant]) -> list[RowRequest]:
     return requests
 
 
-def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, list[int]]:
+def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, NDArray[np.int32]]:
     """Rows of the batch whose hidden states are wanted, ascending, by layer."""
     found: dict[int, list[int]] = {}
     for index, grant in enumerate(grants):
@@ -73,4 +73,4 @@ def hidden_rows(grants: Sequence[Grant], batch: Batch) -> dict[int, list[int]]:
             if isinstance(want, Hidden):
                 for layer in dict.fromkeys(want.layers):
                     found.setdefault(layer, []).extend(range(first + start, first + stop))
-    return found
+    return {layer: np.array(rows, np.int32) for layer, rows in found.items()}

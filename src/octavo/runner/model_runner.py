@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
 from octavo.core.protocols import BlockTier
 from octavo.core.want import Hidden
-from octavo.models import Model, run_layers
+from octavo.models import Model, layer_states
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
-from octavo.ops.rows import RowRequest
+from octavo.ops.rows import RowRequest, SamplingError
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
 from octavo.runner.logits import rows_per_slice
-from octavo.sampling import Sampler
-from octavo.sampling.sampler import SamplingError
 
 Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
 
@@ -26,16 +24,12 @@ Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows
 class ModelRunner:
     """One model on one backend, with its KV."""
 
-    def __init__(
-        self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, num_layers: int, vocab_size: int
-    ) -> None:
+    def __init__(self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
         self._model = model
         self._ops = ops
         self._block_size = block_size
-        self._num_layers = num_layers
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
-        self._trunk = ops.capture(lambda batch: run_layers(model, ops, batch, self._kv))
-        self._sampler = Sampler(ops.rows)
+        self._trunk = ops.capture(lambda batch: layer_states(model, ops, batch, self._kv))
         self._rows_per_slice = rows_per_slice(vocab_size)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -48,7 +42,8 @@ class ModelRunner:
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
-        x, hidden = self._forward(batch, hidden_rows(plan.grants, batch))
+        x, states = self._trunk(self._ops.prepare(batch), hidden_rows(plan.grants, batch))
+        hidden = {layer: iter(self._ops.to_numpy(rows)) for layer, rows in states.items()}
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
@@ -57,19 +52,6 @@ class ModelRunner:
     def read_block(self, block: int) -> bytes:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
         return self._ops.read_block(self._kv, block)
-
-    def _forward(self, batch: Batch, wanted: dict[int, list[int]]) -> tuple[Array, Hiddens]:
-        """[T, hidden] after the last layer, and the wanted rows after others."""
-        if not wanted:
-            return self._trunk(batch), {}
-        hidden: Hiddens = {}
-        x = self._model.embed(self._ops, batch)
-        for index in range(self._num_layers + 1):
-            if index in wanted:
-                hidden[index] = iter(self._ops.to_numpy(self._ops.take_rows(x, np.array(wanted[index], np.int32))))
-            if index < self._num_layers:
-                x = self._model.layer(self._ops, index, x, batch, self._kv[index])
-        return x, hidden
 
     def _answer(self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: Hiddens) -> tuple[GrantResult, ...]:
         answers = self._sample(batch, x, logits_requests(grants))
@@ -85,7 +67,7 @@ class ModelRunner:
             while at < len(requests) and requests[at].row < first + len(chosen):
                 asked.append(requests[at]._replace(row=requests[at].row - first))
                 at += 1
-            yield from self._sampler.sample(np.asarray(self._ops.to_numpy(logits), np.float32), asked)
+            yield from self._ops.sample(logits, asked)
 
 
 def _collect(grant: Grant, answers: Iterator[RowResult | SamplingError], hidden: Hiddens) -> GrantResult:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.trace import OpRecord, TraceOps, TraceWeight
-from octavo.models import WeightLoader, family, run_layers
+from octavo.models import WeightLoader, family, layer_states
 from octavo.ops import Batch, ModelConfig, Ops
 from octavo.ops.cost import Widths
 
@@ -31,7 +31,8 @@ def trace_step(
     """
     ops = TraceOps(widths)
     model = family(config.architecture).model(config, _ShapeWeights(ops) if weights is None else weights(ops))
-    x = run_layers(model, ops, _batch(sequences), ops.kv_layers(model.kv_specs, 0, 1))
+    batch = ops.prepare(_batch(sequences))
+    *_, x = layer_states(model, ops, batch, ops.kv_layers(model.kv_specs, 0, 1))
     rows = np.arange(len(sequences) if logits_rows is None else logits_rows, dtype=np.int32)
     if len(rows):
         model.head(ops, ops.take_rows(x, rows))
@@ -48,7 +49,6 @@ def _batch(sequences: Sequence[tuple[int, int]]) -> Batch:
         input_ids=empty,
         positions=np.concatenate(positions) if positions else empty,
         query_start_loc=starts,
-        seq_lens=np.array([old + new for old, new in sequences], np.int32),
         block_tables=np.zeros((len(sequences), 0), np.int32),
         slot_mapping=empty,
         logits_indices=starts[1:] - 1,

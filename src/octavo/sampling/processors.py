@@ -1,5 +1,5 @@
 """Logits processors, in the one order that applies everywhere: allowed_token_ids, bad_words, min_tokens, logit_bias,
-repetition, presence, frequency, no_repeat_ngram_size. In a draw then: temperature, min_p, top_k, top_p (ops.rows).
+repetition, presence, frequency, no_repeat_ngram_size. In a draw then: temperature, min_p, top_k, top_p (rows.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RowOps in NumPy: for backends that have none of their own."""
+"""What the sampler needs of a row of logits, in NumPy. Ties go to the lower id; no method changes the row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ def log_softmax(row: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 class NumpyRows:
-    """See octavo.ops.rows.RowOps. Sums and noise are float64."""
+    """Rows are float32 [vocab]; sums and noise are float64."""
 
     def greatest(self, row: Row) -> tuple[int, float]:
-        value = float(row.max())  # NaN if any element is
+        """Index and value of the greatest; the value is NaN if any is."""
+        value = float(row.max())
         return int(row.argmax()), value
 
     def log_sum_exp(self, row: Row) -> float:
+        """Natural logarithm of the sum of the exponentials; what turns a logit into a log-probability."""
         top = float(row.max())
         return top + float(np.log(np.exp(row.astype(np.float64) - top).sum()))
 
     def log_softmax(self, row: Row) -> Row:
+        """Natural log-probabilities, rounded to float32."""
         return log_softmax(row).astype(np.float32)
 
     def best(self, row: NDArray[np.floating], k: int) -> NDArray[np.intp]:
+        """Indices of the k greatest, greatest first. k is at most len(row)."""
         if k < len(row):
             threshold = np.partition(row, len(row) - k)[len(row) - k]
             above = np.flatnonzero(row > threshold)
@@ -42,6 +46,7 @@ class NumpyRows:
         return chosen[np.argsort(-row[chosen], kind="stable")]
 
     def rank(self, row: Row, index: int) -> int:
+        """How many values stand before this one, plus 1."""
         higher = int(np.count_nonzero(row > row[index]))
         return 1 + higher + int(np.count_nonzero(row[:index] == row[index]))
 
@@ -57,6 +62,10 @@ class NumpyRows:
         stream: tuple[int, ...],
         position: int,
     ) -> int:
+        """Draw from what min_p, top_k (0: off) and top_p leave, in this order, of softmax(row / temperature).
+
+        Gumbel-max with the noise of (seed, stream, position, token). The row's greatest value is finite.
+        """
         token_ids, logits = self.surviving(row, temperature, top_k, top_p, min_p)
         if len(token_ids) == 1:
             return int(token_ids[0])

@@ -1,4 +1,4 @@
-"""The sampler: what the wants ask of rows of logits."""
+"""The sampler in NumPy: what the wants ask of rows of logits. The oracle of every backend's own."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ from numpy.typing import NDArray
 
 from octavo.core.plan import DrawResult, RowResult, TokenLogprob, TokenLogprobs
 from octavo.core.want import Draw, NextLogprobs, Sample, Score, TopK, Want
-from octavo.ops.rows import RowOps, RowRequest
+from octavo.ops.rows import RowRequest, SamplingError, damaged_row, nothing_left
 from octavo.sampling.processors import changes_logits, process
 from octavo.sampling.rows import NumpyRows
 
 Row = NDArray[np.float32]
 
 
-class SamplingError(ValueError):
-    """A row cannot be sampled; only the request it belongs to ends."""
-
-
 class Sampler:
     """Stateless; rows are float32 [vocab], as the model's head gave them, and are not changed."""
 
-    def __init__(self, rows: RowOps | None = None) -> None:
-        self._rows = rows if rows is not None else NumpyRows()
+    def __init__(self) -> None:
+        self._rows = NumpyRows()
 
     def sample(self, logits: NDArray[np.float32], requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
         """Answer what is asked of rows of logits [R, vocab]. A row that cannot be sampled fails by itself."""
@@ -67,8 +63,7 @@ class Sampler:
         """Index of the best token. Raise SamplingError unless its logit is finite, and no other is NaN or +inf."""
         best, highest = self._rows.greatest(row)
         if not math.isfinite(highest):
-            kind = "NaN" if math.isnan(highest) else ("+inf" if highest > 0 else "nothing but -inf")
-            raise SamplingError(f"the model's logits contain {kind}: its weights may be damaged")
+            raise damaged_row(highest)
         return best
 
     def _draw(self, row: Row, best: int, draw: Draw, position: int) -> DrawResult:
@@ -79,10 +74,7 @@ class Sampler:
             process(processed, draw)
             best, highest = self._rows.greatest(processed)
             if not math.isfinite(highest):
-                raise SamplingError(
-                    "no token can be drawn: the request's allowed_token_ids, bad_words, min_tokens and "
-                    "logit_bias together rule out the whole vocabulary"
-                )
+                raise nothing_left()
         chosen = best
         if not params.greedy:
             chosen = self._rows.draw(

@@ -161,14 +161,13 @@ class Paged:
             numbers,
             numbers,
             np.array([0, slots], np.int32),
-            np.array([slots], np.int32),
             table,
             numbers,
             np.array([], np.int32),
             self.block_size,
         )
         values = self.ops.from_numpy(np.full((slots, self.kv_heads, self.head_dim), value, np.float32))
-        self.ops.store_kv(values, values, batch, self.kv)
+        self.ops.store_kv(values, values, self.ops.prepare(batch), self.kv)
 
     def batch(self, ranges: Sequence[tuple[int, int, int]]) -> Batch:
         """Positions [first, last) of sequence s for each (s, first, last)."""
@@ -184,7 +183,6 @@ class Paged:
             input_ids=np.zeros(starts[-1], np.int32),
             positions=np.concatenate(positions),
             query_start_loc=starts,
-            seq_lens=np.array([last for _, _, last in ranges], np.int32),
             block_tables=self.tables[np.array([s for s, _, _ in ranges], int)],
             slot_mapping=np.concatenate(slots),
             logits_indices=np.array([], np.int32),
@@ -196,14 +194,15 @@ class Paged:
         batch = self.batch([(s, 0, len(k)) for s, k in enumerate(ks)])
         none = np.empty((0, self.kv_heads, self.head_dim), np.float32)
         k, v = (self.ops.from_numpy(np.concatenate([none, *values])) for values in (ks, vs))
-        self.ops.store_kv(k, v, batch, self.kv)
+        self.ops.store_kv(k, v, self.ops.prepare(batch), self.kv)
 
     def attend(self, qs: Sequence[Floats], ranges: Sequence[tuple[int, int, int]], scale: float = 0.25) -> Floats:
         """Rows of the ranges, one after the other; qs[s] are all queries of sequence s, [length, H, D]."""
         heads = qs[0].shape[1] if qs else self.kv_heads
         none = np.empty((0, heads, self.head_dim), np.float32)
         q = np.concatenate([none, *(qs[s][first:last] for s, first, last in ranges)])
-        return self.ops.to_numpy(self.ops.attention(self.ops.from_numpy(q), self.batch(ranges), self.kv, scale))
+        batch = self.ops.prepare(self.batch(ranges))
+        return self.ops.to_numpy(self.ops.attention(self.ops.from_numpy(q), batch, self.kv, scale))
 
 
 def sequences(

@@ -115,6 +115,6 @@ def test_written_in_the_same_step() -> None:
         for first in range(0, LENGTH, 37):
             last = min(first + 37, LENGTH)
             k, v = (ops.from_numpy(values[0][first:last]) for values in (ks, vs))
-            ops.store_kv(k, v, paged.batch([(0, first, last)]), paged.kv)
+            ops.store_kv(k, v, ops.prepare(paged.batch([(0, first, last)])), paged.kv)
             rows.append(paged.attend(qs, [(0, first, last)]))
         bits_equal(np.concatenate(rows), expected(shape, kv_dtype))

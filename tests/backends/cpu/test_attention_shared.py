@@ -84,6 +84,28 @@ def depth(node: int) -> int:
     return 0 if PARENTS[node] < 0 else depth(PARENTS[node]) + 1
 
 
+def test_one_handle_for_many_layers() -> None:
+    """A prepared batch serves layers of several windows and machines of several settings, and stays as it was when its
+    arrays change. Guards against a cut that was made for another layer or another number of threads."""
+    alone, together = CpuOps(threads=1, share_prefixes=False), CpuOps(threads=3)
+    for window in (None, 40):
+        paged, qs = family(alone, (2, 2, 16, window), 16)
+        layers = {ops: family(ops, (2, 2, 16, window), 16)[0].kv for ops in (alone, together)}
+        ranges = last_rows([1] * 7)
+        batch = paged.batch(ranges)
+        if window is None:
+            handle = alone.prepare(batch)
+        batch.positions[...] = 0
+        q = np.concatenate([qs[s][first:last] for s, first, last in ranges])
+        expected = paged.attend(qs, ranges)
+        for ops, layer in layers.items():
+            before = ops.machine.shared_tiles
+            for _ in range(2):
+                got = ops.to_numpy(ops.attention(ops.from_numpy(q), handle, layer, 0.25))
+                bits_equal(got, expected, f"window {window}")
+            assert (ops.machine.shared_tiles > before) == (ops is together)
+
+
 def path(node: int) -> list[int]:
     return [*([] if PARENTS[node] < 0 else path(PARENTS[node])), node]
 
@@ -100,7 +122,6 @@ def tree_batch(paged: Paged, nodes: list[int], before: int = 0) -> Batch:
         base,
         positions=np.array(positions, np.int32),
         slot_mapping=np.array(slots, np.int32),
-        seq_lens=np.array([max(positions) + 1], np.int32),
         tree_starts=np.array([PREFIX], np.int32),
         tree_parents=np.array(parents, np.int32),
     )
@@ -131,7 +152,7 @@ def test_draft_tree(instruction_set: str, kv_dtype: str, shape: Shape) -> None:
 
 def attend(ops: CpuOps | ReferenceOps, paged: Paged, q: Floats, batch: Batch, name: str) -> Floats:
     if isinstance(ops, CpuOps):
-        return ops.to_numpy(ops.attention(ops.from_numpy(q), batch, paged.kv, 0.25))
+        return ops.to_numpy(ops.attention(ops.from_numpy(q), ops.prepare(batch), paged.kv, 0.25))
     return ops.attention(q, batch, paged.kv, 0.25)  # type: ignore[arg-type] # a layer of its own kind
 
 

@@ -115,9 +115,9 @@ BREAKS = [
         8,
         "angles are made from the step's first position",
         "csrc/cpu/graph.cpp",
-        "const float angle = static_cast<float>(batch.positions[t]) * table[i];",
-        "const float first = static_cast<float>(batch.positions[0]) * table[i];\n"
-        "const float angle = first + static_cast<float>(batch.positions[t] - batch.positions[0]) * table[i];",
+        "const float angle = static_cast<float>(positions[t]) * table[i];",
+        "const float first = static_cast<float>(positions[0]) * table[i];\n"
+        "const float angle = first + static_cast<float>(positions[t] - positions[0]) * table[i];",
         (f"{CPU}/test_engine.py::test_pairwise",),
     ),
     Break(

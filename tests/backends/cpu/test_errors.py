@@ -240,24 +240,13 @@ def test_nothing_where_something_is_wanted(ops: CpuOps) -> None:
         lambda: g.attention(x, None, 1.0),
         lambda: _C.Graph(None),
         lambda: _C.pack(None, []),
-        lambda: g.run(None, None, *(None,) * 6, 3),
-        lambda: _C.row_draw(None, np.zeros(3, F32), 1.0, 0, 1.0, 0.0, 0, [], 0),
+        lambda: g.run(None, None, None, 3),
+        lambda: _C.sample(None, np.zeros((1, 3), F32), []),
+        lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [(0, 0, "sample", None)]),
+        lambda: _C.sample(ops.machine, np.zeros((1, 3), F32), [None]),
     ):
         with pytest.raises((TypeError, ValueError)):
             call()
-
-
-def test_rows_that_are_not_numbers(ops: CpuOps) -> None:
-    """Guards against a token id past the end of the row."""
-    assert _C.row_greatest(ops.machine, np.full(100, np.nan, F32))[0] < 100
-    for row in (np.full(300, np.nan, F32), np.array([0.0, np.nan, 1.0], F32)):
-        for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
-            with pytest.raises(ValueError, match="NaN"):
-                _C.row_draw(ops.machine, row, 1.0, *filters, 1, [0], 5)
-        with pytest.raises(ValueError, match="NaN"):
-            _C.row_best(ops.machine, row, np.zeros(2, np.int32))
-    for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
-        assert 0 <= _C.row_draw(ops.machine, np.full(300, -np.inf, F32), 1.0, *filters, 1, [0], 5) < 300
 
 
 def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
@@ -266,25 +255,24 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     paged = Paged(ops, [20, 5])
     batch = paged.batch([(0, 3, 20), (1, 4, 5)])
     q = ops.from_numpy(array(18, 4, 16))
-    expected = ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes()
+    expected = ops.to_numpy(ops.attention(q, ops.prepare(batch), paged.kv, 1.0)).tobytes()
     good = [getattr(batch, name).copy() for name in METADATA]
     weight, rows = _C.Weight([("Q4_1", 400)], 64), random_tensor("Q4_1", 400, 64).data
-    order, row = np.arange(400), array(5000)
-    logits = array(50_000)
+    order = np.arange(400)
+    logits = array(2, 50_000)
     ends = threading.Event()
 
     def change() -> None:
         while not ends.is_set():
             for value in (np.nan, np.inf, -np.inf, 0.0):
-                logits[...] = value
+                logits[0] = value
+            logits[1] = logits[1, ::-1].copy()
             for name in METADATA:
                 getattr(batch, name)[...] = 2**31 - 1
             order[...] = 2**60
-            row[...] = np.nan
             for name, values in zip(METADATA, good, strict=True):
                 getattr(batch, name)[...] = values
             order[...] = np.arange(400)
-            row[...] = array(5000)
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -292,24 +280,35 @@ def test_another_thread_changes_what_is_read(ops: CpuOps) -> None:
     try:
         while done["run"] < 200 or done["packed"] < 50 or done["drawn"] < 50:
             with suppress(ValueError, IndexError):
-                assert ops.to_numpy(ops.attention(q, batch, paged.kv, 1.0)).tobytes() == expected
+                assert ops.to_numpy(ops.attention(q, ops.prepare(batch), paged.kv, 1.0)).tobytes() == expected
                 done["run"] += 1
             with suppress(ValueError, IndexError):
                 _C.pack(ops.machine, [(weight, 0, rows, order, 0)])
                 done["packed"] += 1
             with suppress(ValueError, IndexError):
-                assert 0 <= _C.row_draw(ops.machine, row, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 5000
-                done["drawn"] += 1
-            with suppress(ValueError):
-                assert _C.row_draw(ops.machine, logits, 1.0, 40, 0.9, 0.0, 1, [0], 5) < 50_000
-            assert _C.row_greatest(ops.machine, logits)[0] < 50_000
+                for answer in _C.sample(ops.machine, logits, WANTS):
+                    if isinstance(answer, tuple):
+                        assert all(0 <= token < 50_000 for token in answer[0])
+                        done["drawn"] += 1
             done["all"] += 1
     finally:
         ends.set()
         thread.join()
 
 
-METADATA = ("input_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping")
+# Of both rows: draws with and without filters and processors, candidates, scores, log-probabilities.
+WANTS = [
+    (row, 5, kind, want)
+    for row in (0, 1)
+    for kind, want in (
+        ("sample", [(1.0, k, p, 0.0, 1, (0,), 3, None) for k, p in ((40, 0.9), (0, 0.9), (0, 1.0))]),
+        ("sample", [(0.0, 0, 1.0, 0.0, 1, (), None, ((), (7,), (), (1.0, 0.0, 0.0), (), (), (), 0))]),
+        ("top_k", (9, None, None)),
+        ("score", [(1, 2)]),
+        ("next_logprobs", (7, 4)),
+    )
+]
+METADATA = ("input_ids", "positions", "query_start_loc", "block_tables", "slot_mapping")
 
 
 def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
@@ -318,9 +317,9 @@ def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
     out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
     for _ in range(200):
         out = g.rms_norm((out, 0, 64), np.ones(64, F32), 1e-5, None)
-    values, none = array(300, 64), (None,) * 6
+    values = array(300, 64)
     expected = np.zeros((300, 64), F32)
-    g.run([x[0], out], [values, expected], *none, 300)
+    g.run([x[0], out], [values, expected], None, 300)
     failed: list[BaseException] = []
     left = threading.Semaphore(2)
 
@@ -328,7 +327,7 @@ def test_a_graph_that_runs_is_not_recorded_on(ops: CpuOps) -> None:
         try:
             for _ in range(20):
                 result = np.zeros((300, 64), F32)
-                g.run([x[0], out], [values, result], *none, 300)
+                g.run([x[0], out], [values, result], None, 300)
                 assert result.tobytes() == expected.tobytes()
         except BaseException as error:
             failed.append(error)
@@ -359,8 +358,8 @@ def test_runs_with_the_wrong_buffers(ops: CpuOps) -> None:
     """Guards against writing through a pointer that was never given."""
     g, x = graph(ops)
     out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
-    a, none = np.zeros((3, 64), F32), (None,) * 6
-    g.run([x[0], out], [a, a.copy()], *none, 3)
+    a = np.zeros((3, 64), F32)
+    g.run([x[0], out], [a, a.copy()], None, 3)
     for ids, arrays in (
         ([], []),
         ([out], [a]),
@@ -373,14 +372,14 @@ def test_runs_with_the_wrong_buffers(ops: CpuOps) -> None:
         ([x[0], -1], [a, a]),
     ):
         with pytest.raises(ValueError, match="run:"):
-            g.run(ids, arrays, *none, 3)
+            g.run(ids, arrays, None, 3)
     for bad in (a.astype(np.float64), a[:, ::2], a[0]):
         with pytest.raises(TypeError):
-            g.run([x[0], out], [bad, a], *none, 3)
+            g.run([x[0], out], [bad, a], None, 3)
     frozen = a.copy()
     frozen.flags.writeable = False
     with pytest.raises(TypeError):
-        g.run([x[0], out], [a, frozen], *none, 3)
+        g.run([x[0], out], [a, frozen], None, 3)
 
 
 # --- batches ---
@@ -391,7 +390,7 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
     paged = Paged(ops, [20, 5])
     good = paged.batch([(0, 3, 20), (1, 4, 5)])
     q = ops.from_numpy(array(18, 4, 16))
-    ops.attention(q, good, paged.kv, 1.0)
+    ops.attention(q, ops.prepare(good), paged.kv, 1.0)
     table = good.block_tables.copy()
     table[0, 1] = 4 + 2
     negative = good.block_tables.copy()
@@ -418,40 +417,68 @@ def test_batches_that_point_nowhere(ops: CpuOps) -> None:
         replace(good, query_start_loc=changed(starts, 1, 19)),
         replace(good, query_start_loc=changed(starts, 2, 17)),
         replace(good, query_start_loc=starts[:2]),
-        replace(good, seq_lens=good.seq_lens[:1]),
     ):
-        with pytest.raises(ValueError, match="run:"):
-            ops.attention(q, batch, paged.kv, 1.0)
+        with pytest.raises(ValueError, match=r"(run|prepare):"):
+            ops.attention(q, ops.prepare(batch), paged.kv, 1.0)
     weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
     for token in (-1, 20, 2**31 - 1):
-        with pytest.raises(ValueError, match="run:"):
-            ops.embed(replace(good, input_ids=changed(good.input_ids, 2, token)), weight)
+        with pytest.raises(ValueError, match=r"(run|prepare):"):
+            ops.embed(ops.prepare(replace(good, input_ids=changed(good.input_ids, 2, token))), weight)
+    with pytest.raises(ValueError, match="run:"):  # blocks of another size than the layer's
+        ops.attention(q, ops.prepare(replace(good, block_size=32)), paged.kv, 1.0)
+    with pytest.raises(ValueError, match="run:"):  # rows of another batch
+        ops.attention(q, ops.prepare(paged.batch([(0, 3, 20)])), paged.kv, 1.0)
     g, x = graph(ops)
     out = g.rope(x, 16, 16, np.ones(8, F32))
     with pytest.raises(ValueError, match="run:"):
-        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], *(None,) * 6, 3)
+        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], None, 3)
     with pytest.raises(TypeError):
-        ops.attention(q, replace(good, positions=positions.astype(np.int64)), paged.kv, 1.0)
-    ids = np.zeros(3, np.int32)
-    with pytest.raises(ValueError, match="in full or not at all"):
-        g.run([x[0], out], [np.zeros((3, 64), F32), np.zeros((3, 64), F32)], ids, *(None,) * 5, 3)
+        ops.prepare(replace(good, positions=positions.astype(np.int64)))
+    with pytest.raises(TypeError):
+        ops.prepare(replace(good, positions=None))  # type: ignore[arg-type]
 
 
 def test_recorded_arrays_have_no_values(ops: CpuOps) -> None:
     weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
     with pytest.raises(RuntimeError, match="recording"):
-        ops.capture(lambda batch: ops.take_rows(ops.embed(batch, weight), np.array([0], np.int32)))
+        ops.capture(lambda batch: iter([ops.take_rows(ops.embed(batch, weight), np.array([0], np.int32))]))
     with pytest.raises(ValueError, match="run:"):  # what comes back must be what the last op made
 
         def first_of_two(batch: Any) -> Any:
             x = ops.embed(batch, weight)
             ops.rms_norm(x, np.ones(64, F32), 1e-5)
-            return x
+            yield x
 
         paged = Paged(ops, [5])
-        ops.capture(first_of_two)(paged.batch([(0, 0, 5)]))
-    paged = Paged(ops, [5])
-    assert ops.to_numpy(ops.embed(paged.batch([(0, 0, 5)]), weight)).shape == (5, 64), "works after a failed recording"
+        ops.capture(first_of_two)(ops.prepare(paged.batch([(0, 0, 5)])))
+    batch = ops.prepare(Paged(ops, [5]).batch([(0, 0, 5)]))
+    assert ops.to_numpy(ops.embed(batch, weight)).shape == (5, 64), "works after a failed recording"
+
+
+def test_rows_of_a_recording_that_are_not_there(ops: CpuOps) -> None:
+    """Guards against copying from outside a buffer, or to outside the result."""
+    weight = ops.embedding_weight(random_tensor("Q4_1", 20, 64))
+    recorded = ops.capture(lambda batch: iter([ops.embed(batch, weight)]))
+    batch = ops.prepare(Paged(ops, [5]).batch([(0, 0, 5)]))
+    with pytest.raises(IndexError):
+        recorded(batch, {1: np.array([0], np.int32)})
+    for rows in ([5], [-1], [0, 2**31 - 1]):
+        with pytest.raises(ValueError, match="no such row"):
+            recorded(batch, {0: np.array(rows, np.int32)})
+    with pytest.raises(TypeError):
+        recorded(batch, {0: np.array([0])})  # int64
+    g, x = graph(ops)
+    out = g.rms_norm(x, np.ones(64, F32), 1e-5, None)
+    a, rows = np.zeros((3, 64), F32), np.array([1], np.int32)
+    for view, into in (
+        (x, np.zeros((1, 64), F32)),  # nothing that an op made
+        ((out, 0, 64), np.zeros((2, 64), F32)),
+        ((out, 0, 64), np.zeros((1, 63), F32)),
+        ((out, 1, 64), np.zeros((1, 64), F32)),
+        ((-1, 0, 64), np.zeros((1, 64), F32)),
+    ):
+        with pytest.raises(ValueError, match=r"run:|a view"):
+            g.run([x[0], out], [a, a.copy()], None, 3, [(view, rows, into)])
 
 
 # --- the process ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from octavo.backends.cpu import FORMATS, CpuOps
 from octavo.backends.reference import ReferenceOps
 from octavo.formats import QuantType, RawTensor
-from octavo.ops import Activation, Batch, RopeConfig, RopeScaling
+from octavo.ops import Activation, RopeConfig, RopeScaling
 from tests.backends.batches import ragged
 from tests.backends.cpu.harness import (
     INSTRUCTION_SETS,
@@ -115,7 +115,7 @@ def test_rope(name: str, head_dim: int, dim: int) -> None:
     rope = RopeConfig(10_000.0, dim, scaling)
     x = array(batch.num_tokens, 3, head_dim)
     expected = ReferenceOps().rope(x, batch, rope)
-    got = everywhere(lambda ops: ops.to_numpy(ops.rope(ops.from_numpy(x), batch, rope)))
+    got = everywhere(lambda ops: ops.to_numpy(ops.rope(ops.from_numpy(x), ops.prepare(batch), rope)))
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * 4)
 
@@ -126,10 +126,12 @@ def test_rope_does_not_depend_on_neighbours() -> None:
     rope = RopeConfig(500_000.0, 64)
     batch, _ = ragged([(0, 40), (130_000, 3), (5, 1)], block_size=16)
     x = array(batch.num_tokens, 2, 64)
-    whole = ops.to_numpy(ops.rope(ops.from_numpy(x), batch, rope))
+    whole = ops.to_numpy(ops.rope(ops.from_numpy(x), ops.prepare(batch), rope))
     for row in range(batch.num_tokens):
         alone, _ = ragged([(int(batch.positions[row]), 1)], block_size=16)
-        bits_equal(ops.to_numpy(ops.rope(ops.from_numpy(x[row : row + 1]), alone, rope)), whole[row : row + 1])
+        bits_equal(
+            ops.to_numpy(ops.rope(ops.from_numpy(x[row : row + 1]), ops.prepare(alone), rope)), whole[row : row + 1]
+        )
 
 
 # --- embedding and rows ---
@@ -143,14 +145,17 @@ def test_embed(name: str, scale: float) -> None:
     batch, _ = ragged([(0, 60), (3, 5)])
     batch.input_ids[:50] = np.arange(50)
     expected = tensor.dequantize()[batch.input_ids] * np.float32(scale)
-    got = everywhere(lambda ops: ops.to_numpy(ops.embed(batch, ops.embedding_weight(tensor), scale)))
+    got = everywhere(lambda ops: ops.to_numpy(ops.embed(ops.prepare(batch), ops.embedding_weight(tensor), scale)))
     bits_equal(got, expected)
 
 
 def test_embed_nothing() -> None:
     ops = CpuOps(threads=1)
     batch, _ = ragged([])
-    assert ops.to_numpy(ops.embed(batch, ops.embedding_weight(random_tensor("Q4_1", 9, 64)))).shape == (0, 64)
+    assert ops.to_numpy(ops.embed(ops.prepare(batch), ops.embedding_weight(random_tensor("Q4_1", 9, 64)))).shape == (
+        0,
+        64,
+    )
 
 
 def test_split_heads_and_take_rows() -> None:
@@ -169,11 +174,12 @@ def test_split_heads_and_take_rows() -> None:
 # --- recorded ops ---
 
 
-def step(ops: CpuOps, weights: dict[str, Any]) -> Callable[[Batch], Any]:
+def step(ops: CpuOps, weights: dict[str, Any]) -> Callable[[Any], Iterator[Any]]:
     """Ops as a layer chains them: views of a buffer, residuals, buffers of equal width whose memory is used again."""
 
-    def run(batch: Batch) -> Any:
+    def run(batch: Any) -> Iterator[Any]:
         x = ops.embed(batch, weights["embedding"], 2.0)
+        yield x
         for layer in weights["layers"]:
             normed = ops.rms_norm(x, weights["norm"], 1e-5)
             q, k, v = ops.split_heads(ops.linear(normed, weights["qkv"]), (64, 32, 32), 16)
@@ -183,7 +189,7 @@ def step(ops: CpuOps, weights: dict[str, Any]) -> Callable[[Batch], Any]:
             x = ops.linear(ops.attention(q, batch, layer, 0.25), weights["out"], x)
             up = ops.linear(ops.rms_norm(x, weights["norm"], 1e-5), weights["up"])
             x = ops.rms_norm(ops.linear(ops.gated(up, Activation.SILU), weights["down"]), weights["norm"], 1e-5, x)
-        return x
+            yield x
 
     return run
 
@@ -192,10 +198,11 @@ def step(ops: CpuOps, weights: dict[str, Any]) -> Callable[[Batch], Any]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_captured_is_eager(instruction_set: str, threads: int) -> None:
     """A recording gives the bits of the ops called one by one, for one batch after another of any size. Guards against
-    memory of the arena given away while it is still read, and against what one batch leaves for the next."""
+    memory of the arena given away while it is still read, and against what one batch leaves for the next. Rows of the
+    states on the way are those of the same ops, and the last state's bits do not depend on who asks for them."""
     from octavo.ops import KVSpec
 
-    def build() -> tuple[CpuOps, Callable[[Batch], Any]]:
+    def build() -> tuple[CpuOps, Callable[[Any], Iterator[Any]]]:
         ops = machine(instruction_set, threads)
         specs = [KVSpec(2, 16, window) for window in (None, 5, None)]
         shapes = {"embedding": ("Q6_K", 50, 256), "up": ("Q4_K", 512, 256), "down": ("Q8_0", 256, 256)}
@@ -213,7 +220,23 @@ def test_captured_is_eager(instruction_set: str, threads: int) -> None:
     for seed, sequences in enumerate([[(0, 30)], *RAGGED.values(), [(0, 3), (16, 1)], [(0, 90), (0, 1)]]):
         batch, blocks = ragged(sequences, 16, seed=seed)
         assert blocks <= 80
-        bits_equal(ops.to_numpy(recorded(batch)), eager_ops.to_numpy(eager(batch)), str(sequences))
+        states = [eager_ops.to_numpy(state) for state in eager(eager_ops.prepare(batch))]
+        handle = ops.prepare(batch)
+        x, taken = recorded(handle)
+        bits_equal(ops.to_numpy(x), states[-1], str(sequences))
+        assert taken == {}
+        random = np.random.default_rng(seed)
+        most = batch.num_tokens
+        wanted = {
+            number: random.integers(0, most, int(random.integers(min(most, 9) + 1))).astype(np.int32)
+            for number in range(len(states))
+            if number != seed % len(states)
+        }
+        x, taken = recorded(handle, wanted)
+        bits_equal(ops.to_numpy(x), states[-1], str(sequences))
+        assert list(taken) == list(wanted) and len(taken) == 3
+        for number, rows in wanted.items():
+            bits_equal(ops.to_numpy(taken[number]), states[number][rows], f"{sequences}, state {number}")
 
 
 QKV = (("Q5_K", 64, 256), ("Q5_K", 32, 256), ("Q6_K", 32, 256))
