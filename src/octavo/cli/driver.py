@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from octavo.build import build_engine
-from octavo.core.outputs import OutputSoFar
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.runner.input_batch import logits_requests
 
@@ -36,7 +35,6 @@ class Answer:
 
     arrived: float  # seconds, the engine's clock
     output: RequestOutput | None = None
-    so_far: OutputSoFar = field(default_factory=OutputSoFar)
     token_times: list[float] = field(default_factory=list)  # of each token of all outputs, ascending
 
 
@@ -62,6 +60,7 @@ class EngineDriver:
         ]
         arrived = self.clock()
         answers = {request.spec.request_id: Answer(arrived) for request in made}
+        readers = {request.spec.request_id: self._frontend.reader(request) for request in made}
         prompt_lens = {request.spec.request_id: len(request.spec.prompt_token_ids) for request in made}
         plans: list[StepPlan] = []
 
@@ -77,7 +76,7 @@ class EngineDriver:
                 outputs = self._engine.step()
                 ended = self.clock()
                 for output in outputs:
-                    _note(answers[output.request_id], output, ended)
+                    _note(answers[output.request_id], readers[output.request_id](output), ended)
                 while plans:  # none, if nothing could run
                     plan = plans.pop()
                     if on_plan is not None:
@@ -103,7 +102,7 @@ class EngineDriver:
 def _note(answer: Answer, output: RequestOutput, now: float) -> None:
     new = output.metrics.num_generated_tokens - len(answer.token_times)
     answer.token_times += [now] * new
-    answer.output = answer.so_far.merge(output)
+    answer.output = output
 
 
 def _step(plan: StepPlan, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
