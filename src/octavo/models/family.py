@@ -87,7 +87,7 @@ class Family:
 
     name: str  # ModelConfig.architecture, and the key in `families.FAMILIES`
     model: Callable[..., Model]  # (ModelConfig, WeightLoader) -> Model
-    read_hf: Callable[[Any], ModelConfig]  # of HFKeys
+    read_hf: Callable[[HFKeys], ModelConfig]
     read_gguf: Callable[[GGUFKeys], ModelConfig]
     gguf_layer: Mapping[str, str]  # canonical name inside a layer -> GGUF's, without blk.N. and .weight
     # llama.cpp stores rows of q and k of some architectures for a rope on neighbouring pairs (its "NORM" ones).
