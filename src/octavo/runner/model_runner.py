@@ -65,7 +65,7 @@ class ModelRunner:
             logits = self._model.head(self._ops, self._ops.take_rows(x, chosen))
             asked = []
             while at < len(requests) and requests[at].row < first + len(chosen):
-                asked.append(requests[at]._replace(row=requests[at].row - first))
+                asked.append(requests[at]._replace(row=requests[at].row - first) if first else requests[at])
                 at += 1
             yield from self._ops.sample(logits, asked)
 
