@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from octavo.coordinators.beams import BeamCoordinator
 from octavo.core.errors import RequestFailedError
 from octavo.core.events import EventKind
 from octavo.core.plan import StepPlan
+from octavo.engine import Engine
 from tests.coordinators.beam_models import prompt
 
 SETTINGS: dict[str, Any] = {"backend": "reference", "max_num_seqs": 64, "max_model_len": 112}
@@ -97,14 +99,21 @@ def test_abort_gives_what_there_was(llm: LLM, groups: int) -> None:
     )
     lengths = set()
     one_ended = 0
-    for seed, steps in itertools.product(range(6), range(24)):
+
+    def ended_early(engine: Engine, seed: int, steps: int) -> RequestOutput | None:
+        nonlocal one_ended
         request = BeamCoordinator(llm._frontend.make_beams(ids(7, seed), params).spec)
-        llm._engine.add(request)
+        engine.add(request)
         for _ in range(steps):
-            llm._engine.step()
+            engine.step()
         one_ended += any(group.search.ended for group in request._groups) and not request.finished
-        output = llm._engine.abort(request.request_id)
-        assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
+        output = engine.abort(request.request_id)
+        assert engine.kv.num_available == engine.kv.num_blocks
+        return output
+
+    for seed, steps in itertools.product(range(6), range(24)):
+        # In the engine's own thread, which else might take steps beside these.
+        output = llm._loop.ask(partial(ended_early, seed=seed, steps=steps)).result(60)
         if output is None:
             continue
         assert {one.finish_reason for one in output.outputs} == {"abort"}
