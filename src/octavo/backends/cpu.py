@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from octavo import _C
 from octavo.backends.cpu_sampling import sample_rows
 from octavo.backends.processors import available_processors
-from octavo.backends.registry import BackendRefusedError, BackendSettings
+from octavo.backends.registry import BackendRefusedError
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
+
+if TYPE_CHECKING:
+    from octavo.backends.registry import BackendSettings
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.eager import run_eagerly
-from octavo.backends.registry import BackendSettings
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 from octavo.sampling import Sampler
+
+if TYPE_CHECKING:
+    from octavo.backends.registry import BackendSettings
 
 Floats = NDArray[Any]
 

@@ -6,38 +6,37 @@ The module of a backend is imported when it is used.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from octavo.ops import Ops
 
+    class BackendSettings(Protocol):
+        """What a backend may look at; octavo.config.EngineConfig says what each is."""
 
-class BackendSettings(Protocol):
-    """What a backend may look at; octavo.config.EngineConfig says what each is."""
-
-    @property
-    def compute_dtype(self) -> str: ...
-    @property
-    def kv_cache_dtype(self) -> str: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def instruction_set(self) -> str | None: ...
-    @property
-    def threads(self) -> int | None: ...
-    @property
-    def pin_threads(self) -> bool: ...
-    @property
-    def cascade_attention(self) -> bool: ...
+        @property
+        def compute_dtype(self) -> str: ...
+        @property
+        def kv_cache_dtype(self) -> str: ...
+        @property
+        def block_size(self) -> int: ...
+        @property
+        def instruction_set(self) -> str | None: ...
+        @property
+        def threads(self) -> int | None: ...
+        @property
+        def pin_threads(self) -> bool: ...
+        @property
+        def cascade_attention(self) -> bool: ...
 
 
 class BackendRefusedError(ValueError):
     """Why a backend cannot be used with these settings on this machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(NamedTuple):
     name: str
     factory: str  # module:function; takes BackendSettings, gives Ops or raises BackendRefusedError or ImportError
     compute_dtypes: tuple[str, ...]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from octavo.formats.mapping import ModelFile
-from octavo.loading.memory import MemoryPlan
-from octavo.models import Model
-from octavo.ops import ModelConfig, Ops
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from octavo.formats.mapping import ModelFile
+    from octavo.loading.memory import MemoryPlan
+    from octavo.models import Model
+    from octavo.ops import ModelConfig, Ops
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(NamedTuple):
     """A model whose weights are in memory, or on their way there."""
 
     path: Path

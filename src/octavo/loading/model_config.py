@@ -10,8 +10,6 @@ import numpy as np
 
 from octavo.formats import GGUFFile, RawTensor
 from octavo.formats.mapping import ModelFile
-from octavo.loading.gguf_config import config_from_gguf
-from octavo.loading.hf_config import config_from_folder
 from octavo.loading.weights import stored_tensor
 from octavo.ops import ModelConfig
 
@@ -26,8 +24,12 @@ def model_config(file: ModelFile, path: Path) -> ModelConfig:
     A model with an output matrix of its own is not tied, whatever config.json says; that is what transformers does.
     Raises ModelNotFoundError, ModelFormatError or UnsupportedModelError.
     """
-    if isinstance(file, GGUFFile):
+    if isinstance(file, GGUFFile):  # only the reader that is needed is imported: start-up is short
+        from octavo.loading.gguf_config import config_from_gguf
+
         return config_from_gguf(file)
+    from octavo.loading.hf_config import config_from_folder
+
     config = config_from_folder(path)
     if config.tie_embeddings:
         embedding, head = (stored_tensor(file.tensors, name) for name in ("embed_tokens", "lm_head"))

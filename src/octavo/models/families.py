@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from octavo.models.family import Family
+if TYPE_CHECKING:
+    from octavo.models.family import Family
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """Where a family is and what files call it. Its module is imported when a file asks for it."""
 
     descriptor: str  # module:name of a Family

@@ -7,12 +7,12 @@ norms stand before and after both halves of a block; the embedding is scaled; th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family, GGUFKeys, HFKeys
+from octavo.models.family import Family
 from octavo.models.model import WeightLoader
 from octavo.models.reading import (
     DEFAULT_ROPE_THETA,
@@ -29,6 +29,9 @@ from octavo.models.reading import (
 )
 from octavo.ops import Activation, LayerConfig, ModelConfig, Ops, RopeConfig
 from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
+
+if TYPE_CHECKING:
+    from octavo.models.keys import GGUFKeys, HFKeys
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,17 @@ Pre-norm blocks: grouped-query attention with rotary positions, then a SiLU-gate
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family, GGUFKeys, HFKeys
+from octavo.models.family import Family
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_LAYER, gguf_config, gguf_window, hf_config, hf_layers, hf_rope, hf_window
 from octavo.ops import LayerConfig, ModelConfig, Ops, RopeConfig
 from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
+
+if TYPE_CHECKING:
+    from octavo.models.keys import GGUFKeys, HFKeys
 
 
 @dataclass(frozen=True, slots=True)

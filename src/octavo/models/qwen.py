@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family, GGUFKeys, HFKeys
+from octavo.models.family import Family
 from octavo.models.llama import LlamaModel
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_HEAD_NORMS, GGUF_LAYER, gguf_config, hf_config, hf_layers, hf_rope, hf_window
 from octavo.ops import LayerConfig, ModelConfig, Ops, RopeConfig
 from octavo.ops.protocol import Array, BatchHandle, KVLayer, Weight
+
+if TYPE_CHECKING:
+    from octavo.models.keys import GGUFKeys, HFKeys
 
 
 class Qwen2Model(LlamaModel):

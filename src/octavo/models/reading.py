@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from octavo.models.family import GGUFKeys, HFKeys
 from octavo.ops import Activation, LayerConfig, ModelConfig, RopeConfig, RopeScaling
+
+if TYPE_CHECKING:
+    from octavo.models.keys import GGUFKeys, HFKeys
 
 MAX_LAYERS = 1024
 DEFAULT_ROPE_THETA = 10_000.0
