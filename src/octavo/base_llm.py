@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-# Here, and not where it is used, twenty frames further down: Python 3.11 keeps frames in chunks of 16 KiB, and where one
-# ends each call maps and unmaps the next. NumPy makes thousands of calls while it is imported: they then took 30 ms.
+# Here, and not where it is used, twenty frames further down: Python 3.11 keeps frames in chunks of 16 KiB, and at the
+# end of one each call maps and unmaps the next. NumPy makes thousands of calls while it is imported: they took 30 ms.
 import numpy  # noqa: F401
 
 from octavo.build import build_engine
