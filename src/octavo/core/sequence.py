@@ -11,6 +11,7 @@ What is to be computed is a list of ranges of positions; the verbs there are now
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from octavo.core.token_counts import TokenCounts
@@ -46,6 +47,7 @@ class Sequence:
         "_attached",
         "_kv",
         "_new_id",
+        "_wanted_stop",
         "asked",
         "block_table",
         "dropped",
@@ -72,7 +74,8 @@ class Sequence:
         # The first position whose KV was not computed by ordinary attention over all before it; None: there is none.
         self.exact_until: int | None = None
         self.asked = False  # a verb has asked for work that is not done yet
-        self.wants: tuple[Wanted, ...] = ()  # of rows; none before the first of them is computed
+        self.wants: tuple[Wanted, ...] = ()  # of rows
+        self._wanted_stop = 0  # the first position behind all of these
         self.stream = stream
         self.dropped = False
         self._attached: list[tuple[SequenceState, int]] = []  # (state, length of the sequence when it was attached)
@@ -88,9 +91,7 @@ class Sequence:
     @property
     def target(self) -> int:
         """Positions below this are to be computed: up to the last wanted row, or all but the last."""
-        if self.wants:
-            return max(wanted.stop for wanted in self.wants)
-        return max(len(self.token_ids) - 1, 0)
+        return self._wanted_stop if self.wants else max(len(self.token_ids) - 1, 0)
 
     @property
     def pending(self) -> tuple[range, ...]:
@@ -133,7 +134,7 @@ class Sequence:
         start, stop, want = wanted
         if not isinstance(want, Sample | TopK):
             return wanted
-        counts = self.attached(TokenCounts)
+        counts = self.attached(TokenCounts) if self._attached else None
         token_ids: SequenceOf[int] = self.token_ids
         if drafts:
             start, stop = start + len(drafts), stop + len(drafts)
@@ -145,7 +146,10 @@ class Sequence:
         if isinstance(want, TopK):
             draw = want.draw.at(token_ids, known)
             return wanted if draw is want.draw else Wanted(start, stop, TopK(want.k, draw, want.logprobs))
-        return Wanted(start, stop, Sample(tuple(draw.at(token_ids, known) for draw in want.draws), want.max_drafts))
+        draws = tuple([draw.at(token_ids, known) for draw in want.draws])
+        if not drafts and all(map(is_, draws, want.draws)):
+            return wanted
+        return Wanted(start, stop, Sample(draws, want.max_drafts))
 
     def commit(self, stop: int) -> None:
         """The step that computed positions up to `stop` has returned. Called by the engine alone. Positions past the
@@ -165,8 +169,10 @@ class Sequence:
         self.asked = True
         last = len(self.token_ids) - 1
         self.wants = tuple(rows) if want is None else (*rows, Wanted(last, last + 1, want))
-        # A row may be wanted again (a fork, or a second question): its KV is recomputed to the same bits.
+        self._wanted_stop = 0
         for wanted in self.wants:
+            self._wanted_stop = max(self._wanted_stop, wanted.stop)
+            # A row may be wanted again (a fork, or a second question): its KV is recomputed to the same bits.
             self.num_computed = min(self.num_computed, wanted.start)
 
     def decode(self, draw: Draw) -> None:
