@@ -104,9 +104,9 @@ std::size_t row_draw(const float* x, std::size_t n, std::size_t start, float top
     for (std::size_t j = 0; j < std::min(kSkip, n - i); ++j) {
       const float rest = static_cast<float>(~words[j % 4][j / 4]) * 0x1p-32f;  // 1 - u, a little less
       if (rest > limits[j] * 1.001f || x[i + j] == -INFINITY) continue;
-      const double mine = score(i + j);
-      if (mine > best || (mine == best && i + j < winner)) {
-        best = mine;
+      const double perturbed = score(i + j);
+      if (perturbed > best || (perturbed == best && i + j < winner)) {
+        best = perturbed;
         winner = i + j;
       }
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,6 +24,9 @@ from octavo.cli.machine import refusals
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError
 from octavo.loading.hf_config import config_from_folder
+
+if TYPE_CHECKING:
+    from octavo.backends.registry import BackendSettings
 
 NAME = "only-in-this-test"
 

@@ -127,3 +127,29 @@ def test_a_closed_executor_says_so(folder: Path) -> None:
     executor.close()
     with pytest.raises(RuntimeError, match="closed"):
         executor.execute(StepPlan(0, ()))
+
+
+def test_several_rows_of_a_grant(folder: Path) -> None:
+    """Rows in the middle of a grant: drawn from, scored and looked into, each as if its tokens were all there are."""
+    probe, single = Probe(folder), Probe(folder)
+    prompt = tokens(9, seed=3)
+    sequence = probe.sequence(prompt)
+    assert probe.kv.allocate(sequence.block_table, 0, 9) == ()
+    sets = ((4,), (1, 2))
+    wants = (Wanted(2, 5, Score(sets)), Wanted(4, 8, Hidden((1,))), Wanted(5, 9, Sample((SAMPLED,))))
+    other = probe.sequence(tokens(4, seed=5))
+    assert probe.kv.allocate(other.block_table, 0, 4) == ()
+    grants = (
+        Grant("other", other.id, 0, 4, tuple(other.token_ids), tuple(other.block_table), (Wanted(3, 4, Score(sets)),)),
+        Grant("rows", sequence.id, 0, 9, tuple(prompt), tuple(sequence.block_table), wants),
+    )
+    _, result = probe.runner.run(StepPlan(0, grants)).results
+    assert [row.position for row in result.rows] == [2, 3, 4, 4, 5, 6, 7, 5, 6, 7, 8]
+    for row in result.rows:
+        alone = single.sequence(prompt[: row.position + 1])
+        want = Score(sets) if row.scores else (Hidden((1,)) if row.hidden else Sample((SAMPLED,)))
+        ((expected,),) = [one.rows for one in single.step((alone, row.position + 1, want))]
+        np.testing.assert_allclose(row.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(np.array(row.hidden), np.array(expected.hidden), atol=1e-5)
+        assert row.draws == expected.draws
+        alone.drop()
