@@ -13,7 +13,6 @@ from octavo.backends.reference import ReferenceOps
 from octavo.backends.registry import (
     Backend,
     BackendRefusedError,
-    BackendSettings,
     backend,
     backends,
     register,
