@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 namespace octavo {
@@ -25,19 +27,26 @@ void each(const Kernels& kernels, Pool& pool, std::size_t count, const Visit& vi
     for (std::size_t i = 0; i < count; ++i) visit(i, RowWorkers{kernels, &pool});
     return;
   }
+  // Nothing may be thrown through the pool. What is caught is kept by kind: std::exception_ptr would need a newer
+  // libstdc++ than manylinux_2_28 has.
   std::mutex mutex;
-  std::exception_ptr failed;  // nothing may be thrown through the pool
+  bool out_of_memory = false;
+  std::string refused;
   pool.parallel(count, 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
       try {
         visit(i, RowWorkers{kernels, nullptr});
-      } catch (...) {
+      } catch (const std::bad_alloc&) {
         const std::lock_guard<std::mutex> guard(mutex);
-        failed = std::current_exception();
+        out_of_memory = true;
+      } catch (const std::exception& error) {
+        const std::lock_guard<std::mutex> guard(mutex);
+        refused = error.what();
       }
     }
   });
-  if (failed) std::rethrow_exception(failed);
+  if (out_of_memory) throw std::bad_alloc();
+  if (!refused.empty()) throw std::invalid_argument(refused);
 }
 
 void penalise(std::vector<float>& row, const Changes& changes) {
