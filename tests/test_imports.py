@@ -205,3 +205,15 @@ def test_the_table_notices() -> None:
 def test_commands_below_the_doors_exist() -> None:
     """Guards against the exception outliving the file it was made for."""
     assert {f"octavo.cli.{path.stem}" for path in (ROOT / "cli").glob("*.py")} >= BELOW_THE_DOORS
+
+
+def test_no_name_of_a_package_is_also_a_module_of_it() -> None:
+    """Guards against a function that becomes a module as soon as somebody imports the module of its name."""
+    wrong = []
+    for path in ROOT.rglob("__init__.py"):
+        modules = {other.stem for other in path.parent.glob("*.py")}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.asname or alias.name for alias in node.names} & modules
+                wrong += [f"{path.relative_to(ROOT)}: {name}" for name in names]
+    assert not wrong, "\n".join(wrong)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from octavo.models.family import Family
+    from octavo.models.descriptor import Family
 
 
 class Listed(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family
+from octavo.models.descriptor import Family
 from octavo.models.model import WeightLoader
 from octavo.models.reading import (
     DEFAULT_ROPE_THETA,

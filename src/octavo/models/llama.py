@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family
+from octavo.models.descriptor import Family
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_LAYER, gguf_config, gguf_window, hf_config, hf_layers, hf_rope, hf_window
 from octavo.ops import LayerConfig, ModelConfig, Ops, RopeConfig

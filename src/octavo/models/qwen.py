@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.models.decoder import Decoder
-from octavo.models.family import Family
+from octavo.models.descriptor import Family
 from octavo.models.llama import LlamaModel
 from octavo.models.model import WeightLoader
 from octavo.models.reading import GGUF_HEAD_NORMS, GGUF_LAYER, gguf_config, hf_config, hf_layers, hf_rope, hf_window
