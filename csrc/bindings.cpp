@@ -438,6 +438,8 @@ const Kernels& kernels_of(const std::string& name) {
 }  // namespace
 
 NB_MODULE(_C, m) {
+  // An LLM that lives until the process ends is no leak to tell users of.
+  nb::set_leak_warnings(false);
   m.doc() = "C++ kernels of the cpu backend.";
   m.def("instruction_sets", &instruction_sets, "Those of this processor that there are kernels for, best first.");
   m.def(
