@@ -556,3 +556,24 @@ def test_a_fork_of_the_process_frees_branches(tiny: LLM) -> None:
         in_fork(work)
         thread.join()
         assert s.num_tokens == len(tiny.tokenizer.encode(TEXT)) + SLOW["max_tokens"]
+
+
+def test_a_fork_of_the_process_takes_back_what_nobody_heard_of(tiny: LLM) -> None:
+    """A call was carried out, and its caller, a thread of the parent, had not heard: in the child it never was."""
+    with tiny.session(seed=1) as s, tiny.session(seed=1) as other:
+        for one in (s, other):
+            one.extend(TEXT)
+        (expected,) = other.generate_all([other], **SAMPLED)
+        held = s.token_ids
+        with s._alone() as calls:
+            s._do(s._generating(SamplingParams(**SAMPLED)), calls).result(20)
+            assert state_of(s).num_tokens == len(held) + len(expected.token_ids)
+
+            def work() -> None:
+                assert s.token_ids == held
+                assert s.generate(**SAMPLED).token_ids == expected.token_ids
+                assert s.token_ids == held + expected.token_ids
+
+            in_fork(work)
+            s._client.take_back(calls).result(20)
+        assert s.generate(**SAMPLED).token_ids == expected.token_ids

@@ -189,3 +189,34 @@ def test_a_plan_is_a_value() -> None:
     for plan, pickled in plans:
         hash(plan.grants[0].token_ids), hash(plan.grants[0].block_table)
         assert pickle.loads(pickled) == plan and pickle.dumps(plan) == pickled
+
+
+def test_a_proposer_that_raises_fails_nobody() -> None:
+    class Broken(Guesser):
+        def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+            if len(token_ids) % 3 == 0:
+                raise IndexError("no such n-gram")
+            return super().propose(token_ids, max_tokens)
+
+    harness = Harness(proposer=Broken())
+    verified = Verified()
+    harness.engine.step_listeners.append(verified)
+    for number in range(3):
+        harness.add(f"r{number}", [number] * 4, max_tokens=15)
+    harness.run()
+    assert [harness.tokens(f"r{n}") for n in range(3)] == [expected([n] * 4, 15) for n in range(3)]
+    assert verified.accepted
+
+
+def test_a_listener_that_raises_is_called_no_more() -> None:
+    harness, calls = Harness(), []
+
+    def broken(plan: StepPlan, result: StepResult) -> None:
+        calls.append(plan)
+        raise KeyError("oops")
+
+    harness.engine.step_listeners += [broken, verified := Verified()]
+    harness.add("r", [1, 2, 3], max_tokens=5)
+    harness.run()
+    assert harness.tokens("r") == expected([1, 2, 3], 5)
+    assert len(calls) == 1 and harness.engine.step_listeners == [verified]

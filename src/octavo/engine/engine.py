@@ -40,6 +40,7 @@ class Engine:
     """Single-threaded: `add`, `abort` and `step` are called by one thread at a time.
 
     `step_listeners` are called with each plan, as far as it was carried out, and its results, before requests get them.
+    One that raises is called no more.
     """
 
     def __init__(
@@ -166,8 +167,12 @@ class Engine:
                 coordinator.metrics.first_scheduled_time = now
         plan, result = self._execute(plan)
         self._learn_speed(plan, result)
-        for listener in self.step_listeners:
-            listener(plan, result)
+        for listener in tuple(self.step_listeners):
+            try:
+                listener(plan, result)
+            except Exception:
+                log.exception("a listener of steps raised, and is called no more")
+                self.step_listeners.remove(listener)
         return outputs + self._update(plan, result)
 
     def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:

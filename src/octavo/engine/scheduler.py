@@ -296,7 +296,7 @@ class Scheduler:
         coordinator = entry.coordinator
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
         for sequence in unit:
-            (pending,) = sequence.pending
+            pending = sequence.pending[0]
             most = min(self.config.max_chunk_tokens or step.tokens_left, step.tokens_left)
             if holds_row_back and sequence.is_prefilling:
                 most = min(most, len(pending) - 1)  # the wanted row waits for the others'
@@ -334,7 +334,13 @@ class Scheduler:
         if not isinstance(want, Sample) or len(want.draws) != 1:
             return ()
         most = min(want.max_drafts, step.tokens_left - step.rows_left)
-        return tuple(self._proposer.propose(sequence.token_ids, most))[:most] if most > 0 else ()
+        if most < 1:
+            return ()
+        try:
+            return tuple(self._proposer.propose(sequence.token_ids, most))[:most]
+        except Exception:
+            log.exception("guessing raised; sequence %d goes on without", sequence.id)
+            return ()
 
     # --- admission ---
 
