@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 
 class BaseLLM:
-    """A model, loaded and ready to answer.
-
-    Args:
-        model: an alias (``smollm2``), a Hugging Face name, a .gguf file or a model folder. Fetched on first use.
-        **config: any setting of `EngineConfig`. An unknown one raises ConfigError.
-
-    Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError or ConfigError.
-    """
+    """See `octavo.llm.LLM`."""
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         self.config = EngineConfig.resolve({"model": model, **config})

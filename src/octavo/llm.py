@@ -24,13 +24,17 @@ Answer = TypeVar("Answer")
 
 
 class LLM(BaseLLM):
-    __doc__ = (
-        (BaseLLM.__doc__ or "")
-        + """
+    """A model, loaded and ready to answer.
+
+    Args:
+        model: an alias (``smollm2``), a Hugging Face name, a .gguf file or a model folder. Fetched on first use.
+        **config: any setting of `EngineConfig`. An unknown one raises ConfigError.
+
     Methods may be called from several threads; the steps of all their requests run together in one batch, on the
     engine's own thread. A process that forks can use the LLM on both sides.
+
+    Raises ModelNotFoundError, DownloadError, ModelFormatError, UnsupportedModelError, OutOfMemoryError or ConfigError.
     """
-    )
 
     # --- generating ---
 

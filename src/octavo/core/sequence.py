@@ -41,7 +41,7 @@ class BlockTables(Protocol):
 
 
 class Sequence:
-    """See the module. Made by `SequenceFactory` calls of the engine, and by `fork`."""
+    """See the module. Made by the engine, for a coordinator, and by `fork`."""
 
     __slots__ = (
         "_attached",
