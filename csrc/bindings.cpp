@@ -453,6 +453,8 @@ NB_MODULE(_C, m) {
             new (self) Machine(kernels_of(name), threads, share_prefixes, pin);
           },
           nb::arg("instruction_set"), nb::arg("threads"), nb::arg("share_prefixes") = true, nb::arg("pin") = false)
+      .def_rw("state_bytes", &Machine::state_bytes,
+              "Most bytes for the states of tiles that rows of several sequences share; changes no result.")
       .def_prop_ro(
           "shared_tiles", [](const Machine& machine) { return machine.shared_tiles.load(); },
           "Tiles of K and V, of one KV head, that rows of several sequences have read together so far.")

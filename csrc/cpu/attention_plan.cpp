@@ -22,12 +22,13 @@ struct Seq {
   std::size_t stop;             // past the last tile that any row sees, or that is before the draft tree
   std::size_t tree = SIZE_MAX;  // position where the draft tree begins
   std::size_t own = SIZE_MAX;   // tiles from here on are read for this sequence alone
+  bool alone = false;           // all tiles are
 };
 
 class Planner {
  public:
   Planner(AttentionPlan& plan, const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads,
-          bool share)
+          bool share, std::size_t max_states)
       : plan_(plan),
         batch_(batch),
         window_(window),
@@ -58,6 +59,11 @@ class Planner {
         whole(seq);
         continue;
       }
+      if (seq.tree == SIZE_MAX && num_states(seq) > max_states - std::min(plan_.num_states, max_states)) {
+        seq.alone = true;
+        whole(seq);
+        continue;
+      }
       give_states(seq);
       const std::size_t from = std::max(shared ? seq.own : 0, seq.lowest);
       tiles({&seq, 1}, from, seq.stop);
@@ -67,13 +73,14 @@ class Planner {
       std::vector<Seq> group;
       std::size_t lowest = SIZE_MAX;
       for (std::size_t i : members) {
+        if (seqs_[i].alone) continue;
         group.push_back(seqs_[i]);
         lowest = std::min(lowest, seqs_[i].lowest);
       }
       const std::size_t begin = std::max(from, lowest);
-      if (begin >= stop) continue;
+      if (group.empty() || begin >= stop) continue;
       tiles(group, begin, stop);
-      plan_.shared_tiles += (stop - begin) * kv_heads_;
+      if (group.size() > 1) plan_.shared_tiles += (stop - begin) * kv_heads_;
     }
   }
 
@@ -178,6 +185,11 @@ class Planner {
       }
     }
   }
+  std::size_t num_states(const Seq& seq) const {
+    std::size_t count = 0;
+    for (std::size_t row = seq.first; row < seq.last; ++row) count += num_tiles(row) * kv_heads_;
+    return count;
+  }
   std::size_t num_tiles(std::size_t row) const { return position(row) / kTile + 1 - lowest_tile(row); }
   std::ptrdiff_t state(std::size_t row, std::size_t kv_head) const {
     return static_cast<std::ptrdiff_t>(row_states_[row] + kv_head * num_tiles(row)) -
@@ -232,9 +244,9 @@ class Planner {
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads,
-                             bool share) {
-  Planner(*this, batch, window, kv_heads, threads, share);
+AttentionPlan::AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads, bool share,
+                             std::size_t max_states) {
+  Planner(*this, batch, window, kv_heads, threads, share, max_states);
 }
 
 }  // namespace octavo

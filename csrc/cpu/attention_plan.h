@@ -41,7 +41,9 @@ struct AttentionPlan {
   std::size_t num_states = 0;
   std::size_t shared_tiles = 0;  // tiles that rows of several sequences read together, of one KV head
 
-  AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads, bool share);
+  // With at most `max_states` states, besides those of draft trees: rows that would need more read all by themselves.
+  AttentionPlan(const BatchView& batch, std::size_t window, std::size_t kv_heads, int threads, bool share,
+                std::size_t max_states);
 };
 
 }  // namespace octavo

@@ -100,14 +100,17 @@ bool Batch::inside(std::size_t num_blocks, std::size_t block_size) const {
          greatest_slot_ < static_cast<int64_t>(num_blocks * block_size);
 }
 
-const AttentionPlan& Batch::plan(std::size_t window, std::size_t kv_heads, int threads, bool share) const {
+const AttentionPlan& Batch::plan(std::size_t window, std::size_t kv_heads, int threads, bool share,
+                                 std::size_t max_states) const {
   const std::lock_guard<std::mutex> guard(mutex_);
   for (const Cut& cut : cuts_) {
-    if (cut.window == window && cut.kv_heads == kv_heads && cut.threads == threads && cut.share == share) {
+    if (cut.window == window && cut.kv_heads == kv_heads && cut.threads == threads && cut.share == share &&
+        cut.max_states == max_states) {
       return cut.plan;
     }
   }
-  cuts_.push_back({window, kv_heads, threads, share, AttentionPlan(view_, window, kv_heads, threads, share)});
+  cuts_.push_back({window, kv_heads, threads, share, max_states,
+                   AttentionPlan(view_, window, kv_heads, threads, share, max_states)});
   return cuts_.back().plan;
 }
 

@@ -32,13 +32,15 @@ class Batch {
   bool inside(std::size_t num_blocks, std::size_t block_size) const;
 
   // How the attention of layers with these properties is cut; made when it is asked for the first time.
-  const AttentionPlan& plan(std::size_t window, std::size_t kv_heads, int threads, bool share) const;
+  const AttentionPlan& plan(std::size_t window, std::size_t kv_heads, int threads, bool share,
+                            std::size_t max_states) const;
 
  private:
   struct Cut {
     std::size_t window, kv_heads;
     int threads;
     bool share;
+    std::size_t max_states;
     AttentionPlan plan;
   };
 

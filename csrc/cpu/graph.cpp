@@ -277,7 +277,8 @@ std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t context) {
     const std::size_t group = node.x.columns / dim / node.layer->view.kv_heads;
     const std::size_t seen = node.layer->window == 0 ? context : static_cast<std::size_t>(node.layer->window) + kTile;
     const std::size_t tiles = std::min(context, seen) / kTile + 1;
-    states = std::max(states, times(tiles, node.layer->view.kv_heads * group * (2 + dim) * sizeof(float)));
+    const std::size_t of_row = times(tiles, node.layer->view.kv_heads * group * (2 + dim) * sizeof(float));
+    states = std::max(states, std::min(times(rows, of_row), machine_->state_bytes));
     scratch = std::max(scratch, machine_->kernels.attention_scratch(dim, group) * sizeof(float));
   }
   return times(rows, columns) + states + scratch * static_cast<std::size_t>(machine_->pool.threads());
@@ -502,10 +503,11 @@ void Graph::run_attention(const Node& node, Work& work) {
   const std::size_t heads = node.x.columns / dim;
   const std::size_t group = heads / layer.view.kv_heads;
   const KVView& kv = layer.view;
-  const AttentionPlan& plan =
-      work.batch->plan(static_cast<std::size_t>(layer.window), kv.kv_heads, pool.threads(), machine_->share_prefixes);
-  machine_->shared_tiles += plan.shared_tiles;
   const std::size_t state_size = group * (2 + dim);
+  const AttentionPlan& plan =
+      work.batch->plan(static_cast<std::size_t>(layer.window), kv.kv_heads, pool.threads(), machine_->share_prefixes,
+                       machine_->state_bytes / (state_size * sizeof(float)));
+  machine_->shared_tiles += plan.shared_tiles;
   states_.grow(plan.num_states * state_size * sizeof(float));
   const std::size_t scratch = (kernels.attention_scratch(dim, group) + 15) / 16 * 16;
   const std::size_t pieces = plan.items.size();

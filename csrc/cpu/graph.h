@@ -61,7 +61,8 @@ struct Machine {
   const Kernels& kernels;
   const bool share_prefixes;  // whether rows of several sequences read the blocks they share together
   Pool pool;
-  std::atomic<uint64_t> shared_tiles{0};  // tiles of K and V, of one KV head, that were read so
+  std::size_t state_bytes = std::size_t{64} << 20;  // most that the states of tiles take, besides draft trees'
+  std::atomic<uint64_t> shared_tiles{0};            // tiles of K and V, of one KV head, that were read so
 
   Machine(const Kernels& kernels, int threads, bool share_prefixes, bool pin)
       : kernels(kernels), share_prefixes(share_prefixes), pool(threads, pin) {}
@@ -101,8 +102,7 @@ class Graph {
   // Those whose memory `run` is given: what was bound, in order, and the last op's output, if it has one.
   std::vector<int> bound_buffers() const;
 
-  // What a run of so many rows takes besides weights, KV and bound buffers, as far as it does not depend on the batch;
-  // the states of one row of `context` positions are in it, whose tiles of keys threads divide.
+  // What a run of so many rows takes besides weights, KV and bound buffers, draft trees not counted.
   std::size_t scratch_bytes(std::size_t rows, std::size_t context);
 
   // One run at a time: another thread's waits. The batch may be null where no op looks at one; a tap is of an op's

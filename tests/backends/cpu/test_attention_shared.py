@@ -74,6 +74,19 @@ def test_every_shared_tile_is_read_once() -> None:
     assert ops.machine.shared_tiles == 3 * (320 // 64), "nothing in common, nothing shared"
 
 
+@pytest.mark.parametrize("state_bytes", [0, 3000, 20_000, 40_000, 1 << 20])
+def test_states_take_no_more_than_they_may(state_bytes: int) -> None:
+    """Rows that would need more read their tiles by themselves, to the same bits."""
+    alone, ops = CpuOps(threads=1, share_prefixes=False), CpuOps(threads=2)
+    ops.machine.state_bytes = state_bytes
+    expecting, qs = family(alone, SHAPES[0], 16)
+    paged, _ = family(ops, SHAPES[0], 16)
+    for counts in ([1] * 7, [1, 3, 1, 2, 8, 1, 1]):
+        bits_equal(paged.attend(qs, last_rows(counts)), expecting.attend(qs, last_rows(counts)), str(counts))
+    shared = ops.machine.shared_tiles
+    assert (shared == 0) if state_bytes < 30_000 else (shared > 0)
+
+
 # --- draft trees ---
 
 PREFIX = 150
