@@ -12,7 +12,7 @@ from octavo.config import EngineConfig
 from octavo.core import values as exact
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import ConfigError, InvalidRequestError
-from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
+from octavo.core.params import LogitBias, OutputKind, RepetitionDetectionParams, SamplingParams
 from tests import hostile
 
 _KINDS: list[type] = [SamplingParams, BeamSearchParams, EngineConfig]
@@ -64,7 +64,7 @@ def is_plain(value: object) -> bool:
     """Of built-in types, and of ours, to the last."""
     if type(value) in (list, tuple):
         return all(map(is_plain, value))  # type: ignore[call-overload]
-    if type(value) is dict:
+    if type(value) is LogitBias:
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
     if type(value) in (SamplingParams, RepetitionDetectionParams):
         return all(is_plain(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]

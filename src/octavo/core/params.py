@@ -34,6 +34,28 @@ GREEDY_TEMPERATURE = 1e-5  # below this the best token's probability is 1 in any
 MAX_PATTERN_SIZE = 4096  # it is looked for after every token
 
 
+class LogitBias(dict[int, float]):
+    """Token ids and what is added to their logits: a dict that is a value, which nobody changes."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("it cannot be changed: make parameters anew, as with `but`")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogitBias, (dict(self),)
+
+    def __copy__(self) -> LogitBias:
+        return self
+
+    def __deepcopy__(self, memo: object) -> LogitBias:
+        return self
+
+
 class OutputKind(StrEnum):
     """What each streamed RequestOutput carries."""
 
@@ -282,9 +304,9 @@ def _repetition_detection(value: object) -> RepetitionDetectionParams | None:
     return RepetitionDetectionParams(**given)
 
 
-def _logit_bias(value: object) -> dict[int, float]:
+def _logit_bias(value: object) -> LogitBias:
     if value is None:
-        return {}
+        return LogitBias()
     bias: dict[int, float] = {}
     for given, amount in exact_dict("logit_bias", value, "must map token ids to numbers").items():
         key = given
@@ -296,4 +318,4 @@ def _logit_bias(value: object) -> dict[int, float]:
             bias[number_of] = number("logit_bias", amount, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         except InvalidRequestError as error:
             raise InvalidRequestError("logit_bias", f"of token {shown(number_of)} {error.problem}") from None
-    return bias
+    return LogitBias(bias)

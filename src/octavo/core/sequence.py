@@ -15,7 +15,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from octavo.core.token_counts import TokenCounts
-from octavo.core.want import Sample, TopK, Wanted
+from octavo.core.want import NextLogprobs, Sample, TopK, Wanted
 
 if TYPE_CHECKING:
     from octavo.core.protocols import SequenceState
@@ -107,12 +107,12 @@ class Sequence:
     @property
     def is_generating(self) -> bool:
         """Whether all that is pending is its last token: it goes on in every step, token by token."""
-        return self.num_pending == 1
+        return self.num_pending == 1 and self.target == len(self.token_ids)
 
     @property
     def is_prefilling(self) -> bool:
         """Whether more is pending: a prompt, or what was preempted. Its rows can be cut into chunks, and be cached."""
-        return self.num_pending > 1
+        return self.num_pending > 0 and not self.is_generating
 
     @property
     def first_wanted_row(self) -> int:
@@ -125,31 +125,36 @@ class Sequence:
         wants = []
         for wanted in self.wants:
             part = wanted.within(start, stop)
-            if part is not None:
-                wants += [self._at_row(part, ()), *(self._at_row(part, drafts[: i + 1]) for i in range(len(drafts)))]
+            if part is None:
+                continue
+            if isinstance(part.want, Sample | TopK):  # each row has a history of its own
+                wants += [self._at_row(row, part.want) for row in range(part.start, part.stop)]
+            else:
+                wants.append(part)
+            if drafts and part.stop == len(self.token_ids) and not isinstance(part.want, NextLogprobs):
+                wants += [self._at_row(part.stop + i, part.want, drafts[: i + 1]) for i in range(len(drafts))]
         return tuple(wants)
 
-    def _at_row(self, wanted: Wanted, drafts: SequenceOf[int]) -> Wanted:
-        """With the history of its row; all draws but those of the last token's row have none."""
-        start, stop, want = wanted
+    def _at_row(self, row: int, want: Want, drafts: SequenceOf[int] = ()) -> Wanted:
+        """With the history of this row, which is that of the last of the `drafts`, if there are any."""
         if not isinstance(want, Sample | TopK):
-            return wanted
+            return Wanted(row, row + 1, want)
         counts = self.attached(TokenCounts) if self._attached else None
         token_ids: SequenceOf[int] = self.token_ids
-        if drafts:
-            start, stop = start + len(drafts), stop + len(drafts)
-            token_ids = [*token_ids, *drafts]
+        if row != len(token_ids) - 1:
+            behind = len(token_ids) - row - 1  # tokens that the row does not see
+            token_ids = [*token_ids, *drafts] if drafts else token_ids[: row + 1]
             if counts is not None:
                 counts = counts.fork()
                 counts.advance(drafts)
+                counts.rollback(min(max(behind, 0), counts.num_tokens))  # those before it was attached are the prompt's
         known = None if counts is None else counts.counts
         if isinstance(want, TopK):
             draw = want.draw.at(token_ids, known)
-            return wanted if draw is want.draw else Wanted(start, stop, TopK(want.k, draw, want.logprobs))
+            return Wanted(row, row + 1, want if draw is want.draw else TopK(want.k, draw, want.logprobs))
         draws = tuple([draw.at(token_ids, known) for draw in want.draws])
-        if not drafts and all(map(is_, draws, want.draws)):
-            return wanted
-        return Wanted(start, stop, Sample(draws, want.max_drafts))
+        same = all(map(is_, draws, want.draws))
+        return Wanted(row, row + 1, want if same else Sample(draws, want.max_drafts))
 
     def commit(self, stop: int) -> None:
         """The step that computed positions up to `stop` has returned. Called by the engine alone. Positions past the
@@ -162,16 +167,16 @@ class Sequence:
     # --- the verbs ---
 
     def extend(self, token_ids: SequenceOf[int], want: Want | None = None, rows: SequenceOf[Wanted] = ()) -> None:
-        """Append tokens; `want` is of the last one's row, `rows` of others."""
+        """Append tokens; `want` is of the last one's row, `rows` of others. What was wanted before still is."""
         self.token_ids.extend(token_ids)
         for state, _ in self._attached:
             state.advance(token_ids)
         self.asked = True
         last = len(self.token_ids) - 1
-        self.wants = tuple(rows) if want is None else (*rows, Wanted(last, last + 1, want))
-        self._wanted_stop = 0
-        for wanted in self.wants:
-            self._wanted_stop = max(self._wanted_stop, wanted.stop)
+        wants = tuple(rows) if want is None else (*rows, Wanted(last, last + 1, want))
+        for wanted in wants:
+            self._wanted_stop = max(self._wanted_stop, wanted.stop) if self.wants else wanted.stop
+            self.wants = (*self.wants, wanted)
             # A row may be wanted again (a fork, or a second question): its KV is recomputed to the same bits.
             self.num_computed = min(self.num_computed, wanted.start)
 

@@ -22,6 +22,11 @@ class TokenCounts:
         """As they are now."""
         return Counts(self.prompt, tuple(self.output.items()))
 
+    @property
+    def num_tokens(self) -> int:
+        """That were generated."""
+        return len(self._history)
+
     def fork(self) -> TokenCounts:
         copy = TokenCounts.__new__(TokenCounts)
         copy.prompt = self.prompt

@@ -315,7 +315,7 @@ class Engine:
         if grant.num_drafts:
             accepted = num_accepted(grant, rows)
             stop -= grant.num_drafts - accepted
-            token_ids, rows = [*token_ids, *grant.drafts[:accepted]], rows[: accepted + 1]
+            token_ids, rows = [*token_ids, *grant.drafts[:accepted]], tuple(row for row in rows if row.position < stop)
             self.kv.truncate(sequence.block_table, stop)
         sequence.commit(stop)
         exact = stop if sequence.exact_until is None else min(stop, sequence.exact_until)
@@ -355,5 +355,6 @@ class Engine:
 def num_accepted(grant: Grant, rows: SequenceOf[RowResult]) -> int:
     """How many of a grant's drafts are what was drawn in their places. The token drawn after them is the next one: so a
     verified sequence is the one that would have been drawn token by token."""
-    drawn = (row.draws[0].token_id for row in rows)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(grant.drafts, drawn, strict=False)))
+    drawn = {row.position + 1: row.draws[0].token_id for row in rows if row.draws}
+    first = grant.stop - grant.num_drafts
+    return sum(1 for _ in takewhile(lambda pair: drawn.get(pair[0]) == pair[1], enumerate(grant.drafts, first)))

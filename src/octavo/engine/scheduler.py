@@ -37,7 +37,7 @@ from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.protocols import Proposer
 from octavo.core.sequence import Sequence
-from octavo.core.want import Sample
+from octavo.core.want import Sample, TopK
 from octavo.kv_cache import CachedPrefix, KVCacheManager, PendingKV
 
 log = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class Scheduler:
         for sequence in unit:
             pending = sequence.pending[0]
             most = min(self.config.max_chunk_tokens or step.tokens_left, step.tokens_left)
-            if holds_row_back and sequence.is_prefilling:
+            if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
                 most = min(most, len(pending) - 1)  # the wanted row waits for the others'
             start, stop = pending.start, pending.start + min(len(pending), most)
             drafts = self._propose(step, sequence)
@@ -330,10 +330,10 @@ class Scheduler:
         that may still come."""
         if self._proposer is None or not sequence.is_generating:
             return ()
-        want = sequence.wants[-1].want if sequence.wants else None
-        if not isinstance(want, Sample) or len(want.draws) != 1:
+        drawn = [wanted.want for wanted in sequence.wants if isinstance(wanted.want, Sample | TopK)]
+        if len(drawn) != 1 or not isinstance(drawn[0], Sample) or len(drawn[0].draws) != 1:
             return ()
-        most = min(want.max_drafts, step.tokens_left - step.rows_left)
+        most = min(drawn[0].max_drafts, step.tokens_left - step.rows_left)
         if most < 1:
             return ()
         try:
