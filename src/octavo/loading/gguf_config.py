@@ -15,7 +15,7 @@ _MAX_INTEGER = 2**31 - 1
 
 
 class MetadataKeys:
-    """Implements `octavo.models.descriptor.GGUFKeys`."""
+    """Implements `octavo.models.keys.GGUFKeys`."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file

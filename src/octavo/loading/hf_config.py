@@ -19,7 +19,7 @@ _LARGEST = 1 << 53  # no setting comes near; below it every integer is a float
 
 
 class ConfigKeys:
-    """Implements `octavo.models.descriptor.HFKeys`."""
+    """Implements `octavo.models.keys.HFKeys`."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self._path = path

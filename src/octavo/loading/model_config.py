@@ -11,6 +11,7 @@ import numpy as np
 from octavo.formats import GGUFFile, RawTensor
 from octavo.formats.mapping import ModelFile
 from octavo.loading.weights import stored_tensor
+from octavo.models import family
 from octavo.ops import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def model_config(file: ModelFile, path: Path) -> ModelConfig:
 
     config = config_from_folder(path)
     if config.tie_embeddings:
-        embedding, head = (stored_tensor(file.tensors, name) for name in ("embed_tokens", "lm_head"))
+        of_model = family(config.architecture)
+        embedding, head = (stored_tensor(of_model, file.tensors, name) for name in ("embed_tokens", "lm_head"))
         if embedding is not None and head is not None and not _same(embedding, head):
             log.warning(
                 "%s: config.json says that %s is tied to %s, but the two differ: the output matrix is used as it is",

@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from octavo.core.errors import ModelFormatError
 from octavo.formats.tensor import RawTensor
 from octavo.models import family
+from octavo.models.descriptor import Family
 from octavo.ops import ModelConfig, Ops
 from octavo.ops.protocol import Weight
 
 _GGUF_MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 
-# Tensors that belong to no weight of a text model: frequencies that the configuration gives, and other modalities.
-_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*")
-_HF_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
-_HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+# Tensors that belong to no weight: frequencies that the configuration gives.
+_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq")
 
 
 class FileWeights:
@@ -64,7 +63,7 @@ class FileWeights:
         """Whether a tensor may be left over: it belongs to no weight of a text model, or stands in for a tied one."""
         if self._config.tie_embeddings and name == self._file_name("lm_head") != self._file_name("embed_tokens"):
             return True
-        return _IGNORED.fullmatch(name) is not None
+        return bool(_IGNORED.fullmatch(name) or re.fullmatch(self._family.others, name))
 
     def finish(self) -> None:
         """The model has taken all it wants: pack that. May run beside other work, while the file is open.
@@ -96,10 +95,10 @@ class FileWeights:
     def _file_name(self, name: str, kind: str = "weight") -> str:
         if self._gguf:
             return self._gguf_name(name, kind)
-        found = stored_tensor(self._tensors, name)
+        found = stored_tensor(self._family, self._tensors, name)
         if found is None and name == "embed_tokens" and self._config.tie_embeddings:
-            found = stored_tensor(self._tensors, "lm_head")  # the one of the two that was stored
-        return _hf_name(self._tensors, name, kind) if found is None or kind != "weight" else found.name
+            found = stored_tensor(self._family, self._tensors, "lm_head")  # the one of the two that was stored
+        return _hf_name(self._family, self._tensors, name, kind) if found is None or kind != "weight" else found.name
 
     def _gguf_name(self, name: str, kind: str) -> str:
         match = _LAYER_NAME.fullmatch(name)
@@ -116,13 +115,15 @@ class FileWeights:
         return (np.arange(0, rows, head_dim)[:, None] + within).reshape(-1)
 
 
-def stored_tensor(tensors: Mapping[str, RawTensor], name: str) -> RawTensor | None:
+def stored_tensor(family: Family, tensors: Mapping[str, RawTensor], name: str) -> RawTensor | None:
     """The tensor of a Hugging Face folder by its canonical name."""
-    return tensors.get(_hf_name(tensors, name))
+    return tensors.get(_hf_name(family, tensors, name))
 
 
-def _hf_name(tensors: Mapping[str, RawTensor], name: str, kind: str = "weight") -> str:
+def _hf_name(family: Family, tensors: Mapping[str, RawTensor], name: str, kind: str = "weight") -> str:
     if name == "lm_head":
-        return next((head for head in _HF_HEADS if head in tensors), _HF_HEADS[0])
-    prefix = next((p for p in _HF_PREFIXES if f"{p}norm.weight" in tensors), _HF_PREFIXES[0])
+        heads = [f"{prefix}lm_head.weight" for _, prefix in family.hf_prefixes]
+        return next((head for head in heads if head in tensors), heads[0])
+    prefixes = [prefix for prefix, _ in family.hf_prefixes]
+    prefix = next((p for p in prefixes if f"{p}norm.weight" in tensors), prefixes[0])
     return f"{prefix}{name}.{kind}"

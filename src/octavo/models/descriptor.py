@@ -22,3 +22,6 @@ class Family(NamedTuple):
     gguf_layer: Mapping[str, str]  # canonical name inside a layer -> GGUF's, without blk.N. and .weight
     # llama.cpp stores rows of q and k of some architectures for a rope on neighbouring pairs (its "NORM" ones).
     gguf_interleaved_rope: bool = False
+    # What stands before the names of the model, and before that of its head, in folders; the first that a file has.
+    hf_prefixes: tuple[tuple[str, str], ...] = (("model.", ""), ("", ""))
+    others: str = ""  # pattern of tensors of other modalities, which the text model can do without

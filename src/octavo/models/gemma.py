@@ -160,4 +160,12 @@ GEMMA3 = Family(
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
+    # The text model alone, or, as transformers has written it over time, inside one for images too.
+    hf_prefixes=(
+        ("model.", ""),
+        ("language_model.model.", "language_model."),
+        ("model.language_model.", ""),
+        ("", ""),
+    ),
+    others=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
 )
