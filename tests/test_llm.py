@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -336,6 +337,8 @@ def test_chat_options(tiny: LLM) -> None:
         ),
         ([{"role": "user", "content": "x"}], {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
         ([{"role": "user", "content": "x"}], {"continue_final_message": True}, "continue_final_message"),
+        ([{"role": "user", "content": "x"}], {"request_id": "mine"}, "request_id"),
+        ([{"role": "user", "content": "x"}], {"priority": "high"}, "priority"),
     ],
 )
 def test_bad_conversations_are_refused(tiny: LLM, messages: Any, options: dict[str, Any], field: str) -> None:
@@ -348,6 +351,27 @@ def test_bad_conversations_are_refused(tiny: LLM, messages: Any, options: dict[s
             tiny.chat([[*good, {"role": "assistant", "content": "y"}], messages], params(), **options)
         first = field if field.startswith("chat_template") else field.replace("messages", "messages[1]")
         assert caught.value.field == ("continue_final_message" if field == "continue_final_message" else first)
+
+
+def test_parameters_are_values(tiny: LLM) -> None:
+    """Guards against a caller who changes what a request under way was given."""
+    bias = {7: 100.0}
+    given = params(max_tokens=4, logit_bias=bias)
+    stream = tiny.stream("hello there", given)
+    next(stream)
+    bias[9] = 1e6
+    with pytest.raises(TypeError, match="cannot be changed"):
+        given.logit_bias[9] = 1e6  # type: ignore[index]
+    assert token_ids(list(stream)[-1]) == [[7] * 4]
+    assert given.logit_bias == {7: 100.0} and hash(given) == hash(pickle.loads(pickle.dumps(given)))
+    assert copy.deepcopy(given) == given == given.but(n=1)
+
+
+def test_settings_that_the_backend_does_not_heed(tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(tiny_llama_dir), backend="reference", threads=2, pin_threads=False).close()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "threads: has no effect with the reference backend"
+    ]
 
 
 def test_which_conversation_is_too_long(tiny: LLM) -> None:

@@ -139,7 +139,7 @@ class AsyncLLM(BaseLLM):
         """Answer a conversation through a chat template; see `generate`, and for the rest `LLM.chat`."""
         import asyncio
 
-        options = chat_options(add_generation_prompt, continue_final_message, tools, documents) | variables
+        options = chat_options(add_generation_prompt, continue_final_message, tools, documents, variables)
         write = partial(self._frontend.chat_prompt, messages, chat_template, options, chat_template_kwargs)
         if self._frontend.is_own_template(chat_template):
             prompt = await asyncio.to_thread(write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +14,14 @@ import numpy  # noqa: F401
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
+from octavo.core.errors import InvalidRequestError
 from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
     from octavo.frontend import ChatPrompt, Messages
     from octavo.session import SessionClient
+
+log = logging.getLogger(__name__)
 
 
 class BaseLLM:
@@ -25,6 +29,9 @@ class BaseLLM:
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         self.config = EngineConfig.resolve({"model": model, **config})
+        for name in self.config.without_effect(config):
+            if config[name] not in (None, EngineConfig.__dataclass_fields__[name].default):
+                log.warning("%s: has no effect with the %s backend", name, self.config.backend)
         built = build_engine(self.config)
         self._frontend = built.frontend
         self._engine = built.engine
@@ -53,13 +60,21 @@ class BaseLLM:
         """Counters since the start: tokens looked up and found, blocks inserted, evicted and copied."""
         return replace(self._engine.kv.stats)
 
-    def chat_prompt(self, messages: Messages, *, chat_template: str | None = None, **options: Any) -> ChatPrompt:
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ChatPrompt:
         """The prompt that a chat template makes of a conversation, text and token ids; `chat` says which template.
 
-        `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template.
+        `options`: add_generation_prompt, continue_final_message, tools, documents, and variables of the template, which
+        `chat_template_kwargs` may hold as well.
         Not for an event loop: a long one takes a while.
         """
-        return self._frontend.chat_prompt(messages, chat_template, options)
+        return self._frontend.chat_prompt(messages, chat_template, options, chat_template_kwargs)
 
     def _begin_session(self, seed: int | None, priority: int, cache_salt: str | None) -> SessionClient:
         from octavo.session import SessionClient
@@ -76,7 +91,16 @@ def chat_options(
     continue_final_message: bool,
     tools: Sequence[Mapping[str, Any]] | None,
     documents: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Those of ChatTemplate.render that `chat` has names for."""
-    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    """Those of ChatTemplate.render that `chat` has names for, and variables of the template. Raises InvalidRequestError
+    for what one of the doors has as an argument, and this one has not."""
+    for name in ("prompt", "request_id", "sampling_params", "use_tqdm"):
+        if name in variables:
+            raise InvalidRequestError(name, "is no argument here, and as a variable belongs in chat_template_kwargs")
+    options = {
+        **variables,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+    }
     return options | {name: given for name, given in (("tools", tools), ("documents", documents)) if given is not None}

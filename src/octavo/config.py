@@ -118,6 +118,16 @@ class EngineConfig:
                     raise ConfigError(f"{name}: {problem}") from None
         return cls(**values)
 
+    def without_effect(self, given: Collection[str]) -> list[str]:
+        """Those of the settings that were given which the backend that was asked for does not heed."""
+        from octavo.backends.registry import backend, backends
+
+        if self.backend == "auto":
+            return []
+        heeded = backend(self.backend).settings
+        known = dict.fromkeys(name for one in backends() for name in one.settings)
+        return [name for name in known if name in given and name not in heeded]
+
     @property
     def step_tokens(self) -> int:
         """max_num_batched_tokens, resolved."""

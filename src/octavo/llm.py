@@ -163,6 +163,7 @@ class LLM(BaseLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
@@ -174,6 +175,7 @@ class LLM(BaseLLM):
         """Answer conversations: lists of ``{"role": ..., "content": ...}``, through the model's chat template.
 
         Args:
+            use_tqdm, priority: as in `generate`.
             chat_template: a Jinja template, or the name of one that the model has. Default: "tool_use" where the model
                 has one of that name and there are tools, else "default".
             tools: what the model may call, as JSON schemas; for the template.
@@ -189,12 +191,12 @@ class LLM(BaseLLM):
         several = bool(given) and is_a(given[0], (list, tuple))
         conversations = given if several else [given]
         names = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
-        options = chat_options(add_generation_prompt, continue_final_message, tools, documents) | variables
+        options = chat_options(add_generation_prompt, continue_final_message, tools, documents, variables)
         prompts = [
             self._frontend.chat_prompt(conversation, chat_template, options, chat_template_kwargs, name)
             for conversation, name in zip(conversations, names, strict=True)
         ]
-        return self._generate(prompts, names, sampling_params, use_tqdm)
+        return self._generate(prompts, names, sampling_params, use_tqdm, priority)
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> Session:
         """A session: text that branches, on which you call the verbs one by one. See `octavo.session.Branch`.

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from octavo.backends.registry import backend, backends
 from octavo.config import ENV_PREFIX, EngineConfig, choices_of, parse_setting, type_hints
 from octavo.core.errors import ConfigError
 
@@ -70,9 +69,6 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         if (text := getattr(args, setting.name, None)) is not None
     }
     config = EngineConfig.resolve(given)
-    if config.backend != "auto":
-        heeded = backend(config.backend).settings
-        for name in dict.fromkeys(name for one in backends() for name in one.settings):
-            if name in given and name not in heeded:
-                raise ConfigError(f"{flag(name)}: has no effect with the {config.backend} backend")
+    for name in config.without_effect(given):
+        raise ConfigError(f"{flag(name)}: has no effect with the {config.backend} backend")
     return config

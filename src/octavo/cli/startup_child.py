@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
+    from octavo.core.plan import StepPlan, StepResult
     from octavo.loading.loaded_model import LoadedModel
 
 SPANS: dict[str, tuple[float, float]] = {}  # name -> (beginning of the first call, end of the last)
 
 
-def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Callable[..., Any]:
-    """The function, its time added to the span `name`; with `once` only that of its first call."""
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its time added to the span `name`."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -34,8 +35,7 @@ def timed(name: str, function: Callable[..., Any], *, once: bool = False) -> Cal
         try:
             return function(*args, **kwargs)
         finally:
-            if not (once and name in SPANS):
-                SPANS[name] = (SPANS.get(name, (began, 0.0))[0], time.monotonic())
+            SPANS[name] = (SPANS.get(name, (began, 0.0))[0], time.monotonic())
 
     return wrapper
 
@@ -55,17 +55,22 @@ def main(file_descriptor: int, arguments: list[str]) -> int:
     def second_half() -> None:
         """Imports what `build_engine` imports while weights are packed, and times what it then does."""
         from octavo import wiring
-        from octavo.runner.model_runner import ModelRunner
 
         wiring.make_tokenizer = timed("tokenizer", wiring.make_tokenizer)
-        run = ModelRunner.run
+        wire = wiring.wire
 
-        def first_step(runner: Any, plan: Any) -> Any:
-            nonlocal prompt_tokens
-            prompt_tokens = prompt_tokens or plan.num_tokens
-            return run(runner, plan)
+        def wire_and_listen(*args: Any) -> Any:
+            built = wire(*args)
+            built.engine.step_listeners.append(first_step)
+            return built
 
-        ModelRunner.run = timed("first_step", first_step, once=True)  # type: ignore[method-assign]
+        wiring.wire = wire_and_listen  # type: ignore[assignment]
+
+    def first_step(plan: StepPlan, result: StepResult) -> None:
+        nonlocal prompt_tokens
+        if not prompt_tokens:
+            prompt_tokens, now = plan.num_tokens, time.monotonic()
+            SPANS["first_step"] = (now - sum(result.timings.values()), now)
 
     loading = build.loading
 
