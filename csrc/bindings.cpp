@@ -563,8 +563,8 @@ NB_MODULE(_C, m) {
             return g.gated(view_of(x), activation == "silu" ? Gate::Silu : Gate::GeluTanh);
           },
           nb::arg("x"), nb::arg("activation"))
-      .def("scratch_bytes", &Graph::scratch_bytes, nb::arg("rows"), nb::arg("context"),
-           "What a run takes besides weights, KV and bound buffers, as far as it does not depend on the batch.")
+      .def("scratch_bytes", &Graph::scratch_bytes, nb::arg("rows"), nb::arg("seqs"), nb::arg("context"),
+           "What a run takes besides weights, KV and bound buffers; draft trees are not counted.")
       // noconvert: another type or layout would be copied, and what is written to a copy is lost.
       .def("run", &run, nb::arg("bound_ids"), nb::arg("bound").noconvert(), nb::arg("batch").none(), nb::arg("rows"),
            nb::arg("taps").noconvert() = nb::tuple(),

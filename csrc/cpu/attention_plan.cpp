@@ -11,7 +11,6 @@ namespace octavo {
 namespace {
 
 constexpr std::size_t kRowsPerItem = 8;   // the kernel's row block
-constexpr std::size_t kFewRows = 8;       // sequences with more compute enough with each key to read it by themselves
 constexpr std::size_t kSharedRows = 16;   // rows of several sequences in one item
 constexpr std::size_t kTilesPerItem = 4;  // when a row's tiles are states
 
@@ -39,7 +38,7 @@ class Planner {
     for (std::size_t s = 0; s < batch.seqs; ++s) {
       const Seq seq = make(s);
       if (seq.first == seq.last) continue;
-      if (seq.last - seq.first > kFewRows && seq.tree == SIZE_MAX) {
+      if (seq.last - seq.first > AttentionPlan::kFewRows && seq.tree == SIZE_MAX) {
         whole(seq);
       } else {
         few.push_back(seq);

@@ -21,6 +21,9 @@ struct BatchView {
 };
 
 struct AttentionPlan {
+  // Sequences with more rows compute enough with each key to read it by themselves: they have no states.
+  static constexpr std::size_t kFewRows = 8;
+
   // Rows that see the same blocks in tiles [first_tile, last_tile), and one KV head.
   struct Item {
     std::size_t seq;  // whose block table to read

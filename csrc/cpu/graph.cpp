@@ -264,12 +264,13 @@ void Graph::plan() {
   planned_ = true;
 }
 
-std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t context) {
+std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t seqs, std::size_t context) {
   const std::unique_lock<std::mutex> lock(in_use_);
   if (!planned_) plan();
   std::size_t columns = arena_columns_ * sizeof(float);
   columns += quantized_inputs_ + quantized_inputs_ / kGroup * (2 * sizeof(float) + sizeof(int32_t));
   for (const auto& table : tables_) columns += 2 * table.size() * sizeof(float);
+  const std::size_t with_states = std::min(rows, times(seqs, AttentionPlan::kFewRows));
   std::size_t states = 0, scratch = 0;
   for (const Node& node : nodes_) {
     if (node.op != Op::Attention) continue;
@@ -278,7 +279,7 @@ std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t context) {
     const std::size_t seen = node.layer->window == 0 ? context : static_cast<std::size_t>(node.layer->window) + kTile;
     const std::size_t tiles = std::min(context, seen) / kTile + 1;
     const std::size_t of_row = times(tiles, node.layer->view.kv_heads * group * (2 + dim) * sizeof(float));
-    states = std::max(states, std::min(times(rows, of_row), machine_->state_bytes));
+    states = std::max(states, std::min(times(with_states, of_row), machine_->state_bytes));
     scratch = std::max(scratch, machine_->kernels.attention_scratch(dim, group) * sizeof(float));
   }
   return times(rows, columns) + states + scratch * static_cast<std::size_t>(machine_->pool.threads());

@@ -102,8 +102,9 @@ class Graph {
   // Those whose memory `run` is given: what was bound, in order, and the last op's output, if it has one.
   std::vector<int> bound_buffers() const;
 
-  // What a run of so many rows takes besides weights, KV and bound buffers, draft trees not counted.
-  std::size_t scratch_bytes(std::size_t rows, std::size_t context);
+  // What a run of so many rows, of at most so many sequences, takes besides weights, KV and bound buffers, draft trees
+  // not counted.
+  std::size_t scratch_bytes(std::size_t rows, std::size_t seqs, std::size_t context);
 
   // One run at a time: another thread's waits. The batch may be null where no op looks at one; a tap is of an op's
   // output. Throws std::invalid_argument if these do not fit what was recorded, std::bad_alloc.

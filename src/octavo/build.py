@@ -118,7 +118,9 @@ def _plan(
     return plan_memory(
         available_bytes=available_memory(),
         weights_bytes=weights_bytes,
-        scratch_bytes=ops.scratch_nbytes(of_model, layers, config.step_tokens, rows, max_model_len),
+        scratch_bytes=ops.scratch_nbytes(
+            of_model, layers, config.step_tokens, rows, config.max_num_seqs, max_model_len
+        ),
         block_bytes=sum(ops.kv_nbytes(spec, config.block_size) for spec in specs),
         block_size=config.block_size,
         max_model_len=max_model_len,

@@ -140,7 +140,7 @@ def test_a_step_keeps_to_its_scratch(
     longest = max(stop for _, stop, _ in parts)
     num_tokens = sum(lengths)
     rows = min(num_tokens, rows_per_slice(vocab))
-    planned = probe.ops.scratch_nbytes(probe.config, lambda _: None, num_tokens, rows, longest)
+    planned = probe.ops.scratch_nbytes(probe.config, lambda _: None, num_tokens, rows, 1, longest)
     probe.tap.rows = _Nothing()
     tracemalloc.start()
     try:

@@ -152,13 +152,14 @@ class CpuOps:
         layers: Callable[[_C.Batch], Iterator[CpuArray]],
         num_tokens: int,
         num_rows: int,
+        num_seqs: int,
         max_context: int,
     ) -> int:
         graph, states = self._record(layers)
         # The head's rows are taken, normalised, and made logits, of which each thread may process a copy.
         head = num_tokens * states[-1].columns + 2 * num_rows * config.hidden_size
         head += (num_rows + max(num_rows, self.machine.threads)) * config.vocab_size
-        return int(graph.scratch_bytes(num_tokens, max_context)) + 4 * head
+        return int(graph.scratch_bytes(num_tokens, num_seqs, max_context)) + 4 * head
 
     # --- weights and KV ---
 

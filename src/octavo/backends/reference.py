@@ -80,6 +80,7 @@ class ReferenceOps:
         layers: Callable[[Batch], Iterator[Floats]],
         num_tokens: int,
         num_rows: int,
+        num_seqs: int,
         max_context: int,
     ) -> int:
         # Widest moment of each part, in arrays alive at once: the gated MLP, one sequence's attention, the logits.

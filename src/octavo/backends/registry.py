@@ -44,6 +44,8 @@ class Backend(NamedTuple):
     block_sizes: tuple[int, ...]
     settings: tuple[str, ...] = ()  # those that not every backend heeds
     runs_every_model: bool = False  # if slowly
+    auto_kv_dtype: str = "float32"  # what kv_cache_dtype "auto" means
+    multiplies_codes: bool = False  # integer weights as they are, unless compute_dtype says otherwise
 
     def make(self, settings: BackendSettings) -> Ops:
         """Raises BackendRefusedError."""
@@ -93,6 +95,8 @@ register(
         kv_cache_dtypes=("auto", "float32", "float16", "int8"),
         block_sizes=(16, 32, 64),
         settings=("instruction_set", "threads", "pin_threads", "cascade_attention"),
+        auto_kv_dtype="float16",
+        multiplies_codes=True,
     )
 )
 register(

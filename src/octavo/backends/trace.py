@@ -79,6 +79,7 @@ class TraceOps:
         layers: Callable[[Batch], Iterator[TraceArray]],
         num_tokens: int,
         num_rows: int,
+        num_seqs: int,
         max_context: int,
     ) -> int:
         return 0

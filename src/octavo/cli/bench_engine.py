@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import count as count_up
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from octavo import __version__
+from octavo.backends.registry import backend
 from octavo.cli.driver import Answer, EngineDriver, Request, Step, completions
 from octavo.cli.machine import identity, measure
 from octavo.cli.record import save
@@ -68,6 +70,7 @@ def throughput(
         few = min(num_prompts, config.max_num_seqs)
         warmup = next(_batches(driver, few, min(input_len, 32), min(output_len, 8), seed + 1, detokenize))
         _finished(driver.run(warmup))
+        driver.built.engine.reset_prefix_cache()
         steps: list[Step] = []
         requests = next(_batches(driver, num_prompts, input_len, output_len, seed, detokenize))
         answers = _finished(driver.run(requests, on_step=steps.append))
@@ -96,11 +99,14 @@ def _check_fits(driver: EngineDriver, input_len: int, output_len: int) -> None:
 def _batches(
     driver: EngineDriver, count: int, input_len: int, output_len: int, seed: int, detokenize: bool
 ) -> Iterator[list[Request]]:
-    """Batch after batch of requests with random prompts."""
+    """Batch after batch of requests with random prompts. Their first tokens differ: nothing of them is cached."""
     random = np.random.default_rng(seed)
+    vocab_size = driver.built.model_config.vocab_size
+    first = count_up(seed)
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=detokenize)
     while True:
-        prompts = random.integers(0, driver.built.model_config.vocab_size, (count, input_len))
+        prompts = random.integers(0, vocab_size, (count, input_len))
+        prompts[:, 0] = [next(first) % vocab_size for _ in range(count)]
         yield [(ids, params) for ids in prompts.tolist()]
 
 
@@ -148,12 +154,11 @@ def _finish(
     return report
 
 
-def step_costs(config: EngineConfig, model: ModelConfig, backend: str) -> StepCosts:
-    """What steps of this model cost with these settings."""
-    is_cpu = backend == "cpu"
-    integer = is_cpu and config.compute_dtype == "auto"
-    float_kv = "float16" if is_cpu else "float32"
-    kv_dtype = float_kv if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+def step_costs(config: EngineConfig, model: ModelConfig, name: str) -> StepCosts:
+    """What steps of this model cost with these settings on the backend called `name`."""
+    used = backend(name)
+    integer = used.multiplies_codes and config.compute_dtype == "auto"
+    kv_dtype = used.auto_kv_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return StepCosts(resolve_model(config.model), model, integer=integer, kv_dtype=kv_dtype)
 
 

@@ -110,9 +110,12 @@ class Ops(Protocol):
         layers: Callable[[BatchHandle], Iterator[Array]],
         num_tokens: int,
         num_rows: int,
+        num_seqs: int,
         max_context: int,
     ) -> int:
-        """Most that one step of `num_tokens` tokens and `num_rows` logits rows allocates besides weights and KV.
+        """Most that one step allocates besides weights and KV: of `num_tokens` tokens of `num_seqs` sequences, and
+        `num_rows` rows of logits.
+
         `layers`: all of the model but its head, as `capture` takes it, on KV layers that may be without blocks and
         weights that need not be packed yet."""
         ...
