@@ -70,6 +70,7 @@ async def test_many_at_once_answer_as_alone(llm: AsyncLLM, tiny_llama_dir: Path)
 async def test_outputs_come_as_tokens_do(llm: AsyncLLM) -> None:
     kinds: dict[str, list[RequestOutput]] = {}
     for kind in ("cumulative", "delta", "final_only"):
+        await llm.reset_prefix_cache()  # what is cached of the prompt differs by rounding on this backend
         kinds[kind] = [o async for o in llm.generate(PROMPT, params(output_kind=kind, logprobs=1))]
     whole = kinds["final_only"][0].outputs[0]
     assert [len(outputs) for outputs in kinds.values()] == [12, 12, 1]

@@ -57,7 +57,7 @@ def test_cold_warm_and_after_eviction(cold: LLM, tiny_gemma3_dir: Path) -> None:
             for request, known in zip(asked, expected, strict=True):
                 assert bits(run(llm, [request])) == known
         (again,) = run(llm, [asked[-1]])  # right after itself: all but the last token
-        assert bits([again]) == expected[-1] and again.num_cached_tokens == len(asked[-1][0]) // 16 * 16
+        assert bits([again]) == expected[-1] and again.num_cached_tokens == len(asked[-1][0]) - 1
         stats = llm.cache_stats
         assert stats.hit_tokens > 500 and stats.evicted_blocks > 50 and stats.copied_blocks > 0
         evicted = llm._engine.events.of(EventKind.CACHE_EVICTED)
@@ -143,15 +143,18 @@ def test_explanations_of_what_fills_no_block(tiny_gemma3_dir: Path, tmp_path: Pa
             other[at] = (other[at] + 1) % vocab_size
             told = llm.explain_cache({"prompt_token_ids": other})
             assert (told.first_difference, told.token_id, told.earlier_token_id) == (at, other[at], token_ids[at])
-            assert (told.num_cached_tokens, told.earlier_request_id) == (at // 16 * 16, first.request_id)
+            cached = at if at < 16 else 16  # its last block was not full
+            assert (told.num_cached_tokens, told.earlier_request_id) == (cached, first.request_id)
         ends = 31 + len(first.outputs[0].token_ids)
         whole = [*token_ids[:31], *first.outputs[0].token_ids]
         told = llm.explain_cache({"prompt_token_ids": whole[:20]})
-        assert told.reason == "All whole blocks are cached; the last 4 tokens do not fill one."
+        assert told.reason == "All full blocks are cached; the last 4 tokens do not fill one."
         told = llm.explain_cache({"prompt_token_ids": [*whole, *token_ids[:9]]})
         assert told.num_cached_tokens == 16 and f"past position {ends}; {first.request_id} ended there" in told.reason
         told = llm.explain_cache({"prompt_token_ids": token_ids[:5]})
-        assert "does not fill a block" in told.reason and told.first_difference is None
+        assert told.reason.startswith("Everything is cached") and told.num_cached_tokens == 4
+        told = llm.explain_cache({"prompt_token_ids": whole[16:21]})
+        assert told.num_cached_tokens == 0 and told.first_difference is not None
         assert llm.explain_cache({"prompt_token_ids": token_ids[:31], "cache_salt": "x"}).first_difference is None
 
 
@@ -217,7 +220,7 @@ def test_explanations(tiny_gemma3_dir: Path) -> None:
         assert told.num_cached_tokens == 96 and told.earlier_request_id == first.request_id
         other = [*token_ids[:50], (token_ids[50] + 1) % vocab_size, *token_ids[51:]]
         told = llm.explain_cache({"prompt_token_ids": other})
-        assert (told.num_cached_tokens, told.first_difference) == (48, 50)
+        assert (told.num_cached_tokens, told.first_difference) == (50, 50)
         assert (told.token_id, told.earlier_token_id) == (other[50], token_ids[50])
         assert told.earlier_request_id == first.request_id and str(other[50]) in told.reason
         llm.generate({"prompt_token_ids": prompt(280, vocab_size, 2)}, GREEDY.but(max_tokens=2), use_tqdm=False)

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from octavo.core.namespace import Namespace
 from octavo.kv_cache import BlockTable, KVCacheManager
+from octavo.kv_cache.prefix_cache import common
 
 SIZE = 2
 NUM_BLOCKS = 12
@@ -81,9 +82,19 @@ class PrefixCache(RuleBasedStateMachine):
             while stop <= len(held.token_ids) and (namespace, tuple(held.token_ids[:stop])) in self.known:
                 longest = max(longest, min(stop, limit))
                 stop += SIZE
+            if longest % SIZE == 0:  # a block that goes on differently
+                there, rest = tuple(held.token_ids[:longest]), held.token_ids[longest:limit]
+                longest += max(
+                    (common(key[longest:], rest) for of, key in self.known if self.follows(of, key, namespace, there)),
+                    default=0,
+                )
         held.computed = self.kv.match(held.table, held.token_ids, before, limit)
         assert held.computed == longest
         type(self).hits += held.computed > before
+
+    @staticmethod
+    def follows(of: Namespace, prefix: tuple[int, ...], namespace: Namespace, there: tuple[int, ...]) -> bool:
+        return of == namespace and len(prefix) == len(there) + SIZE and prefix[: len(there)] == there
 
     @rule(held=tables, count=st.integers(1, 6))
     def compute(self, held: Held, count: int) -> None:
@@ -187,14 +198,26 @@ def computed(kv: KVCacheManager, token_ids: list[int], **settings: object) -> Bl
     return table
 
 
-def test_a_hit_is_of_whole_blocks_and_leaves_one_token() -> None:
+def test_a_hit_ends_where_tokens_differ_and_leaves_one_token() -> None:
     kv = KVCacheManager(16, 4)
     kv.free(computed(kv, list(range(10))))
-    for length, hit in ((10, 8), (9, 8), (8, 7), (7, 4), (4, 3), (3, 0)):
+    for length, hit in ((10, 8), (9, 8), (8, 7), (7, 6), (4, 3), (3, 2), (1, 0)):
         table = kv.new_table()
         assert kv.match(table, list(range(length)), 0, length - 1) == hit
         kv.check([table])
+        assert kv.allocate(table, hit, length) is not None, "what follows goes into a copy"
+        kv.check([table])
         kv.free(table)
+    other = kv.new_table()
+    assert kv.match(other, [0, 1, 2, 3, 4, 5, 99, 7, 8], 0, 8) == 6
+    (copy,) = kv.allocate(other, 6, 9) or ()
+    assert copy.target == other[1] and copy.source != other[1]
+    kv.commit(other, [0, 1, 2, 3, 4, 5, 99, 7, 8], 9)
+    kv.check([other])
+    table = kv.new_table()
+    assert kv.match(table, [0, 1, 2, 3, 4, 5, 99, 8, 8], 0, 8) == 7, "of several, the one that goes furthest"
+    assert kv.match(table, [0, 1, 2, 3, 4, 5, 99, 8, 8], 7, 8) == 7
+    kv.check([other, table])
 
 
 def test_least_recently_used_first_and_tails_before_heads() -> None:

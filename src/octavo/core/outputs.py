@@ -114,7 +114,7 @@ class CacheExplanation:
 
     num_tokens: int  # of the prompt
     num_cached_tokens: int  # in memory: that a request would not compute; the last token is always computed
-    block_size: int  # only whole blocks are cached
+    block_size: int  # only full blocks are cached; of one that goes on differently the first part is used
     reason: str  # one sentence: why it ends there
     first_difference: int | None = None  # position of the first token that differs from what an earlier request had
     token_id: int | None = None  # the prompt's, there

@@ -9,7 +9,7 @@ from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation
 from octavo.kv_cache.block_tables import BlockTable
 from octavo.kv_cache.eviction_log import EndingLog, Evicted, EvictionLog, prefix_hash
-from octavo.kv_cache.prefix_cache import PrefixCache, extended
+from octavo.kv_cache.prefix_cache import PrefixCache, common, extended
 from octavo.kv_cache.radix_tree import Key, Node
 
 
@@ -40,16 +40,21 @@ class Explanations:
         path = list(cache.tree.walk(root, token_ids, size))
         kept = self._num_kept(cache, path, token_ids, namespace)
         found = len(path) + kept  # whole blocks
+        last = path[-1] if path else root
+        closest, part = cache.closest(last, token_ids[found * size : (found + 1) * size])
+        if kept:  # what is in memory ends before that
+            part = 0
+        elif closest is None and path:
+            closest = path[-1]
         told = CacheExplanation(
             len(token_ids),
-            min(len(path) * size, max(len(token_ids) - 1, 0)),
+            min(len(path) * size + part, max(len(token_ids) - 1, 0)),
             size,
             "",
-            earlier_request_id=path[-1].request_id if path and not kept else None,
+            earlier_request_id=None if kept or closest is None else closest.request_id,
             num_kept_tokens=kept * size,
         )
         followers: list[tuple[Key, str]] = []  # what earlier requests had there: a whole block, or their end
-        last = path[-1] if path else root
         if last is not None and not kept:
             followers += [(node.key, node.request_id) for node in last.children.values()]
         prefix = prefix_hash(namespace, token_ids, size, found)
@@ -62,7 +67,7 @@ class Explanations:
             return 0
         digest = cache.digest_of(namespace, path[-1] if path else None)
         number = len(path)
-        while (number + 1) * self._size <= len(token_ids):
+        while (number + 1) * self._size < len(token_ids):  # the last token is computed
             digest = extended(digest, tuple(token_ids[number * self._size : (number + 1) * self._size]))
             if not cache.tier.has(digest):
                 break
@@ -80,7 +85,7 @@ class Explanations:
         """`told` with the reason why the block from position `start` on is not cached."""
         size = self._size
         block = tuple(token_ids[start : start + size])
-        if not block:
+        if not block or told.num_cached_tokens == max(len(token_ids) - 1, 1):
             return replace(told, reason="Everything is cached; the last token is computed all the same.")
         evicted = self.evictions.find(namespace, token_ids, size, start // size + 1)
         if len(block) == size and evicted is not None:
@@ -96,13 +101,13 @@ class Explanations:
                 evicted_reason=evicted.reason,
                 evicted_seconds_ago=ago,
             )
-        closest, request_id = max(followers, key=lambda one: _common(one[0], block), default=((), None))
-        at = _common(closest, block)
+        closest, request_id = max(followers, key=lambda one: common(one[0], block), default=((), None))
+        at = common(closest, block)
         if at < min(len(closest), len(block)):
-            reason = (
-                f"Token {start + at} is {block[at]}; {request_id} had {closest[at]} there, and blocks of {size} tokens "
-                "are shared whole."
-            )
+            reason = f"Token {start + at} is {block[at]}; {request_id} had {closest[at]} there"
+            if told.num_cached_tokens < start + at:
+                reason += f", in a block of {size} tokens that it did not fill: only full ones are cached"
+            reason += "."
             return replace(
                 told,
                 reason=reason,
@@ -113,9 +118,9 @@ class Explanations:
             )
         if len(block) < size:
             several = f"last {len(block)} tokens do" if len(block) > 1 else "last token does"
-            reason = f"All whole blocks are cached; the {several} not fill one."
+            reason = f"All full blocks are cached; the {several} not fill one."
             if start == 0:
-                reason = f"The prompt does not fill a block of {size} tokens, and only whole blocks are cached."
+                reason = f"The prompt does not fill a block of {size} tokens, and only full blocks are cached."
             return replace(told, reason=reason)
         if request_id is not None:
             reason = f"No earlier request went on past position {start + at}; {request_id} ended there."
@@ -126,8 +131,3 @@ class Explanations:
         if start:
             return replace(told, reason=f"No earlier request went on past position {start}.")
         return replace(told, reason="Nothing that begins like this is cached.")
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -122,6 +122,9 @@ class KVCacheManager:
     def match(self, table: BlockTable, token_ids: Sequence[int], num_computed: int, limit: int) -> int:
         return self.prefixes.match(table, token_ids, num_computed, limit)
 
+    def give_part_back(self, table: BlockTable, num_computed: int) -> int:
+        return self.prefixes.give_part_back(table, num_computed)
+
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         self.prefixes.commit(table, token_ids, num_computed)
 

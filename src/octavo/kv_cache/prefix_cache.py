@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import islice
 
 from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheStats
@@ -14,6 +15,7 @@ from octavo.kv_cache.block_tables import BlockTable, BlockTables
 from octavo.kv_cache.radix_tree import Key, Node, RadixTree, Root
 from octavo.kv_cache.tier_loads import GIVE_UP_SECONDS, Load, TierLoads
 
+_LOOKED_AT = 64  # blocks that may begin like one that is looked for
 OnEvict = Callable[[Node, str], None]  # the node, which is in the tree no longer, and why: "capacity" or "reset"
 
 
@@ -105,7 +107,8 @@ class PrefixCache:
     def match(self, table: BlockTable, token_ids: Sequence[int], num_computed: int, limit: int) -> int:
         """Take from the tree the blocks that follow the `num_computed` tokens already there, up to `limit` tokens.
 
-        Returns how many tokens the table holds KV of now. Of a block a part is taken only where `limit` cuts it.
+        Returns how many tokens the table holds KV of now. Of a last block that goes on differently, or is cut by
+        `limit`, the first part is taken: whoever writes behind it writes into a copy.
         """
         node = self._node(table)
         table.awaits = None
@@ -124,9 +127,26 @@ class PrefixCache:
                 table.node = child
             self._stats.hit_tokens += stop - num_computed
             num_computed = stop
-        if self.tier is not None and table.num_indexed * self._size == num_computed:
-            self._ask_tier(self.tier, table, token_ids, limit)
+        if table.num_indexed * self._size == num_computed:
+            if self.tier is not None:
+                self._ask_tier(self.tier, table, token_ids, limit)
+            if table.awaits is None:
+                num_computed += self._take_part(table, token_ids, num_computed, limit)
         return num_computed
+
+    def _take_part(self, table: BlockTable, token_ids: Sequence[int], num_computed: int, limit: int) -> int:
+        """Take the beginning of a block; how many tokens."""
+        node = table.node or self.tree.root(table.namespace)
+        found, length = self.closest(node, token_ids[num_computed : min(num_computed + self._size, limit)])
+        if found is None:
+            return 0
+        for block in table[found.depth - 1 :]:
+            self._tables.release(block)
+        del table[found.depth - 1 :]
+        self._tables.share(found.block)
+        table.append(found.block)
+        self._stats.hit_tokens += length
+        return length
 
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """KV of the first `num_computed` tokens is there: blocks that are full by now go into the tree.
@@ -173,6 +193,27 @@ class PrefixCache:
             return None
         before: Hashable = table.namespace if table.node is None else id(table.node)
         return before, tuple(token_ids[start : start + self._size])
+
+    def give_part_back(self, table: BlockTable, num_computed: int) -> int:
+        """Of a block of the cache's that is the table's last, of which a part alone is used and which nobody else
+        uses: leave it, so that it counts as available. Returns how many tokens the table holds KV of then."""
+        start = num_computed // self._size * self._size
+        if start == num_computed:
+            return num_computed
+        block = table[start // self._size]
+        if self.tree.node_of(block) is None or self._tables.pool.ref_count(block) > 2:
+            return num_computed
+        self._tables.truncate(table, start)
+        return start
+
+    def closest(self, node: Node | None, token_ids: Sequence[int]) -> tuple[Node | None, int]:
+        """Of the blocks behind `node` the one that begins most like these tokens, and for how many of them. None if
+        there is none that begins like them, among those that came last."""
+        found, length = None, 0
+        for child in () if node is None else islice(reversed(node.children.values()), _LOOKED_AT):
+            if (same := common(child.key, token_ids)) > length:
+                found, length = child, same
+        return found, length
 
     def cached_prefix(
         self, table: BlockTable, token_ids: Sequence[int], known: CachedPrefix | None
@@ -293,6 +334,11 @@ class PrefixCache:
 
     def _root_digest(self, namespace: Namespace) -> bytes:
         return hashlib.sha256(self._identity + repr(tuple(namespace)).encode()).digest()
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def extended(above: bytes, key: Key) -> bytes:
