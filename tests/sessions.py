@@ -31,8 +31,8 @@ def run_as(
     """A plain request for one output that draws as output `index` of another would, or from any stream."""
     request = llm._frontend.make({"prompt_token_ids": token_ids}, params.but(n=1, output_kind="final_only"))
 
-    def make(spec: Any, codec: Any) -> Any:
-        coordinator = make_coordinator(spec, codec)
+    def make(spec: Any, codec: Any, background: Any) -> Any:
+        coordinator = make_coordinator(spec, codec, background)
         if spec.request_id == request.spec.request_id:
             coordinator.completions = [Completion(spec, index, codec, stream=stream)]  # type: ignore[attr-defined]
         return coordinator

@@ -19,7 +19,9 @@ SOURCE = Path(octavo.__file__).parent
 README = SOURCE.parents[1] / "README.md"
 TYPING = Path(__file__).parent / "typing"
 # Made by LLM.session alone, of parts that nobody else needs to name.
-NOT_FOR_USERS = {"Branch.__init__", "Session.__init__", "AsyncBranch.__init__", "AsyncSession.__init__"}
+NOT_FOR_USERS = {
+    f"{name}.__init__" for name in ("Branch", "Session", "AsyncBranch", "AsyncSession", "MarginsRun", "AsyncMarginsRun")
+}
 
 
 def classes() -> set[str]:

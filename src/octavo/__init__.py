@@ -25,6 +25,17 @@ if TYPE_CHECKING:
         RequestFailedError,
         UnsupportedModelError,
     )
+    from octavo.core.margins import (
+        AnswerBegun,
+        AnswerDelta,
+        Margin,
+        MarginDecided,
+        MarginWritten,
+        ReviewBegun,
+        Segment,
+        SegmentRead,
+    )
+    from octavo.core.margins_params import MarginsParams, MarginsPrompts
     from octavo.core.outputs import (
         CacheExplanation,
         CacheStats,
@@ -38,6 +49,7 @@ if TYPE_CHECKING:
     from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
     from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.llm import LLM
+    from octavo.margins import AsyncMarginsRun, MarginsAnswer, MarginsDone, MarginsResult, MarginsRun
     from octavo.session import Branch, Session
 
 __version__ = "0.1.0"
@@ -60,6 +72,17 @@ _MODULES = {
         "RequestFailedError",
         "UnsupportedModelError",
     ),
+    "octavo.core.margins": (
+        "AnswerBegun",
+        "AnswerDelta",
+        "Margin",
+        "MarginDecided",
+        "MarginWritten",
+        "ReviewBegun",
+        "Segment",
+        "SegmentRead",
+    ),
+    "octavo.core.margins_params": ("MarginsParams", "MarginsPrompts"),
     "octavo.core.outputs": (
         "CacheExplanation",
         "CacheStats",
@@ -73,14 +96,18 @@ _MODULES = {
     "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
     "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
     "octavo.llm": ("LLM",),
+    "octavo.margins": ("AsyncMarginsRun", "MarginsAnswer", "MarginsDone", "MarginsResult", "MarginsRun"),
     "octavo.session": ("Branch", "Session"),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "AnswerBegun",
+    "AnswerDelta",
     "AsyncBranch",
     "AsyncLLM",
+    "AsyncMarginsRun",
     "AsyncSession",
     "BeamSearchParams",
     "Branch",
@@ -95,6 +122,15 @@ __all__ = [
     "EngineConfig",
     "InvalidRequestError",
     "Logprob",
+    "Margin",
+    "MarginDecided",
+    "MarginWritten",
+    "MarginsAnswer",
+    "MarginsDone",
+    "MarginsParams",
+    "MarginsPrompts",
+    "MarginsResult",
+    "MarginsRun",
     "Messages",
     "ModelFormatError",
     "ModelNotFoundError",
@@ -106,7 +142,10 @@ __all__ = [
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
+    "ReviewBegun",
     "SamplingParams",
+    "Segment",
+    "SegmentRead",
     "SelectResult",
     "Session",
     "UnsupportedModelError",

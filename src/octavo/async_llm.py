@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     import asyncio
 
     from octavo.async_session import AsyncSession
-    from octavo.frontend import ChatPrompt, Messages, Prompt, Request
+    from octavo.core.margins import MarginsSpec
+    from octavo.core.margins_params import MarginsParams
+    from octavo.core.request import RequestSpec
+    from octavo.frontend import Messages, Prompt, Request
+    from octavo.margins import AsyncMarginsRun
 
 
+_Written = TypeVar("_Written")
 _MAX_WAITING = 60.0  # seconds that a request with a template of its own waits for its turn
 
 
-def _unless_late(write: Callable[[], ChatPrompt], asked: float) -> ChatPrompt:
+def _unless_late(write: Callable[[], _Written], asked: float) -> _Written:
     if monotonic() - asked > _MAX_WAITING:
         raise RequestFailedError("too many chat templates are at work: the wait for a turn was too long")
     return write()
@@ -92,26 +97,32 @@ class AsyncLLM(BaseLLM):
 
     async def _follow(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request, yielding its outputs; if the caller goes away, it is ended."""
+        read = self._frontend.reader(request)
+        async with aclosing(self._outputs_of(request.spec)) as outputs:
+            async for output in outputs:
+                yield read(self._checked(output))
+
+    async def _outputs_of(self, spec: RequestSpec | MarginsSpec) -> AsyncGenerator[Any, None]:
+        """What the engine gives of a request; if the caller goes away, it is ended."""
         import asyncio
 
-        outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        read = self._frontend.reader(request)
 
-        def deliver(output: RequestOutput | Exception) -> None:
+        def deliver(output: Any) -> None:
             with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        self._loop.add([request.spec], deliver)
+        self._loop.add([spec], deliver)
         finished = False
         try:
             while not finished:
                 output = await outputs.get()
                 finished = isinstance(output, Exception) or output.finished
-                yield read(self._checked(output))
+                yield output
         finally:
             if not finished:
-                self._loop.abort([request.spec.request_id], deliver)
+                self._loop.abort([spec.request_id], deliver)
 
     @staticmethod
     def _checked(output: RequestOutput | Exception) -> RequestOutput:
@@ -159,6 +170,46 @@ class AsyncLLM(BaseLLM):
         if self._guests is None or self._guests[0] != os.getpid():
             self._guests = os.getpid(), ThreadPoolExecutor(2, "octavo-templates")
         return self._guests[1]
+
+    async def margins(
+        self,
+        document: str,
+        question: str | Sequence[str],
+        params: MarginsParams | None = None,
+        request_id: str | None = None,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncMarginsRun:
+        """Read a document with notes in its margins; see `LLM.margins`, and for what comes while it is read
+        `LLM.stream_margins`::
+
+            run = await llm.margins(document, question)
+            async for event in run: ...
+        """
+        import asyncio
+
+        from octavo.margins import AsyncMarginsRun
+
+        make = partial(
+            self._margins_request,
+            document,
+            question,
+            params,
+            request_id=request_id,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        if self._frontend.is_own_template(chat_template):
+            request = await asyncio.to_thread(make)
+        else:
+            executor = self._guest_threads()
+            request = await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
+        return AsyncMarginsRun(self._loop, self._frontend, request, self._outputs_of(request.spec))
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
         """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""

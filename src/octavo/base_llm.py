@@ -18,7 +18,9 @@ from octavo.core.errors import InvalidRequestError
 from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
+    from octavo.core.margins_params import MarginsParams
     from octavo.frontend import ChatPrompt, Messages
+    from octavo.margins_request import MarginsRequest
     from octavo.session import SessionClient
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,16 @@ class BaseLLM:
         Not for an event loop: a long one takes a while.
         """
         return self._frontend.chat_prompt(messages, chat_template, options, chat_template_kwargs)
+
+    def _margins_request(
+        self, document: str, question: str | Sequence[str], params: MarginsParams | None, **options: Any
+    ) -> MarginsRequest:
+        from octavo.core.margins_params import MarginsParams
+        from octavo.margins_request import make_margins
+
+        return make_margins(
+            self._frontend, document, question, MarginsParams() if params is None else params, **options
+        )
 
     def _begin_session(self, seed: int | None, priority: int, cache_salt: str | None) -> SessionClient:
         from octavo.session import SessionClient

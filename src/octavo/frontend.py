@@ -81,14 +81,14 @@ class Frontend:
     def __init__(
         self, codec: Tokenizer, tokens: ModelTokens, limits: Limits, system_fingerprint: str | None, clock: Clock
     ) -> None:
-        self._codec = codec
+        self.codec = codec
         # A template may leave much out of what it writes, but no conversation is a hundred times the context.
         most = min(MAX_CHARACTERS, max(1 << 20, 64 * limits.max_model_len))
-        self._templates = NamedTemplates(codec.chat_templates, codec.special_tokens, most)
-        self._limits = limits
-        self._system_fingerprint = system_fingerprint
-        self._clock = clock
-        self._tokens = tokens
+        self.templates = NamedTemplates(codec.chat_templates, codec.special_tokens, most)
+        self.limits = limits
+        self.system_fingerprint = system_fingerprint
+        self.clock = clock
+        self.tokens = tokens
         # Not to meet an id that a user chose: those look like "request-0" often enough.
         self._id_prefix = os.urandom(4).hex()
         self._ids = count()
@@ -117,13 +117,13 @@ class Frontend:
         from octavo.coordinators.beams import least_blocks
 
         params = exact_record("params", params, BeamSearchParams)
-        if params.width > self._limits.max_num_seqs:
+        if params.width > self.limits.max_num_seqs:
             raise InvalidRequestError(
                 "beam_width",
-                f"all beams run in one step, and max_num_seqs={self._limits.max_num_seqs} is less than {params.width}",
+                f"all beams run in one step, and max_num_seqs={self.limits.max_num_seqs} is less than {params.width}",
             )
         request = self._request(prompt, params.sampling, params, request_id, priority, name)
-        spec, blocks, size = request.spec, self._limits.num_blocks, self._limits.block_size
+        spec, blocks, size = request.spec, self.limits.num_blocks, self.limits.block_size
         if (least := least_blocks(spec, size)) > blocks:
             raise InvalidRequestError(
                 "beam_width",
@@ -143,31 +143,30 @@ class Frontend:
         name: str,
     ) -> Request:
         """Checked against this model."""
-        priority = self._priority(priority)
-        if request_id is not None:
-            request_id = _filled("request_id", request_id)
+        priority = self.priority(priority)
+        request_id = self.request_id(request_id)
         given = _read(prompt, name)
         text, token_ids = self._tokens_of(given, name)
         spec = RequestSpec(
-            request_id=request_id if request_id is not None else self._new_id(),
+            request_id=request_id,
             prompt_token_ids=tuple(token_ids),
             params=params,
             beams=beams,
-            seed=self._seed(params.seed),
+            seed=self.seed(params.seed),
             max_tokens=self._max_tokens(len(token_ids), params, name),
             priority=priority,
             cache_salt=given.cache_salt,
-            arrival_time=self._clock(),
-            **self._checked_fields(params),
+            arrival_time=self.clock(),
+            **self.checked_fields(params),
         )
         return Request(spec, text)
 
-    def _checked_fields(self, params: SamplingParams) -> dict[str, Any]:
+    def checked_fields(self, params: SamplingParams) -> dict[str, Any]:
         """Of a RequestSpec: what follows from parameters that fit this model, whatever the prompt."""
         self._check_params(params)
         return {
-            "eos_token_ids": () if params.ignore_eos else self._tokens.eos_token_ids,
-            "bad_words": self._tokens.bad_words(params.bad_words or ()),
+            "eos_token_ids": () if params.ignore_eos else self.tokens.eos_token_ids,
+            "bad_words": self.tokens.bad_words(params.bad_words or ()),
         }
 
     # --- sessions ---
@@ -175,11 +174,11 @@ class Frontend:
     def make_session(self, seed: int | None, priority: int, salt: str | None) -> SessionSpec:
         """Raises InvalidRequestError naming the field at fault."""
         return SessionSpec(
-            request_id=self._new_id("session"),
-            seed=self._seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
-            priority=self._priority(priority),
+            request_id=self.new_id("session"),
+            seed=self.seed(None if seed is None else integer("seed", seed, 0, MAX_SEED)),
+            priority=self.priority(priority),
             cache_salt=checked_salt(salt),
-            arrival_time=self._clock(),
+            arrival_time=self.clock(),
         )
 
     def tokens_after(self, prompt: Prompt, before: Sequence[int], field: str = "prompt") -> list[int]:
@@ -192,9 +191,9 @@ class Frontend:
             token_ids = self._checked_ids(given.token_ids, field) if given.token_ids else []
         elif text:
             with _naming(field):
-                self._tokens.check_beginning(field, text, self._limits.max_model_len)
-                token_ids = self._codec.encode_following(before, text) if before else self._codec.encode_open(text)
-            self._tokens.check_spelt(field, token_ids)
+                self.tokens.check_beginning(field, text, self.limits.max_model_len)
+                token_ids = self.codec.encode_following(before, text) if before else self.codec.encode_open(text)
+            self.tokens.check_spelt(field, token_ids)
         else:
             token_ids = []
         self._check_room(field, len(before), len(token_ids))
@@ -212,7 +211,7 @@ class Frontend:
             raise InvalidRequestError(
                 "skip_reading_prefix_cache", "is not for sessions, which go on from what they have"
             )
-        fields = self._checked_fields(params)
+        fields = self.checked_fields(params)
         self._check_not_empty(num_tokens)
         self._check_room("branch", num_tokens, 1)
         return RequestSpec(
@@ -238,20 +237,20 @@ class Frontend:
             token_ids = self.tokens_after(choice, before, f"choices[{number}]")
             if not token_ids:
                 raise InvalidRequestError(f"choices[{number}]", "is empty: there is nothing to score")
-            text = exact_str("choices", choice) if is_a(choice, str) else self._codec.spelling(token_ids)
+            text = exact_str("choices", choice) if is_a(choice, str) else self.codec.spelling(token_ids)
             found.append((text, token_ids))
         return found
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Special tokens are spelled out."""
-        return self._codec.decode(token_ids, skip_special_tokens=False)
+        return self.codec.decode(token_ids, skip_special_tokens=False)
 
     def _check_not_empty(self, num_tokens: int) -> None:
         if not num_tokens:
             raise InvalidRequestError("branch", "is empty: extend it first")
 
     def _check_room(self, field: str, num_tokens: int, more: int) -> None:
-        most = self._limits.max_model_len
+        most = self.limits.max_model_len
         if num_tokens + more > most:
             raise InvalidRequestError(
                 field, f"the branch has {num_tokens} tokens; with max_model_len={most}, {more} more do not fit"
@@ -276,7 +275,7 @@ class Frontend:
         for flag in ("add_generation_prompt", "continue_final_message"):
             if arguments.get(flag) is not None:
                 arguments[flag] = exact_bool(flag, arguments[flag])
-        template = self._templates.choose(chat_template, arguments.get("tools"))
+        template = self.templates.choose(chat_template, arguments.get("tools"))
         try:
             text = template.render(messages, **arguments)
         except InvalidRequestError as error:
@@ -285,14 +284,14 @@ class Frontend:
                 raise
             raise InvalidRequestError(name + part, error.problem) from None
         with _naming(name):
-            self._tokens.check_beginning(name, text, self._limits.max_model_len)
-            token_ids = self._codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
-        self._tokens.check_spelt(name, token_ids)
+            self.tokens.check_beginning(name, text, self.limits.max_model_len)
+            token_ids = self.codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        self.tokens.check_spelt(name, token_ids)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def is_own_template(self, chat_template: Any) -> bool:
         """Whether that is one of the model's: by None, or by a name."""
-        return chat_template is None or self._templates.has(chat_template)
+        return chat_template is None or self.templates.has(chat_template)
 
     def _name_tokens(self, output: RequestOutput) -> None:
         """Fill in `decoded_token` and `bytes` of an output's log-probabilities."""
@@ -308,7 +307,7 @@ class Frontend:
 
         def read(output: RequestOutput) -> RequestOutput:
             output.prompt, output.prompt_token_ids = request.prompt, shown_prompt
-            output.system_fingerprint = self._system_fingerprint
+            output.system_fingerprint = self.system_fingerprint
             self._name_tokens(output)
             return output if so_far is None else so_far.merge(output)
 
@@ -323,17 +322,21 @@ class Frontend:
         for row in rows:
             for token_id, logprob in row.items():
                 if logprob.decoded_token is None:
-                    logprob.decoded_token = self._codec.spelling([token_id])
-                    logprob.bytes = list(self._codec.token_bytes(token_id))
+                    logprob.decoded_token = self.codec.spelling([token_id])
+                    logprob.bytes = list(self.codec.token_bytes(token_id))
 
     # --- checks ---
 
-    def _new_id(self, kind: str = "request") -> str:
+    def new_id(self, kind: str = "request") -> str:
         return f"{kind}-{self._id_prefix}-{next(self._ids)}"
 
-    def _priority(self, given: int) -> int:
+    def request_id(self, given: str | None) -> str:
+        """The user's, or a new one."""
+        return self.new_id() if given is None else _filled("request_id", given)
+
+    def priority(self, given: int) -> int:
         priority = integer("priority", given, -(2**63), 2**63 - 1)
-        if priority and not self._limits.priority_allowed:
+        if priority and not self.limits.priority_allowed:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
         return priority
 
@@ -343,11 +346,11 @@ class Frontend:
         if given.token_ids is not None:
             return text, self._checked_ids(given.token_ids, name)
         with _naming(name):
-            self._tokens.check_beginning(name, text or "", self._limits.max_model_len)
-            token_ids = self._codec.encode(text or "")
+            self.tokens.check_beginning(name, text or "", self.limits.max_model_len)
+            token_ids = self.codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError(name, "is empty")
-        self._tokens.check_spelt(name, token_ids)
+        self.tokens.check_spelt(name, token_ids)
         self._check_length(len(token_ids), name)
         return text, token_ids
 
@@ -365,7 +368,7 @@ class Frontend:
         return self._in_vocabulary(field, value)
 
     def _check_length(self, num_tokens: int, name: str) -> None:
-        most = self._limits.max_model_len
+        most = self.limits.max_model_len
         if num_tokens >= most:
             raise InvalidRequestError(
                 name,
@@ -374,7 +377,7 @@ class Frontend:
 
     def _in_vocabulary(self, field: str, token_ids: Iterable[Any]) -> list[int]:
         """Each read once: what is checked is what is used."""
-        vocab_size = self._limits.vocab_size
+        vocab_size = self.limits.vocab_size
         allowed = f"token ids must be integers from 0 to {vocab_size - 1}, this model's vocabulary"
         read = [exact_int(field, token_id, allowed) for token_id in token_ids]
         for token_id in read:
@@ -388,30 +391,28 @@ class Frontend:
                 _check_unicode(name, text)
         if params.skip_special_tokens:
             for text in params.stop or ():
-                self._tokens.check_stop(text)
+                self.tokens.check_stop(text)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._in_vocabulary(name, getattr(params, name) or ())
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
-            if asked is not None and asked > self._limits.max_logprobs:
-                raise InvalidRequestError(
-                    name, f"must be at most max_logprobs={self._limits.max_logprobs}, not {asked}"
-                )
+            if asked is not None and asked > self.limits.max_logprobs:
+                raise InvalidRequestError(name, f"must be at most max_logprobs={self.limits.max_logprobs}, not {asked}")
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams, name: str) -> int:
-        room = self._limits.max_model_len - prompt_tokens
+        room = self.limits.max_model_len - prompt_tokens
         if params.min_tokens > room:
             raise InvalidRequestError(
                 "min_tokens",
                 f"{params.min_tokens} do not fit: {name} has {prompt_tokens} tokens and max_model_len is "
-                f"{self._limits.max_model_len}, which leaves {room}",
+                f"{self.limits.max_model_len}, which leaves {room}",
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
-    def _seed(self, seed: int | None) -> int:
+    def seed(self, seed: int | None) -> int:
         if seed is not None:
             return seed
-        return self._limits.default_seed if self._limits.default_seed is not None else int.from_bytes(os.urandom(8))
+        return self.limits.default_seed if self.limits.default_seed is not None else int.from_bytes(os.urandom(8))
 
 
 def _key(key: str, name: str) -> str:

@@ -16,8 +16,10 @@ from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_bool, exact_list, exact_record, is_a
 
 if TYPE_CHECKING:
+    from octavo.core.margins_params import MarginsParams
     from octavo.engine import Engine
     from octavo.frontend import Messages, Prompt, Request
+    from octavo.margins import MarginsResult, MarginsRun
     from octavo.session import Session
 
 Answer = TypeVar("Answer")
@@ -197,6 +199,72 @@ class LLM(BaseLLM):
             for conversation, name in zip(conversations, names, strict=True)
         ]
         return self._generate(prompts, names, sampling_params, use_tqdm, priority)
+
+    # --- long documents ---
+
+    def margins(
+        self,
+        document: str,
+        question: str | Sequence[str],
+        params: MarginsParams | None = None,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> MarginsResult:
+        """Read a document in segments, note in the margin of each what helps to answer the question, and answer it with
+        the notes that are relevant behind the document (Writing in the Margins).
+
+        Args:
+            question: or several, which are answered side by side over one reading of the document.
+            params: default MarginsParams().
+            chat_template, chat_template_kwargs: as in `chat`.
+            priority, cache_salt: as for a prompt of `generate`.
+
+        What was read stays in the prefix cache: another question about the same document reads nothing of it again.
+
+        Raises InvalidRequestError naming the field at fault, of a document that does not fit the model's context with
+        the arithmetic; RequestFailedError if the request failed inside the engine.
+        """
+        return self.stream_margins(
+            document,
+            question,
+            params,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            priority=priority,
+            cache_salt=cache_salt,
+        ).result()
+
+    def stream_margins(
+        self,
+        document: str,
+        question: str | Sequence[str],
+        params: MarginsParams | None = None,
+        request_id: str | None = None,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> MarginsRun:
+        """`margins`, as an iterator of what happens: segments read, margins written and decided, text of the answer.
+        While it runs, margins can be accepted, rejected and edited, and reading can be stopped."""
+        from octavo.margins import MarginsRun
+
+        request = self._margins_request(
+            document,
+            question,
+            params,
+            request_id=request_id,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self._loop.check_open()
+        return MarginsRun(self._loop, self._frontend, request)
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> Session:
         """A session: text that branches, on which you call the verbs one by one. See `octavo.session.Branch`.

@@ -43,7 +43,7 @@ def test_toy_workload() -> None:
         for name, (arrival, decodes) in TOY.items():
             if arrival == step:
                 # Two prompt tokens, a token a step: two prefill steps, and the second of them draws a token too.
-                harness.add(name, [1, 2], max_tokens=decodes + 1)
+                harness.add(name, [ord(name) % 50, 2], max_tokens=decodes + 1)
         harness.step()
         plan = harness.executor.plans[-1] if len(harness.executor.plans) == step + 1 else None
         schedule.append("".join(sorted(grant.request_id for grant in plan.grants)) if plan else "")

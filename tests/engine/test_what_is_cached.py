@@ -41,6 +41,20 @@ def test_namespaces_share_nothing(other: Namespace) -> None:
     kv.check([table, again])
 
 
+@pytest.mark.parametrize("length", [13, 14, 15])
+@pytest.mark.parametrize("same", range(1, 13))
+def test_part_of_a_block_in_a_pool_that_just_fits(length: int, same: int) -> None:
+    """Guards against a copy for which there is no block: the cached part is computed anew instead."""
+    harness = Harness(num_blocks=4, block_size=4)
+    harness.add("first", list(range(12)), max_tokens=4)
+    harness.run()
+    prompt = [*range(same), *(30 + n for n in range(length - same))]
+    harness.add("second", prompt, max_tokens=16 - length)
+    harness.run()
+    assert harness.outputs["second"].error is None
+    assert harness.tokens("second") == expected(prompt, 16 - length)
+
+
 def test_a_private_one_goes_over_to_its_own_kind() -> None:
     kv = KVCacheManager(16, 4)
     namespace = Namespace(salt="a")

@@ -24,6 +24,7 @@ EXIT_BUG, EXIT_USAGE, EXIT_OUTPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 74
 # Name -> (module, help). The module is imported when the command is chosen, so `octavo --help` stays fast.
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("octavo.cli.run", "answer one prompt"),
+    "margins": ("octavo.cli.margins", "read a document with notes in its margins, and answer a question"),
     "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),

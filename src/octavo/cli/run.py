@@ -85,7 +85,7 @@ def _text_of(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.prompt_flag is not None:
         raise InvalidRequestError("prompt", "is given twice, as an argument and with --prompt")
     given = args.prompt if args.prompt is not None else args.prompt_flag
-    piped = _piped_text()
+    piped = piped_text()
     if given is None and piped is None:
         raise InvalidRequestError("prompt", "is missing; give one as an argument or through a pipe")
     text = "\n\n".join(part for part in (given, piped) if part)
@@ -94,7 +94,7 @@ def _text_of(args: argparse.Namespace) -> str:
     return text
 
 
-def _piped_text() -> str | None:
+def piped_text() -> str | None:
     """What comes in through a pipe or file, without its last line end; None when stdin is a terminal or closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return None

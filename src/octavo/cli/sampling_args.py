@@ -16,8 +16,8 @@ from octavo.core.params import RepetitionDetectionParams, SamplingParams
 
 # On the command line one answer, as long as it takes, is the likeliest wish, and that it goes in circles nobody's.
 # Sixteen tokens: rulers of tables, and "ha ha ha", are shorter.
-_REPETITION = RepetitionDetectionParams(max_pattern_size=256, min_pattern_size=16, min_count=4)
-_DEFAULTS: dict[str, Any] = {"max_tokens": None, "repetition_detection": _REPETITION}
+REPETITION = RepetitionDetectionParams(max_pattern_size=256, min_pattern_size=16, min_count=4)
+_DEFAULTS: dict[str, Any] = {"max_tokens": None, "repetition_detection": REPETITION}
 _BEAM_DEFAULTS: dict[str, Any] = {**_DEFAULTS, "num_return_sequences": 1}
 # Where neither a flag nor the model's files say otherwise.
 _SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from octavo.coordinators.single import SingleCoordinator
 from octavo.core.coordinator import Coordinator
-from octavo.core.protocols import TextCodec
+from octavo.core.protocols import Background, TextCodec
 from octavo.core.request import RequestSpec, SessionSpec
 
+if TYPE_CHECKING:
+    from octavo.core.margins import MarginsSpec
 
-def make_coordinator(spec: RequestSpec | SessionSpec, codec: TextCodec | None = None) -> Coordinator:
+
+def make_coordinator(
+    spec: RequestSpec | SessionSpec | MarginsSpec, codec: TextCodec | None, background: Background
+) -> Coordinator:
     """`codec` makes text; None: none is made."""
     # The kinds that are rarer are imported when they are asked for: start-up is short without them.
     if isinstance(spec, SessionSpec):
         from octavo.coordinators.branches import SessionCoordinator
 
         return SessionCoordinator(spec, codec)
+    if not isinstance(spec, RequestSpec):
+        from octavo.coordinators.margins import MarginsCoordinator
+
+        return MarginsCoordinator(spec, codec, background)
     if spec.beams is not None:
         from octavo.coordinators.beams import BeamCoordinator
 

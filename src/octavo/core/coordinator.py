@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from octavo.core.outputs import RequestMetrics, RequestOutput
     from octavo.core.plan import DrawResult, RowResult
     from octavo.core.sequence import Sequence
-    from octavo.core.session_calls import Call
 
 NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence with this stream
 
@@ -49,8 +48,10 @@ class Coordinator(ABC):
 
     lockstep = False  # all its wanted rows in one step, or none
     width = 1  # most sequences alive at once
+    max_chunk_tokens: int | None = None  # most tokens of one of its sequences in a step; None: as many as there is room
     namespace = SHARED  # of the prefix cache: what it computes is found by requests of the same
     reads_cache = True  # whether blocks that other requests computed may be used
+    keeps_idle = False  # its sequences of which nothing is asked now go on by themselves later: it waits for something
 
     def __init__(self, request_id: str, priority: int, metrics: RequestMetrics) -> None:
         self.request_id = request_id
@@ -66,11 +67,19 @@ class Coordinator(ABC):
     def update(self, results: SequenceOf[SequenceResult]) -> None:
         """Take the results of a step, in the order of `sequences`, and call the verbs that say what happens next."""
 
-    def call(self, call: Call) -> Any:
-        """What is asked of a session. Raises InvalidRequestError."""
-        raise InvalidRequestError("request_id", f"{self.request_id!r} is no session")
+    @property
+    def by_urgency(self) -> SequenceOf[Sequence]:
+        """`sequences` in the order in which they are served; they give way in that of `sequences`, the last first."""
+        return self.sequences
 
-    def take_back(self, call: Call) -> None:  # noqa: B027 - only sessions have anything to take back
+    def go_on(self) -> None:  # noqa: B027 - most act on results alone
+        """Something has changed outside a step: something was asked of it, or the cache had all that it waited for."""
+
+    def call(self, call: Any) -> Any:
+        """What is asked of a request under way, such as a Call of a session. Raises InvalidRequestError."""
+        raise InvalidRequestError("request_id", f"{self.request_id!r} takes no calls")
+
+    def take_back(self, call: Any) -> None:  # noqa: B027 - only sessions have anything to take back
         """As if it had never been asked."""
 
     def contain(self, sequence: Sequence, error: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -77,6 +77,14 @@ class TextCodec(Protocol):
         stop_after: int = 0,
     ) -> TextStream:
         """`stop_after`: a stop string that ends in the text of so many first tokens does not count (min_tokens)."""
+        ...
+
+
+class Background(Protocol):
+    """Does beside the engine what would hold up its steps."""
+
+    def submit(self, request_id: str, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Carry out `job`, for this request; then, between two steps, `done` with what it returned or raised."""
         ...
 
 

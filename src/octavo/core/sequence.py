@@ -240,6 +240,10 @@ class Sequence:
         """The attached state of this type, if there is one."""
         return next((state for state, _ in self._attached if isinstance(state, kind)), None)
 
+    def recompute(self, start: int) -> None:
+        """KV of positions from `start` on is given back, and to be computed. Called by the scheduler alone."""
+        self.num_computed = start
+
     def evict(self) -> None:
         """Give the blocks back but stay alive: all KV is to be recomputed. Called by the scheduler alone."""
         self._kv.free(self.block_table)

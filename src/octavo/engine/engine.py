@@ -12,16 +12,16 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.coordinators.factory import make_coordinator
 from octavo.core.coordinator import Coordinator, SequenceResult
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, OctavoError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
-from octavo.core.protocols import Clock, Executor, Proposer, TextCodec
+from octavo.core.protocols import Background, Clock, Executor, Proposer, TextCodec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.sequence import Sequence
 from octavo.core.session_calls import Call
@@ -29,18 +29,33 @@ from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.eviction_log import Evicted
 
+if TYPE_CHECKING:
+    from octavo.core.margins import MarginsSpec
+
 log = logging.getLogger(__name__)
 
 StepListener = Callable[[StepPlan, StepResult], None]
+Output = Any  # RequestOutput, or of Writing in the Margins MarginsOutput
 
 _WAIT_FOR_LOADS = 0.02  # seconds that a step waits when nothing else can be done: commands wait as long
+
+
+class _AtOnce:
+    """A Background for those who step an engine themselves."""
+
+    def submit(self, request_id: str, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        try:
+            answer = job()
+        except Exception as error:
+            answer = error
+        done(answer)
 
 
 class Engine:
     """Single-threaded: `add`, `abort` and `step` are called by one thread at a time.
 
     `step_listeners` are called with each plan, as far as it was carried out, and its results, before requests get them.
-    One that raises is called no more.
+    One that raises is called no more. `background` is set before the first request comes.
     """
 
     def __init__(
@@ -56,17 +71,19 @@ class Engine:
         self.kv = kv
         self.events = EventRing(clock)
         self.step_listeners: list[StepListener] = []
+        self.background: Background = _AtOnce()
         self.scheduler = Scheduler(config, kv, self.events, proposer)
         kv.on_evict = self._note_eviction
         self._executor = executor
         self._codec = codec
         self._sequence_ids = count()
         self._coordinators: dict[str, Coordinator] = {}
+        self._outputs: list[Output] = []  # of what happened outside steps
         self.num_steps = 0
 
-    def add_request(self, spec: RequestSpec | SessionSpec) -> None:
+    def add_request(self, spec: RequestSpec | SessionSpec | MarginsSpec) -> None:
         """Queue a request; see `add`."""
-        self.add(make_coordinator(spec, self._codec))
+        self.add(make_coordinator(spec, self._codec, self.background))
 
     def add(self, coordinator: Coordinator) -> None:
         """Queue a request, made already. Raises InvalidRequestError if its id is in use or it could never run to its
@@ -91,22 +108,40 @@ class Engine:
         detail = f"block {evicted.depth} of its prefix, cached for {evicted.age:.3f} s"
         self.events.emit(EventKind.CACHE_EVICTED, evicted.request_id, Reason(evicted.reason), detail)
 
-    def call(self, request_id: str, calls: SequenceOf[Call]) -> list[Any]:
-        """Ask a session's branches several things, all before the next step. Returns the answers, or for what takes
-        steps futures of them; one that is refused is its InvalidRequestError, and those after it are left out. Without
-        any answer the session has ended."""
-        session = self._coordinators.get(request_id)
-        if session is None:
+    def call(self, request_id: str, calls: SequenceOf[Any]) -> list[Any]:
+        """Ask a request under way, such as a session's branches, several things, all before the next step. Returns the
+        answers, or for what takes steps futures of them; one that is refused is its InvalidRequestError, and those
+        after it are left out. Without any answer the request has ended."""
+        coordinator = self._coordinators.get(request_id)
+        if coordinator is None:
             return []
         answers: list[Any] = []
         try:
             for call in calls:
-                answers.append(session.call(call))
+                answers.append(coordinator.call(call))
         except InvalidRequestError as error:
             answers.append(error)
         finally:
-            self.scheduler.settle(session)
+            self.scheduler.settle(coordinator)
+        self.resume(request_id, coordinator.go_on)
         return answers
+
+    def resume(self, request_id: str, act: Callable[[], None]) -> None:
+        """Something that a request waited for is there: let it `act` on it. What that raises ends the request; what is
+        new for its user comes with `take_outputs`."""
+        coordinator = self._coordinators.get(request_id)
+        if coordinator is None:
+            return
+        output = self._advance_by(coordinator, act)
+        if output is not None:
+            self._outputs.append(output)
+        if request_id in self._coordinators:
+            self.scheduler.settle(coordinator)
+
+    def take_outputs(self) -> list[Output]:
+        """What is new for users since the last step or call of this."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def take_back(self, request_id: str, calls: SequenceOf[Call]) -> None:
         """Whoever asked this is gone: the branches are put back to what they were."""
@@ -118,7 +153,7 @@ class Engine:
             finally:
                 self.scheduler.settle(session)
 
-    def abort(self, request_id: str) -> RequestOutput | None:
+    def abort(self, request_id: str) -> Output | None:
         """End a request now, at any moment between steps; its last output, or None when it has ended already."""
         coordinator = self._coordinators.get(request_id)
         if coordinator is None:
@@ -149,11 +184,12 @@ class Engine:
     def num_requests(self) -> int:
         return len(self._coordinators)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Output]:
         """Run one step; what is new for users, in the order in which the requests were added. While all that is left
         waits for blocks that are being read, it waits for them a little and does nothing."""
         plan = self.scheduler.schedule()
-        outputs = [self._end(coordinator, "error", error) for coordinator, error in self.scheduler.broken]
+        outputs = self.take_outputs()
+        outputs += [self._end(coordinator, "error", error) for coordinator, error in self.scheduler.broken]
         if not plan:
             if self.scheduler.waits_for_loads:
                 self.kv.wait_for_loads(_WAIT_FOR_LOADS)
@@ -181,7 +217,7 @@ class Engine:
         if seconds is not None and plan.num_tokens >= self.kv.block_size * max(len(plan.grants), 1):
             self.kv.learn_speed(seconds / plan.num_tokens)
 
-    def _end_stalled(self) -> list[RequestOutput]:
+    def _end_stalled(self) -> list[Output]:
         """Nothing can run, though somebody wants to: the one that does not fit ends with an error, better than waiting
         for ever; the others go on."""
         coordinator = self.scheduler.stalled()
@@ -192,11 +228,11 @@ class Engine:
         has = f"{self.kv.num_blocks} blocks of {self.kv.block_size} tokens, {self.scheduler.config}"
         return [self._end(coordinator, "error", f"the request cannot go on: {needs} ({has})")]
 
-    def end_all(self, error: str) -> list[RequestOutput]:
+    def end_all(self, error: str) -> list[Output]:
         """End all requests with an error: after a failure that is nobody's. The engine goes on."""
         return [self._end(coordinator, "error", error) for coordinator in tuple(self._coordinators.values())]
 
-    def close(self) -> list[RequestOutput]:
+    def close(self) -> list[Output]:
         """End all requests and the executor. What is cached stays in the tier, if there is one."""
         outputs = [self.abort(request_id) for request_id in tuple(self._coordinators)]
         try:
@@ -284,27 +320,36 @@ class Engine:
         """The requests that have a grant in this step, in the order in which they were added."""
         return self.scheduler.in_order({grant.request_id for grant in plan.grants})
 
-    def _update(self, plan: StepPlan, step: StepResult) -> list[RequestOutput]:
+    def _update(self, plan: StepPlan, step: StepResult) -> list[Output]:
         by_sequence = {g.sequence_id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
         outputs = [self._advance(coordinator, by_sequence) for coordinator in self._requests_of(plan)]
         return [output for output in outputs if output is not None]
 
-    def _advance(
-        self, coordinator: Coordinator, by_sequence: dict[int, tuple[Grant, GrantResult]]
-    ) -> RequestOutput | None:
-        """Commit what a request got in this step and hand it over; what is new for the user. Whatever its own
-        bookkeeping raises ends this request alone."""
-        try:
+    def _advance(self, coordinator: Coordinator, by_sequence: dict[int, tuple[Grant, GrantResult]]) -> Output | None:
+        """Commit what a request got in this step and hand it over; what is new for the user."""
+
+        def hand_over() -> str | None:
             granted = [(s, *by_sequence[s.id]) for s in coordinator.sequences if s.id in by_sequence]
             granted = [(s, g, r) for s, g, r in granted if r.error is None or not coordinator.contain(s, r.error)]
             error = next((result.error for _, _, result in granted if result.error is not None), None)
+            if error is None:
+                coordinator.update([self._commit(sequence, grant, result) for sequence, grant, result in granted])
+            return error
+
+        return self._advance_by(coordinator, hand_over)
+
+    def _advance_by(self, coordinator: Coordinator, act: Callable[[], str | None]) -> Output | None:
+        """What is new for a request's user after `act`, which returns an error if the request is to end with it.
+        Whatever its own bookkeeping raises ends this request alone."""
+        try:
+            error = act()
             if error is not None:
                 return self._end(coordinator, "error", error)
-            results = [self._commit(sequence, grant, result) for sequence, grant, result in granted]
-            coordinator.update(results)
             return self._end(coordinator, None) if coordinator.finished else coordinator.take_output(self.clock())
         except (KeyboardInterrupt, SystemExit):
             raise
+        except OctavoError as error:  # says by itself what is wrong
+            return self._end(coordinator, "error", str(error))
         except BaseException as error:  # a panic of Rust code is no Exception
             log.exception("request %s failed on its results", coordinator.request_id)
             return self._end(coordinator, "error", f"{type(error).__name__}: {error}")
@@ -322,12 +367,12 @@ class Engine:
         self.kv.commit(sequence.block_table, token_ids, exact)
         return SequenceResult(sequence, grant.start, stop, rows)
 
-    def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> RequestOutput:
+    def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> Output:
         """Its last output. The request is gone from the engine whatever its own bookkeeping raises."""
         request_id = coordinator.request_id
         now = self.clock()
         coordinator.metrics.finished_time = now
-        output: RequestOutput | None = None
+        output: Output | None = None
         ended = Reason.ERROR
         try:
             if reason is not None:

@@ -13,20 +13,22 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from octavo.core.outputs import RequestOutput
 from octavo.core.request import RequestSpec, SessionSpec
-from octavo.engine.engine import Engine
+from octavo.engine.engine import Engine, Output
+
+if TYPE_CHECKING:
+    from octavo.core.margins import MarginsSpec
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Command = Callable[[Engine], None]
-Deliver = Callable[[RequestOutput | Exception], None]  # called in the engine's thread
+Deliver = Callable[[Any], None]  # gets outputs or an Exception; called in the engine's thread
 
 _loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
 
@@ -40,6 +42,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.background = self
         self._deliver: dict[str, Deliver] = {}  # by request id
         self._ended: dict[str, Deliver] = {}  # the same of sessions
         self._closed: str | None = None  # why
@@ -53,6 +56,7 @@ class EngineLoop:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None  # started with the first command
         self._go_on = threading.Event()  # after a fork
+        self._beside: ThreadPoolExecutor | None = None  # started with the first job
 
     @property
     def thread(self) -> threading.Thread | None:
@@ -60,7 +64,7 @@ class EngineLoop:
 
     # --- requests ---
 
-    def add(self, requests: SequenceOf[RequestSpec], deliver: Deliver) -> None:
+    def add(self, requests: SequenceOf[RequestSpec | MarginsSpec], deliver: Deliver) -> None:
         """Queue requests, all before the next step. Each one's outputs go to `deliver`, the last one finished; or an
         error, after which nothing more comes of it. Raises EngineClosedError."""
 
@@ -106,11 +110,11 @@ class EngineLoop:
         with suppress(EngineClosedError):  # then they have ended already
             self.post(command)
 
-    def run(self, requests: SequenceOf[RequestSpec]) -> Generator[RequestOutput, None, None]:
+    def run(self, requests: SequenceOf[RequestSpec | MarginsSpec]) -> Generator[Output, None, None]:
         """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
         that are not. Raises EngineClosedError, or InvalidRequestError if one is refused."""
         self._check_caller()
-        outputs: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+        outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         deliver = outputs.put
         left = {request.request_id for request in requests}
         try:
@@ -155,6 +159,21 @@ class EngineLoop:
         self.post(command)
         return answer
 
+    def submit(self, request_id: str, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """See `octavo.core.protocols.Background`: on a thread of its own. Called in the engine's thread."""
+
+        def work() -> None:
+            try:
+                answer = job()
+            except BaseException as error:  # a panic of Rust code
+                answer = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+            with suppress(EngineClosedError):  # then the request has ended
+                self.post(lambda engine: engine.resume(request_id, lambda: done(answer)))
+
+        if self._beside is None:
+            self._beside = ThreadPoolExecutor(1, "octavo-beside")
+        self._beside.submit(work)
+
     def _check_caller(self) -> None:
         if threading.current_thread() is self._thread:  # in a finalizer of the user's
             raise RuntimeError("the engine's own thread cannot wait for the engine")
@@ -194,9 +213,11 @@ class EngineLoop:
         for deliver in self._deliver.values():
             self._tell(deliver, error)
         self._deliver.clear()
+        if self._beside is not None:
+            self._beside.shutdown(wait=False)
         self.engine.close()
 
-    def _step(self) -> SequenceOf[RequestOutput]:
+    def _step(self) -> SequenceOf[Output]:
         """A step. One that raises ends the requests there are, since it is nobody's fault alone, but not the engine."""
         try:
             return self.engine.step()
@@ -217,6 +238,8 @@ class EngineLoop:
                 command(self.engine)
             except BaseException:
                 log.exception("a command to the engine raised")
+            for output in self.engine.take_outputs():
+                self._hand_out(output)
 
     def _obey_the_rest(self) -> None:
         """After a failure: whoever has asked for something in the meantime must hear of it and not wait for ever."""
@@ -227,7 +250,7 @@ class EngineLoop:
                     with suppress(BaseException):
                         command(self.engine)
 
-    def _hand_out(self, output: RequestOutput) -> None:
+    def _hand_out(self, output: Output) -> None:
         ended = self._ended.pop(output.request_id, None)
         if ended is not None:
             self._tell(ended, output)
@@ -240,7 +263,7 @@ class EngineLoop:
                 self.engine.abort(output.request_id)
 
     @staticmethod
-    def _tell(deliver: Deliver, output: RequestOutput | Exception) -> bool:
+    def _tell(deliver: Deliver, output: Output | Exception) -> bool:
         """Whether it was taken. Whoever takes it may be gone, and is not to end others."""
         try:
             deliver(output)

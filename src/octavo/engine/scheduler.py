@@ -19,7 +19,9 @@ Waiting requests with more of their prompt cached may pass others, a bounded num
 Whatever raises while a request is looked at ends that request alone.
 
 A request of which nothing is asked (a session between two calls) is parked: it has no place in the queues and keeps its
-blocks until somebody needs them. When something is asked of it, it queues as one that arrives then.
+blocks until somebody needs them. When something is asked of it, it queues as one that arrives then. One that goes on by
+itself (`keeps_idle`: it waits for text to be tokenised, or for its own other sequences) keeps its turn, and gives its
+idle blocks last.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ class _Entry:
     running: bool = False
     preempted: int = 0  # times, since it arrived
     overtaken: int = 0  # later requests admitted before it for their cached prefixes
+    keeps_turn: bool = False  # when it was parked it waited for something: it goes on as if it had stood in the queue
     cached: CachedPrefix | None = None  # how far its prompt was found in the cache when it was last looked up
 
     def __lt__(self, other: _Entry) -> bool:
@@ -179,13 +182,16 @@ class Scheduler:
         parked = coordinator.request_id in self._parked
         if wants and parked:
             self._leave_queue(entry)
-            entry.key = (entry.key[0], next(self._arrivals))
-            entry.preempted = entry.overtaken = 0
+            if not entry.keeps_turn:
+                entry.key = (entry.key[0], next(self._arrivals))
+                entry.preempted = entry.overtaken = 0
             insort(self._waiting, entry)
         elif not wants and not parked:
             self._leave_queue(entry)
             entry.running = False
             self._parked[coordinator.request_id] = entry
+        if not wants:
+            entry.keeps_turn = coordinator.keeps_idle
         entry.cached = None  # of tokens that may be others now
 
     def _leave_queue(self, entry: _Entry) -> None:
@@ -233,7 +239,7 @@ class Scheduler:
 
     def _units(self, coordinator: Coordinator) -> list[list[Sequence]]:
         """What can be granted by itself: each sequence, or in lockstep all together that stand at their last row."""
-        pending = [sequence for sequence in coordinator.sequences if sequence.num_pending]
+        pending = [sequence for sequence in coordinator.by_urgency if sequence.num_pending]
         if not coordinator.lockstep or len(coordinator.sequences) == 1:
             return [[sequence] for sequence in pending]
         behind = [[sequence] for sequence in pending if sequence.is_prefilling]
@@ -241,6 +247,7 @@ class Scheduler:
 
     def _take_cached(self, coordinator: Coordinator) -> None:
         """Let the cache answer what it can of the pending work. A wanted row is always computed."""
+        hit = False
         for sequence in coordinator.sequences:
             if not sequence.is_prefilling:
                 continue
@@ -255,6 +262,10 @@ class Scheduler:
                 metrics.num_cached_tokens += computed - before
             detail = f"sequence {sequence.id}: positions {before} to {computed}"
             self._events.emit(EventKind.CACHE_HIT, coordinator.request_id, detail=detail)
+            hit = True
+        if hit:
+            coordinator.go_on()
+            self._take_cached(coordinator)  # of sequences that it has made
 
     def _follows(self, step: _Step, entry: _Entry, sequence: Sequence) -> bool:
         """Whether the block that this sequence needs next is on its way: computed by another one in this step, or
@@ -297,7 +308,8 @@ class Scheduler:
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
         for sequence in unit:
             pending = sequence.pending[0]
-            most = min(self.config.max_chunk_tokens or step.tokens_left, step.tokens_left)
+            limits = (self.config.max_chunk_tokens, coordinator.max_chunk_tokens, step.tokens_left)
+            most = min(limit for limit in limits if limit is not None)
             if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
                 most = min(most, len(pending) - 1)  # the wanted row waits for the others'
             start, stop = pending.start, pending.start + min(len(pending), most)
@@ -306,7 +318,12 @@ class Scheduler:
             if copies is None:  # nobody makes room for guesses
                 drafts = ()
                 while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
-                    if not self._reclaim(step, entry, sequence):
+                    # What is copied takes a block more than what is computed anew.
+                    kept = self.kv.give_part_back(sequence.block_table, start) if len(unit) == 1 else start
+                    if kept < start:
+                        sequence.recompute(kept)
+                        start, stop = kept, min(stop, kept + most)
+                    elif not self._reclaim(step, entry, sequence):
                         for granted in unit:
                             step.remove(granted)
                         return
@@ -450,22 +467,24 @@ class Scheduler:
         if victim is not self._running[0]:
             self._preempt(step, victim)
             return victim is not entry
-        if entry.coordinator.lockstep:
-            return False
-        for sequence in reversed(entry.coordinator.sequences):
-            if sequence is wanting:
-                return False
-            if sequence.block_table:
-                self._evict(step, entry, sequence, Reason.NO_BLOCKS)
-                return True
-        return False
+        if not entry.coordinator.lockstep:
+            for sequence in reversed(entry.coordinator.sequences):
+                if sequence is wanting:
+                    break
+                if sequence.block_table:
+                    self._evict(step, entry, sequence, Reason.NO_BLOCKS)
+                    return True
+        return self._evict_idle(step, spared=(wanting,), kept=True)
 
-    def _evict_idle(self, step: _Step, spared: SequenceOf[Sequence]) -> bool:
+    def _evict_idle(self, step: _Step, spared: SequenceOf[Sequence], kept: bool = False) -> bool:
         """Take the blocks of one sequence that has nothing to do now and is not spared; False if there is none.
 
-        First of parked requests, the one parked longest ago first, then of waiting ones, then of those that run.
+        First of parked requests, the one parked longest ago first, then of waiting ones, then of those that run. Those
+        of requests that go on by themselves only if these are `kept` no longer.
         """
         for entry in (*self._parked.values(), *reversed(self._waiting), *reversed(self._running)):
+            if entry.coordinator.keeps_idle and not kept:
+                continue
             for sequence in reversed(entry.coordinator.sequences):
                 busy = entry.running and sequence.num_pending
                 if sequence.block_table and not busy and sequence not in spared:
