@@ -12,13 +12,13 @@ streams as if it had been asked alone. What is done in which step may differ fro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from octavo.coordinators.completion import Completion
+from octavo.coordinators.verdict import merged_margin, verdict_of
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.events import Reason
@@ -47,35 +47,6 @@ from octavo.core.want import Score
 # Streams of draws: those of answers are a plain completion's, so that one is what `generate` gives for its prompt.
 _ANSWER, _MARGIN, _VERDICT = (0,), 1, 2
 _CHUNK_TOKENS = 128  # of the trunk in a step, while margins are written
-_WORD = re.compile(r"[^\W_]+")
-_VERDICT_END = re.compile(r"#|\n")
-_VERDICTS = {"YES": True, "NO": False}
-
-
-def verdict_of(text: str, final: bool) -> bool | None:
-    """What a text says by its beginning, up to "#" or the end of the line: by the first word of it, if that is YES or
-    NO, else by the last. None: not known yet, and if it is `final`, it says neither."""
-    text = text.lstrip()
-    end = _VERDICT_END.search(text)
-    head = text if end is None else text[: end.start()]
-    words = list(_WORD.finditer(head))
-    ended = final or end is not None
-    if not words:
-        return None
-    if ended or words[0].end() < len(head):  # else "NO" may become "NOT"
-        said = _VERDICTS.get(words[0][0].upper())
-        if said is not None:
-            return said
-    return _VERDICTS.get(words[-1][0].upper()) if ended else None
-
-
-def merged_margin(text: str) -> str:
-    """What follows the verdict in an answer such as "YES#..."."""
-    text = text.lstrip()
-    end = _VERDICT_END.search(text)
-    words = list(_WORD.finditer(text, 0, len(text) if end is None else end.start()))
-    first = next((word for word in words[:1] if word[0].upper() in _VERDICTS), words[-1] if words else None)
-    return (text if first is None else text[first.end() :]).lstrip(" \t\r\n#.:,;*-").strip()
 
 
 def _copied(margin: Margin) -> Margin:
@@ -83,7 +54,7 @@ def _copied(margin: Margin) -> Margin:
 
 
 class _Note:
-    """A margin under way. `branch` writes it; later `judge` says whether it is relevant."""
+    """A margin under way: it is written in a fork of the trunk, and judged in a sequence of its own."""
 
     def __init__(self, question: int, segment: Segment) -> None:
         self.margin = Margin(question, segment, "", [])
