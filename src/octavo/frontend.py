@@ -1,4 +1,4 @@
-"""From what a user passes to a coordinator: prompts, parameters and limits are checked here, ahead of the engine."""
+"""From what a user passes to a request: prompts, parameters and limits are checked here, ahead of the engine."""
 
 from __future__ import annotations
 

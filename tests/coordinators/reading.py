@@ -22,7 +22,7 @@ from octavo.core.margins import (
 )
 from octavo.core.params import SamplingParams
 from octavo.core.request import RequestSpec
-from octavo.text.stream import IncrementalText, StopMatcher
+from tests.coordinators.test_branches import ByteCodec
 from tests.engine.fake import VOCAB, Harness, logprob, next_token
 
 # Verdicts, their ends, spaces and words.
@@ -35,20 +35,12 @@ SPELLING = [
 WHOLE: dict[str, Any] = {"early_exit_kept": None, "early_exit_score": None}  # read to the end
 
 
-class WordCodec:
+class WordCodec(ByteCodec):
+    spelling = SPELLING
+
     def encode_rest(self, before: Any, text: str) -> list[int]:
         assert isinstance(before, list | tuple)
         return [(len(before) + ord(letter)) % VOCAB for letter in text]
-
-    def text_stream(self, prompt_token_ids: Any, *, stop: Any = (), **options: Any) -> IncrementalText:
-        return IncrementalText(
-            token_bytes=lambda token_id: SPELLING[token_id].encode(),
-            skipped=frozenset(),
-            strip_leading_space=False,
-            prompt_token_ids=prompt_token_ids,
-            stop=StopMatcher(stop) if stop else None,
-            include_stop=False,
-        )
 
 
 class Late:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
@@ -24,12 +25,14 @@ from tests.engine.fake import VOCAB, Harness, expected, logprob, next_token
 class ByteCodec:
     """Token i spells the letters of SPELLING[i]; real incremental text over them."""
 
+    spelling: Sequence[str] = ()
+
     def encode_rest(self, before: Any, text: str) -> list[int]:
         return [ord(letter) - 97 for letter in text]
 
     def text_stream(self, prompt_token_ids: Any, *, stop: Any = (), **options: Any) -> IncrementalText:
         return IncrementalText(
-            token_bytes=lambda token_id: SPELLING[token_id].encode(),
+            token_bytes=lambda token_id: (self.spelling or SPELLING)[token_id].encode(),
             skipped=frozenset(),
             strip_leading_space=False,
             prompt_token_ids=prompt_token_ids,
