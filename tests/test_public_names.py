@@ -19,9 +19,8 @@ SOURCE = Path(octavo.__file__).parent
 README = SOURCE.parents[1] / "README.md"
 TYPING = Path(__file__).parent / "typing"
 # Made by LLM.session alone, of parts that nobody else needs to name.
-NOT_FOR_USERS = {
-    f"{name}.__init__" for name in ("Branch", "Session", "AsyncBranch", "AsyncSession", "MarginsRun", "AsyncMarginsRun")
-}
+_NAMES = "Branch Session AsyncBranch AsyncSession MarginsRun AsyncMarginsRun AskRun AsyncAskRun"
+NOT_FOR_USERS = {f"{name}.__init__" for name in _NAMES.split()}
 
 
 def classes() -> set[str]:

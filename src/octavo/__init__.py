@@ -9,9 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.ask import AskDone, AskResult, AskRun, AsyncAskRun
     from octavo.async_llm import AsyncLLM
     from octavo.async_session import AsyncBranch, AsyncSession
     from octavo.config import EngineConfig
+    from octavo.core.ask import Citation, DocumentEvent, IndexProgress, Retrieved, Source
+    from octavo.core.ask_params import AskParams, AskPrompts
     from octavo.core.beam_params import BeamSearchParams
     from octavo.core.errors import (
         ConfigError,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
         SelectResult,
     )
     from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
+    from octavo.documents.readers import DocumentError
     from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.llm import LLM
     from octavo.margins import AsyncMarginsRun, MarginsAnswer, MarginsDone, MarginsResult, MarginsRun
@@ -56,9 +60,12 @@ __version__ = "0.1.0"
 
 # module -> what is public of it
 _MODULES = {
+    "octavo.ask": ("AskDone", "AskResult", "AskRun", "AsyncAskRun"),
     "octavo.async_llm": ("AsyncLLM",),
     "octavo.async_session": ("AsyncBranch", "AsyncSession"),
     "octavo.config": ("EngineConfig",),
+    "octavo.core.ask": ("Citation", "DocumentEvent", "IndexProgress", "Retrieved", "Source"),
+    "octavo.core.ask_params": ("AskParams", "AskPrompts"),
     "octavo.core.beam_params": ("BeamSearchParams",),
     "octavo.core.errors": (
         "ConfigError",
@@ -94,6 +101,7 @@ _MODULES = {
         "SelectResult",
     ),
     "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
+    "octavo.documents.readers": ("DocumentError",),
     "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
     "octavo.llm": ("LLM",),
     "octavo.margins": ("AsyncMarginsRun", "MarginsAnswer", "MarginsDone", "MarginsResult", "MarginsRun"),
@@ -105,6 +113,12 @@ __all__ = [
     "LLM",
     "AnswerBegun",
     "AnswerDelta",
+    "AskDone",
+    "AskParams",
+    "AskPrompts",
+    "AskResult",
+    "AskRun",
+    "AsyncAskRun",
     "AsyncBranch",
     "AsyncLLM",
     "AsyncMarginsRun",
@@ -115,11 +129,15 @@ __all__ = [
     "CacheStats",
     "ChatPrompt",
     "Choice",
+    "Citation",
     "CompletionOutput",
     "ConfigError",
+    "DocumentError",
+    "DocumentEvent",
     "DownloadError",
     "EngineClosedError",
     "EngineConfig",
+    "IndexProgress",
     "InvalidRequestError",
     "Logprob",
     "Margin",
@@ -142,12 +160,14 @@ __all__ = [
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
+    "Retrieved",
     "ReviewBegun",
     "SamplingParams",
     "Segment",
     "SegmentRead",
     "SelectResult",
     "Session",
+    "Source",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -22,8 +22,11 @@ from octavo.core.values import exact_record, exact_str
 
 if TYPE_CHECKING:
     import asyncio
+    from pathlib import Path
 
+    from octavo.ask import AsyncAskRun
     from octavo.async_session import AsyncSession
+    from octavo.core.ask_params import AskParams
     from octavo.core.margins import MarginsSpec
     from octavo.core.margins_params import MarginsParams
     from octavo.core.request import RequestSpec
@@ -102,8 +105,8 @@ class AsyncLLM(BaseLLM):
             async for output in outputs:
                 yield read(self._checked(output))
 
-    async def _outputs_of(self, spec: RequestSpec | MarginsSpec) -> AsyncGenerator[Any, None]:
-        """What the engine gives of a request; if the caller goes away, it is ended."""
+    async def _outputs_of(self, *specs: RequestSpec | MarginsSpec) -> AsyncGenerator[Any, None]:
+        """What the engine gives of requests, up to the first error; if the caller goes away, they are ended."""
         import asyncio
 
         outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -113,16 +116,20 @@ class AsyncLLM(BaseLLM):
             with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        self._loop.add([spec], deliver)
-        finished = False
+        left = {spec.request_id for spec in specs}
+        self._loop.add(specs, deliver)
         try:
-            while not finished:
+            while left:
                 output = await outputs.get()
-                finished = isinstance(output, Exception) or output.finished
+                if isinstance(output, Exception):
+                    yield output
+                    return
+                if output.finished:
+                    left.discard(output.request_id)
                 yield output
         finally:
-            if not finished:
-                self._loop.abort([spec.request_id], deliver)
+            if left:
+                self._loop.abort(left, deliver)
 
     @staticmethod
     def _checked(output: RequestOutput | Exception) -> RequestOutput:
@@ -210,6 +217,50 @@ class AsyncLLM(BaseLLM):
             executor = self._guest_threads()
             request = await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
         return AsyncMarginsRun(self._loop, self._frontend, request, self._outputs_of(request.spec))
+
+    async def ask(
+        self,
+        question: str,
+        docs: str | Path | None = None,
+        params: AskParams | None = None,
+        request_id: str | None = None,
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        index_path: str | Path | None = None,
+        update_index: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncAskRun:
+        """Answer a question from documents; see `LLM.ask`, and for what comes meanwhile `LLM.stream_ask`::
+
+        run = await llm.ask(question, "folder")
+        async for event in run: ...
+        """
+        import asyncio
+
+        from octavo.ask import AsyncAskRun
+        from octavo.ask_request import AskOptions
+
+        make = partial(
+            AsyncAskRun,
+            self._loop,
+            self._frontend,
+            question,
+            params,
+            docs=docs,
+            documents=documents,
+            index_path=index_path,
+            update_index=update_index,
+            request_id=request_id,
+            options=AskOptions(chat_template, chat_template_kwargs, priority, cache_salt),
+            outputs_of=self._outputs_of,
+        )
+        if self._frontend.is_own_template(chat_template):
+            return await asyncio.to_thread(make)
+        executor = self._guest_threads()
+        return await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
         """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""

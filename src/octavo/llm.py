@@ -16,6 +16,10 @@ from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_bool, exact_list, exact_record, is_a
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from octavo.ask import AskResult, AskRun
+    from octavo.core.ask_params import AskParams
     from octavo.core.margins_params import MarginsParams
     from octavo.engine import Engine
     from octavo.frontend import Messages, Prompt, Request
@@ -265,6 +269,82 @@ class LLM(BaseLLM):
         )
         self._loop.check_open()
         return MarginsRun(self._loop, self._frontend, request)
+
+    def ask(
+        self,
+        question: str,
+        docs: str | Path | None = None,
+        params: AskParams | None = None,
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        index_path: str | Path | None = None,
+        update_index: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AskResult:
+        """Answer a question from documents, with citations that are checked to exist: from the passages that fit it
+        best (retrieval-augmented generation), or with `AskParams(margins=...)` by reading documents in the margins way.
+
+        Args:
+            docs: a folder, whose text, Markdown, HTML, PDF, DOCX and EPUB files are indexed in a file of its own there,
+                or one such file.
+            params: default AskParams().
+            documents: in place of `docs`: a list of ``{"id": ..., "title": ..., "text": ...}``.
+            index_path: where the folder's index is, if not in the folder.
+            update_index: look first for files that are new, have changed or are gone.
+            chat_template, chat_template_kwargs: as in `chat`.
+            priority, cache_salt: as for a prompt of `generate`.
+
+        Raises DocumentError for documents that cannot be read and an index that cannot be used, InvalidRequestError
+        naming the field at fault, RequestFailedError if a request failed inside the engine.
+        """
+        return self.stream_ask(
+            question,
+            docs,
+            params,
+            documents=documents,
+            index_path=index_path,
+            update_index=update_index,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            priority=priority,
+            cache_salt=cache_salt,
+        ).result()
+
+    def stream_ask(
+        self,
+        question: str,
+        docs: str | Path | None = None,
+        params: AskParams | None = None,
+        request_id: str | None = None,
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        index_path: str | Path | None = None,
+        update_index: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AskRun:
+        """`ask`, as an iterator of what happens: files indexed, passages found, documents read, text of the answer."""
+        from octavo.ask import AskRun
+        from octavo.ask_request import AskOptions
+
+        self._loop.check_open()
+        return AskRun(
+            self._loop,
+            self._frontend,
+            question,
+            params,
+            docs=docs,
+            documents=documents,
+            index_path=index_path,
+            update_index=update_index,
+            request_id=request_id,
+            options=AskOptions(chat_template, chat_template_kwargs, priority, cache_salt),
+        )
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> Session:
         """A session: text that branches, on which you call the verbs one by one. See `octavo.session.Branch`.

@@ -19,9 +19,9 @@ from octavo.core.margins import (
     Segment,
     StopReading,
 )
-from octavo.core.margins_params import MAX_PROMPT
 from octavo.core.outputs import CompletionOutput, RequestMetrics
 from octavo.core.params import integer
+from octavo.core.prompts import MAX_PROMPT
 from octavo.core.values import exact_bool, exact_str
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class MarginsAnswer:
 
     question: str
     margins: list[Margin]  # in the order of their segments; those of segments that were not read are missing
-    output: CompletionOutput
+    output: CompletionOutput  # empty, with no finish_reason, where no answer was wanted
     prompt_token_ids: list[int]  # of the final prompt; `generate` answers it with the same tokens
     num_segments: int = 0  # of the document that are in this prompt; 0: none, it rests on the margins alone
 
@@ -107,7 +107,7 @@ class BaseMarginsRun:
         """Of the document, as it was cut."""
         return list(self._spec.segments)
 
-    def _take(self, output: Any) -> Iterator[MarginsEvent | MarginsDone]:
+    def take(self, output: Any) -> Iterator[MarginsEvent | MarginsDone]:
         """What is told, taken into the result. Raises RequestFailedError."""
         if isinstance(output, Exception):
             raise output
@@ -119,7 +119,7 @@ class BaseMarginsRun:
         if output.finished:
             self._result.metrics = output.metrics
             for number, answer in enumerate(self._result.answers):
-                if answer.output.finish_reason is None:
+                if answer.output.finish_reason is None and self._spec.answer is not None:
                     answer.output.finish_reason = "abort"  # before it was begun
                 answer.output.index = number
             self._done = True
@@ -193,7 +193,7 @@ class MarginsRun(BaseMarginsRun):
         self._begun = True
         try:
             for output in outputs:
-                yield from self._take(output)
+                yield from self.take(output)
         finally:
             outputs.close()
 
@@ -255,7 +255,7 @@ class AsyncMarginsRun(BaseMarginsRun):
         self._begun = True
         try:
             async for output in self._outputs:
-                for event in self._take(output):
+                for event in self.take(output):
                     yield event
         finally:
             await self._outputs.aclose()

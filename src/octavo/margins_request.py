@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from octavo.core.errors import InvalidRequestError
 from octavo.core.margins import MarginsSpec, Question, Segment
-from octavo.core.margins_params import MarginsParams, filled
+from octavo.core.margins_params import MarginsParams
 from octavo.core.params import SamplingParams
+from octavo.core.prompts import filled
 from octavo.core.request import RequestSpec
 from octavo.core.values import exact_list, exact_record, exact_str, is_a
+from octavo.framing import Framing, check_no_marks, hole, naming, renaming
 from octavo.frontend import Frontend, checked_salt
 from octavo.text.segments import split
 
@@ -22,9 +23,8 @@ _VERDICT = SamplingParams(temperature=0.0, max_tokens=_VERDICT_TOKENS)
 _WORDS = ("YES", "Yes", "yes"), ("NO", "No", "no")
 
 # Stand in a prompt for what is put there later, while the chat template is put around it.
-_DOCUMENT = "\ue000the document\ue001"
-_MARGINS = "\ue000the margins\ue001"
-_MARKS = "\ue000\ue001"
+_DOCUMENT = hole("the document")
+_MARGINS = hole("the margins")
 
 
 class MarginsRequest(NamedTuple):
@@ -67,7 +67,7 @@ def make_margins(
     identity = frontend.request_id(request_id)
 
     def drawn(name: str, sampling: SamplingParams, max_tokens: int) -> RequestSpec:
-        with _naming(name):
+        with naming(name):
             fields = frontend.checked_fields(sampling)
         return RequestSpec(identity, (), sampling, seed, max_tokens, priority=priority, **fields)
 
@@ -84,8 +84,8 @@ def make_margins(
         questions=tuple(made),
         margin=drawn("margin", margin, margin.max_tokens),
         verdict=drawn("classification", _VERDICT, _VERDICT_TOKENS),
-        answer=drawn("answer", params.answer, frontend.limits.max_model_len),
-        max_answer_tokens=params.answer.max_tokens,
+        answer=None if params.answer is None else drawn("answer", params.answer, frontend.limits.max_model_len),
+        max_answer_tokens=None if params.answer is None else params.answer.max_tokens,
         classification=params.classification,
         yes=yes,
         no=no,
@@ -142,24 +142,13 @@ class _Maker:
         self.frontend = frontend
         self.params = params
         self.prompts = params.texts
-        self._variables = variables
-        self._template: Any = None
-        applied = params.apply_chat_template
-        if applied is None:
-            applied = chat_template is not None or frontend.templates.has("default")
-        if applied:
-            self._template = frontend.templates.choose(chat_template, None)
-        elif chat_template is not None or variables is not None or self.prompts.system is not None:
-            name = "chat_template" if chat_template is not None else "chat_template_kwargs"
-            name = name if self.prompts.system is None else "prompts.system"
-            raise InvalidRequestError(name, "has no effect without a chat template")
+        self._framing = Framing(frontend, params.apply_chat_template, self.prompts.system, chat_template, variables)
 
     # --- texts ---
 
     def frames(self, question: str) -> _Frames:
         field, texts = "question", self.prompts
-        if any(mark in question for mark in _MARKS):
-            raise InvalidRequestError(field, "must not hold U+E000 or U+E001")
+        check_no_marks(field, question)
         opening, _, closing = texts.document.partition("{document}")
         merged = self.params.classification == "merged"
         extract = filled(texts.extract_merged if merged else texts.extract, question=question)
@@ -178,53 +167,27 @@ class _Maker:
             raise InvalidRequestError("chat_template", problem)
         classify = ("", "")
         if not merged:
-            classify = self._parted(self._written(filled(texts.classify, question=question, margin=_MARGINS)), _MARGINS)
+            classify = self._framing.parted(
+                self._framing.written(filled(texts.classify, question=question, margin=_MARGINS)), _MARGINS
+            )
         return _Frames(
             field,
             heads[0],
             parts[0],
             classify,
-            self._parted(parts[1], _MARGINS),
+            self._framing.parted(parts[1], _MARGINS),
             parts[2],
-            self._parted(self._written(alone), _MARGINS),
-            self._written(alone_without),
+            self._framing.parted(self._framing.written(alone), _MARGINS),
+            self._framing.written(alone_without),
         )
 
     def _around(self, opening: str, rest: str) -> tuple[str, str]:
-        return self._parted(self._written(opening + _DOCUMENT + rest), _DOCUMENT)
-
-    def _written(self, text: str) -> str:
-        """As the chat template writes it, if there is one."""
-        if self._template is None:
-            return text
-        messages = [{"role": "user", "content": text}]
-        if self.prompts.system is not None:
-            messages.insert(0, {"role": "system", "content": self.prompts.system})
-        try:
-            written: str = self._template.render(messages, chat_template_kwargs=self._variables)
-        except InvalidRequestError as error:
-            field = "chat_template" if error.field.startswith("messages") else error.field
-            raise InvalidRequestError(field, error.problem) from None
-        return written
-
-    @staticmethod
-    def _parted(text: str, mark: str) -> tuple[str, str]:
-        before, found, after = text.partition(mark)
-        if not found or mark in after:
-            raise InvalidRequestError("chat_template", "does not write a message's text once, as it is")
-        return before, after
+        return self._framing.parted(self._framing.written(opening + _DOCUMENT + rest), _DOCUMENT)
 
     # --- tokens ---
 
-    def _start(self, text: str) -> list[int]:
-        """Tokens of a prompt's beginning."""
-        codec = self.frontend.codec
-        if self._template is not None:  # it writes special tokens itself
-            return codec.encode(text, add_special_tokens=False)
-        return codec.encode_open(text) if text else codec.encode("")
-
     def prefix(self, frames: Sequence[_Frames]) -> list[int]:
-        token_ids = self._start(frames[0].before)
+        token_ids = self._framing.start(frames[0].before)
         self.frontend.tokens.check_spelt("prompts.document", token_ids)
         return token_ids
 
@@ -235,7 +198,7 @@ class _Maker:
                 frontend.tokens.check_beginning("document", text, most)
             except InvalidRequestError as error:
                 raise InvalidRequestError("document", f"{error.problem}. windows=True reads it in parts") from None
-        with _renaming("document"):
+        with renaming("document"):
             parts = split(frontend.codec, prefix, text, self.params.segment_tokens)
         token_ids: list[int] = []
         segments = []
@@ -270,13 +233,14 @@ class _Maker:
         reading = num_prefix + longest + margin  # besides the document
         kept = min(len(segments), self.params.early_exit_kept or len(segments))
         encode = self.frontend.codec.encode_inside
-        around = len(encode(self.prompts.margin.replace("{margin}", ""))) + 1
+        around = len(encode(filled(self.prompts.margin, margin="", number=str(len(segments))))) + 1
         joined = kept * (margin + around)
 
         def final(texts: Callable[[_Frames], tuple[str, str]]) -> int:
             return max(len(encode(before)) + len(encode(after)) for before, after in map(texts, frames))
 
-        answering = num_prefix + final(lambda one: one.answer) + joined + 1
+        wants_answer = self.params.answer is not None
+        answering = num_prefix + final(lambda one: one.answer) + joined + 1 if wants_answer else 0
         sums = f"{num_prefix} before it, {kept} margins of at most {margin} + {around} tokens"
         if total + max(reading, answering) <= context:
             self._check_answer(context - total - answering + 1)
@@ -295,7 +259,7 @@ class _Maker:
                 f"a segment of {largest} tokens does not fit: max_model_len={context} leaves room for {max(room, 0)}"
             )
             raise InvalidRequestError("segment_tokens", problem)
-        alone = len(self._start("")) + final(lambda one: one.alone) + joined + 1
+        alone = len(self._framing.start("")) + final(lambda one: one.alone) + joined + 1 if wants_answer else 0
         if alone > context:
             raise InvalidRequestError(
                 "document",
@@ -313,13 +277,13 @@ class _Maker:
         return tuple(counts)
 
     def _check_answer(self, room: int) -> None:
-        least = self.params.answer.min_tokens
+        least = 0 if self.params.answer is None else self.params.answer.min_tokens
         if least > room:
             raise InvalidRequestError("answer.min_tokens", f"{least} do not fit: there may be room for {room}")
 
     def question(self, frames: _Frames, extract: tuple[tuple[int, ...], ...], *, in_windows: bool) -> Question:
         before, after = frames.classify
-        classify = self._start(before) if before or after else []
+        classify = self._framing.start(before) if before or after else []
         self.frontend.tokens.check_spelt("prompts.classify", classify)
         rest = len(self.frontend.codec.encode_inside(after)) + (self.params.margin.max_tokens or 0)
         total, context = len(classify) + rest + _VERDICT_TOKENS, self.frontend.limits.max_model_len
@@ -336,7 +300,7 @@ class _Maker:
             answer_before=answer[0],
             answer_after=answer[1],
             answer_without=frames.alone_without if in_windows else frames.answer_without,
-            start=tuple(self._start("")) if in_windows else None,
+            start=tuple(self._framing.start("")) if in_windows else None,
         )
 
     def verdict_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -357,21 +321,3 @@ class _Maker:
 
 
 _CONTEXT = 64  # tokens before a text that decide how it is tokenised
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Which of several parameters of the same kind is at fault."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise InvalidRequestError(f"{name}.{error.field}", error.problem) from None
-
-
-@contextmanager
-def _renaming(name: str) -> Iterator[None]:
-    """The tokenizer knows only that a text is at fault, not which."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise InvalidRequestError(name, error.problem) from None

@@ -157,8 +157,8 @@ class Lowering:
         self._tokenizer = tokenizer
         self.token_bytes = tokenizer.token_bytes
 
-    def encode_following(self, before: list[int], text: str) -> list[int]:
-        return self._tokenizer.encode_following(before, text.lower())
+    def encode_following(self, before: list[int], text: str, *, plain: bool = False) -> list[int]:
+        return self._tokenizer.encode_following(before, text.lower(), plain=plain)
 
 
 def test_a_tokenizer_that_writes_anew(letters: Tokenizer) -> None:

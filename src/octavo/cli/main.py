@@ -25,6 +25,7 @@ EXIT_BUG, EXIT_USAGE, EXIT_OUTPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 74
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("octavo.cli.run", "answer one prompt"),
     "margins": ("octavo.cli.margins", "read a document with notes in its margins, and answer a question"),
+    "ask": ("octavo.cli.ask", "answer a question from the documents in a folder, with citations"),
     "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),

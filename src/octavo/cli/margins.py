@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import REPETITION
+from octavo.cli.text_files import prompts_given, read_text
 from octavo.core.errors import InvalidRequestError
 from octavo.core.margins_params import CLASSIFICATIONS, MarginsParams, MarginsPrompts
-from octavo.core.values import exact_fields
+from octavo.core.params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.core.margins import Margin
     from octavo.margins import MarginsResult, MarginsRun
 
-MAX_FILE_BYTES = 64 << 20
 _DEFAULTS = MarginsParams()
+_ANSWER = SamplingParams(temperature=0.0, max_tokens=256)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequential", action="store_true", help="decide each note before reading on: slower, the same answer")
     add("--windows", action="store_true", help="read what is longer than the context in parts; answer from the notes")
     add = parser.add_argument_group("answering").add_argument
-    add("--max-tokens", type=int, metavar="N", help=f"most tokens of the answer ({_DEFAULTS.answer.max_tokens})")
+    add("--max-tokens", type=int, metavar="N", help=f"most tokens of the answer ({_ANSWER.max_tokens})")
     add("--temperature", type=float, metavar="T", help="of the answer (0: the most probable one)")
     add("--seed", type=int, metavar="N", help="for answers that are drawn")
     add_engine_arguments(parser, leave_out=["seed"])
@@ -91,7 +91,7 @@ def _params(args: argparse.Namespace) -> MarginsParams:
         for name in ("segment_tokens", "classification", "threshold", "early_exit_kept", "early_exit_score", "seed")
         if getattr(args, name) is not None
     }
-    margin, answer = _DEFAULTS.margin.but(repetition_detection=REPETITION), _DEFAULTS.answer
+    margin, answer = _DEFAULTS.margin.but(repetition_detection=REPETITION), _ANSWER
     if args.margin_tokens is not None:
         margin = margin.but(max_tokens=args.margin_tokens)
     changes = {name: getattr(args, name) for name in ("max_tokens", "temperature") if getattr(args, name) is not None}
@@ -102,27 +102,9 @@ def _params(args: argparse.Namespace) -> MarginsParams:
         review=args.interactive,
         windows=args.windows,
         apply_chat_template=False if args.raw else None,
-        prompts=_prompts(args),
+        prompts=prompts_given(args, MarginsPrompts),
         **given,
     )
-
-
-def _prompts(args: argparse.Namespace) -> MarginsPrompts:
-    prompts = MarginsPrompts()
-    if args.prompts is not None:
-        import json
-
-        try:
-            given = json.loads(_read(args.prompts, "--prompts"))
-        except ValueError as error:
-            raise InvalidRequestError("--prompts", f"{args.prompts} is not JSON: {error}") from None
-        prompts = MarginsParams(prompts=exact_fields("--prompts", given, "must hold a JSON object")).texts
-    if args.system is not None:
-        from octavo.cli.answering import check_system
-
-        check_system(args.system, raw=args.raw)
-        prompts = replace(prompts, system=args.system)
-    return prompts
 
 
 def _document(name: str) -> str:
@@ -133,23 +115,7 @@ def _document(name: str) -> str:
         if text is None:
             raise InvalidRequestError("FILE", "is -, and nothing comes in through a pipe")
         return text
-    return _read(name, "FILE")
-
-
-def _read(name: str, field: str) -> str:
-    path = Path(name)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InvalidRequestError(field, f"{name!r} cannot be read: {reason}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise InvalidRequestError(field, f"{name!r} holds more than {MAX_FILE_BYTES} bytes")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(field, f"{name!r} is not text in UTF-8: see byte {error.start}") from None
+    return read_text(name, "FILE")
 
 
 # --- for people ---

@@ -39,6 +39,7 @@ from octavo.core.margins import (
     StopReading,
 )
 from octavo.core.outputs import RequestMetrics
+from octavo.core.prompts import filled
 from octavo.core.protocols import Background, TextCodec
 from octavo.core.request import RequestSpec
 from octavo.core.sequence import Sequence
@@ -85,9 +86,11 @@ class _Asked:
         self.completion: Completion | None = None  # of the answer
         self.sequence: Sequence | None = None
 
+        self.told = False  # all there is to tell, where no answer is wanted
+
     @property
     def finished(self) -> bool:
-        return self.completion is not None and self.completion.finish_reason is not None
+        return self.told or (self.completion is not None and self.completion.finish_reason is not None)
 
 
 class MarginsCoordinator(Coordinator):
@@ -207,7 +210,8 @@ class MarginsCoordinator(Coordinator):
                 self._join(asked)
         self._release_trunk()
         if all(asked.finished for asked in self._asked):
-            self._end = self._asked[-1].completion.finish_reason  # type: ignore[union-attr]
+            last = self._asked[-1].completion
+            self._end = "stop" if last is None else last.finish_reason
 
     def _note_reading(self) -> None:
         """Segments that the trunk has behind it; the last token's row is computed by whoever goes on from it."""
@@ -275,7 +279,9 @@ class MarginsCoordinator(Coordinator):
         """Once nothing more goes on from it."""
         in_windows = len(self.spec.windows) > 1
         if self._trunk is not None and all(
-            (asked.stopped or asked.num_begun == len(asked.notes)) if in_windows else asked.sequence is not None
+            (asked.stopped or asked.num_begun == len(asked.notes))
+            if in_windows
+            else asked.told or asked.sequence is not None
             for asked in self._asked
         ):
             self.drop(self._trunk)
@@ -393,20 +399,29 @@ class MarginsCoordinator(Coordinator):
     def _join(self, asked: _Asked) -> None:
         """The barrier is passed: what comes behind the document is put together, beside the engine."""
         asked.joining = True
+        if self.spec.answer is None:
+            asked.told = True
+            return
         question = self.spec.questions[asked.index]
-        kept = [note.margin.text for note in asked.notes if note.margin.kept]
+        kept = [note for note in asked.notes if note.margin.kept]
         before: SequenceOf[int] = question.start or ()
         if question.start is None:
             assert self._trunk is not None
             before = self._trunk.token_ids[: self._ends[len(asked.notes) - 1]]
         text = question.answer_without
         if kept:
-            margins = "".join(self.spec.margin_before + one + self.spec.margin_after for one in kept)
+            margins = "".join(map(self._joined, kept))
             text = question.answer_before + margins + question.answer_after
         self._submit(partial(self._codec.encode_rest, before, text), partial(self._begin_answer, asked))
 
+    def _joined(self, note: _Note) -> str:
+        before, after = self.spec.margin_before, self.spec.margin_after
+        before, after = (filled(text, number=str(note.index + 1)) for text in (before, after))
+        return before + note.margin.text + after
+
     def _begin_answer(self, asked: _Asked, token_ids: list[int]) -> None:
         spec, question = self.spec, self.spec.questions[asked.index]
+        assert spec.answer is not None
         if question.start is None:
             assert self._trunk is not None
             sequence = self._trunk.fork(self._ends[len(asked.notes) - 1], _ANSWER)

@@ -54,7 +54,8 @@ class MarginsSpec:
     questions: tuple[Question, ...]
     margin: RequestSpec  # how a margin is drawn; without the prompt
     verdict: RequestSpec  # how a verdict is drawn, if it is; without the prompt
-    answer: RequestSpec  # how an answer is drawn; without the prompt, and with the context as its max_tokens
+    # How an answer is drawn; without the prompt, and with the context as its max_tokens. None: the margins are all.
+    answer: RequestSpec | None
     max_answer_tokens: int | None
     classification: str  # "score", "text" or "merged"
     yes: tuple[int, ...] = ()  # tokens that mean YES
@@ -65,7 +66,7 @@ class MarginsSpec:
     overlap: bool = True
     review: bool = False
     max_branches: int = 8  # margins that are written or judged at once
-    margin_before: str = ""  # text around a kept margin
+    margin_before: str = ""  # text around a kept margin; may hold ``{number}``, its segment's
     margin_after: str = ""
     priority: int = 0
     cache_salt: str | None = None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import MAX_SEED, OutputKind, SamplingParams, integer, number
-from octavo.core.values import exact_bool, exact_fields, exact_record, exact_str, is_a
+from octavo.core.prompts import check_prompt, prompts_of
+from octavo.core.values import exact_bool, exact_record, exact_str
 
 MAX_SEGMENT_TOKENS = 1 << 20
 _MAX_SCORE = 1e6
-MAX_PROMPT = 1 << 16  # characters of a prompt
 CLASSIFICATIONS = ("score", "text", "merged")
-_HOLE = re.compile(r"\{(document|question|margin|margins)\}")
+_HOLES = "document", "question", "margin", "margins", "number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +22,8 @@ class MarginsPrompts:
     """What stands around the document, the question and the margins. The model's chat template is put around the whole
     once, as one message of the user's.
 
-    ``{document}``, ``{question}``, ``{margin}`` and ``{margins}`` are replaced where they are named below; other braces
-    stay as they are, and so do those in what is put in.
+    Holes such as ``{question}`` are replaced where they are named below; other braces stay as they are, and so do those
+    in what is put in.
 
     Attributes:
         document: holds ``{document}``; what stands before it is what every question's prompt begins with, and what
@@ -33,7 +32,8 @@ class MarginsPrompts:
         extract_merged: the same for classification="merged": is to be answered by YES or NO, ``#``, and the margin.
         classify: asks whether a margin is relevant, to be answered by YES or NO; holds ``{margin}``, may hold
             ``{question}``. It is a prompt of its own, without the document.
-        margin: what a kept margin becomes in the final prompt; holds ``{margin}``.
+        margin: what a kept margin becomes in the final prompt; holds ``{margin}``, may hold ``{number}``, its
+            segment's, from 1.
         answer: asks for the answer; holds ``{margins}``, which is all of these, one after the other, and may hold
             ``{question}``.
         answer_without: the same where no margin was kept; may hold ``{question}``.
@@ -71,38 +71,20 @@ class MarginsPrompts:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        may_hold = {
-            "document": ("document",),
-            "extract": ("question",),
-            "extract_merged": ("question",),
-            "classify": ("margin", "question"),
-            "margin": ("margin",),
-            "answer": ("margins", "question"),
-            "answer_without": ("question",),
-            "answer_alone": ("margins", "question"),
-            "answer_alone_without": ("question",),
-            "system": (),
-        }
-        for name, allowed in may_hold.items():
-            if name == "system" and self.system is None:
-                continue
-            text = exact_str(f"prompts.{name}", getattr(self, name))
-            _set(self, name, text)
-            if len(text) > MAX_PROMPT:
-                problem = f"may have at most {MAX_PROMPT} characters, not {len(text)}"
-                raise InvalidRequestError(f"prompts.{name}", problem)
-            found = _HOLE.findall(text)
-            if foreign := set(found) - set(allowed):
-                raise InvalidRequestError(f"prompts.{name}", f"has no {{{min(foreign)}}} to put in")
-            needed = allowed[0] if allowed and allowed[0] != "question" else None
-            if needed is not None and found.count(needed) != 1:
-                problem = f"must hold {{{needed}}} once, not {found.count(needed)} times"
-                raise InvalidRequestError(f"prompts.{name}", problem)
-
-
-def filled(prompt: str, **values: str) -> str:
-    """A prompt with its holes filled; what is put in is not looked at again."""
-    return _HOLE.sub(lambda match: values.get(match[1], match[0]), prompt)
+        for name, needed, allowed in (
+            ("document", ("document",), ()),
+            ("extract", (), ("question",)),
+            ("extract_merged", (), ("question",)),
+            ("classify", ("margin",), ("question",)),
+            ("margin", ("margin",), ("number",)),
+            ("answer", ("margins",), ("question",)),
+            ("answer_without", (), ("question",)),
+            ("answer_alone", ("margins",), ("question",)),
+            ("answer_alone_without", (), ("question",)),
+            ("system", (), ()),
+        ):
+            if name != "system" or self.system is not None:
+                _set(self, name, check_prompt(f"prompts.{name}", getattr(self, name), needed, allowed, _HOLES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +100,7 @@ class MarginsParams:
     Attributes:
         segment_tokens: most tokens of a segment; segments end where sentences do.
         margin: how margins are drawn. Default: greedy, at most 100 tokens.
-        answer: how the answer is drawn. Default: greedy, at most 256 tokens.
+        answer: how the answer is drawn. Default: greedy, at most 256 tokens. None: none is written.
         classification: how the model says whether a margin is relevant. "score": by the probabilities of YES and NO
             after a prompt of its own, in one forward pass. "text": by the text it writes after that prompt. "merged":
             by the text that it begins the margin with, and if that is NO it writes no more.
@@ -137,7 +119,7 @@ class MarginsParams:
 
     segment_tokens: int = 1024
     margin: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0, max_tokens=100))
-    answer: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0, max_tokens=256))
+    answer: SamplingParams | None = field(default_factory=lambda: SamplingParams(temperature=0.0, max_tokens=256))
     classification: Literal["score", "text", "merged"] = "score"
     threshold: float = 0.0
     early_exit_kept: int | None = None
@@ -152,7 +134,8 @@ class MarginsParams:
     def __post_init__(self) -> None:
         _set(self, "segment_tokens", integer("segment_tokens", self.segment_tokens, 1, MAX_SEGMENT_TOKENS))
         for name in ("margin", "answer"):
-            _set(self, name, _sampling(name, getattr(self, name)))
+            if name == "margin" or self.answer is not None:
+                _set(self, name, one_text(name, getattr(self, name)))
         if self.margin.max_tokens is None:
             raise InvalidRequestError("margin.max_tokens", "must be given: room is kept for every margin")
         kind = exact_str("classification", self.classification)
@@ -169,12 +152,14 @@ class MarginsParams:
             for name, default in (("threshold", 0.0), ("early_exit_score", None)):
                 if getattr(self, name) != default:
                     raise InvalidRequestError(name, f'has a meaning only with classification="score", not {kind!r}')
+        if self.review and self.answer is None:
+            raise InvalidRequestError("review", "has no effect without an answer")
         for name in ("overlap", "review", "windows"):
             _set(self, name, exact_bool(name, getattr(self, name)))
         if self.apply_chat_template is not None:
             applied = exact_bool("apply_chat_template", self.apply_chat_template, "must be true, false or None")
             _set(self, "apply_chat_template", applied)
-        _set(self, "prompts", _prompts(self.prompts))
+        _set(self, "prompts", prompts_of("prompts", self.prompts, MarginsPrompts))
         if self.seed is not None:
             _set(self, "seed", integer("seed", self.seed, 0, MAX_SEED))
 
@@ -189,7 +174,8 @@ class MarginsParams:
         return replace(self, **changes)
 
 
-def _sampling(name: str, value: object) -> SamplingParams:
+def one_text(name: str, value: object) -> SamplingParams:
+    """Parameters of one text that comes as events. Raises InvalidRequestError naming `name` and the field."""
     params = exact_record(name, value, SamplingParams)
     for field_name, allowed, why in (
         ("n", 1, "one is written"),
@@ -203,17 +189,6 @@ def _sampling(name: str, value: object) -> SamplingParams:
         if getattr(params, field_name) != allowed:
             raise InvalidRequestError(f"{name}.{field_name}", f"must be {allowed}: {why}")
     return params
-
-
-def _prompts(value: object) -> MarginsPrompts:
-    if is_a(value, MarginsPrompts):
-        return exact_record("prompts", value, MarginsPrompts)
-    given = exact_fields("prompts", value, "must be MarginsPrompts or a mapping")
-    allowed = [one.name for one in fields(MarginsPrompts)]
-    for name in given:
-        if name not in allowed:
-            raise InvalidRequestError("prompts", f"{shown(name)} is not a field; allowed are {', '.join(allowed)}")
-    return MarginsPrompts(**given)
 
 
 def _set(params: object, name: str, value: object) -> None:

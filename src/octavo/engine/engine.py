@@ -168,6 +168,12 @@ class Engine:
         """How much of a prompt is cached now, and why not more."""
         return self.kv.explain(token_ids, Namespace(salt))
 
+    def cache_order(
+        self, prefix: SequenceOf[int], parts: SequenceOf[SequenceOf[int]], salt: str | None = None
+    ) -> list[int]:
+        """Numbers of all parts, in the order in which most of a prompt of the prefix and them is cached now."""
+        return self.kv.order(prefix, parts, Namespace(salt))
+
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether a request waits for steps. One that nothing is asked of (a session between two calls) does not."""

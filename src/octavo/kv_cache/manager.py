@@ -215,6 +215,15 @@ class KVCacheManager:
             return CacheExplanation(len(token_ids), 0, self.block_size, "Prefix caching is off.")
         return self.explanations.explain(self.prefixes, token_ids, namespace)
 
+    def order(self, prefix: Sequence[int], parts: Sequence[Sequence[int]], namespace: Namespace = SHARED) -> list[int]:
+        """Numbers of all parts, in the order in which most of a prompt of the prefix and them is cached now. Takes and
+        changes nothing."""
+        if not self.caching:
+            return list(range(len(parts)))
+        from octavo.kv_cache.ordering import CacheOrder
+
+        return CacheOrder(self.prefixes, namespace, self.block_size).best(prefix, parts)
+
     # --- the conservation law ---
 
     def check(self, tables: Iterable[BlockTable]) -> None:

@@ -41,7 +41,8 @@ class TextSegment:
 
 
 def split(tokenizer: Tokenizer, before: Sequence[int], text: str, most: int) -> list[TextSegment]:
-    """Segments of at most `most` tokens of a text that stands after the tokens `before`. None of an empty text.
+    """Segments of at most `most` tokens of a text that stands after the tokens `before`. None of an empty text. Special
+    tokens written out in it are text.
 
     A segment ends where the last of its sentences does. If none ends in its second half it ends with a line, or else a
     word, or if there is no space either, where it is full.
@@ -50,7 +51,7 @@ def split(tokenizer: Tokenizer, before: Sequence[int], text: str, most: int) -> 
         raise ValueError(f"a segment has at least 1 token, not {most}")
     if not text:
         return []
-    token_ids = tokenizer.encode_following(before, text)
+    token_ids = tokenizer.encode_following(before, text, plain=True)
     starts = _starts(tokenizer, token_ids, text)
     if starts is None:
         token_ids, starts = _by_pieces(tokenizer, before, text)
@@ -88,7 +89,7 @@ def _by_pieces(tokenizer: Tokenizer, before: Sequence[int], text: str) -> tuple[
     cuts = [cut for start, stop in pairwise(words) for cut in range(start, stop, _PIECE)]
     first = 0  # of what has no tokens yet
     for start, stop in pairwise([*cuts, len(text)]):
-        ids = tokenizer.encode_following(token_ids[-64:], text[start:stop])
+        ids = tokenizer.encode_following(token_ids[-64:], text[start:stop], plain=True)
         if ids:
             starts += [first, *[-1] * (len(ids) - 1)]
             token_ids += ids

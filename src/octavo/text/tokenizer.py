@@ -124,16 +124,20 @@ class Tokenizer:
         before = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)
         return ids[: before + len(plain)]
 
-    def encode_following(self, before: Sequence[int], text: str) -> list[int]:
+    def encode_following(self, before: Sequence[int], text: str, *, plain: bool = False) -> list[int]:
         """Token ids of `text` where the tokens `before` stand before it: those of the whole text that come after
         those of its beginning, with nothing that a tokenizer puts before a text as such.
 
         Where the whole text would have a token that crosses the border (``before`` ends in "wh", `text` is "ale"),
         that is `encode_inside`. The last tokens of `before` decide:
-        what lies further back is not looked at, so the time does not depend on its length.
+        what lies further back is not looked at, so the time does not depend on its length. `plain`: special tokens
+        written out in the text are text, as in `encode_plain`.
         """
         if not text:
             return []
+        if plain and len(pieces := self._plain_pieces(text)) > 1:
+            first = self.encode_following(before, pieces[0])
+            return first + [token_id for piece in pieces[1:] for token_id in self.encode_inside(piece)]
         if not before or list(before) == self.encode(""):  # it is the beginning
             return self.encode(text, add_special_tokens=False)
         found = self._after(self.spelling(before[-_CONTEXT_TOKENS:]), text)
@@ -145,6 +149,25 @@ class Tokenizer:
         if self.spelling(ids) in (text, text.replace("\u2581", " ")):
             return ids  # nothing was put before it
         return next((found for border in _BORDERS if (found := self._after(border, text)) is not None), ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """`encode_inside`, but special tokens written out in the text are text as well: what strangers wrote can end no
+        message and begin none."""
+        return [token_id for piece in self._plain_pieces(text) for token_id in self.encode_inside(piece)]
+
+    def _plain_pieces(self, text: str) -> list[str]:
+        """The text, cut inside each special token that it spells out."""
+        pieces = [""]
+        for part, token_id in self._specials.split(text):
+            if token_id < 0 or len(part) == 1:  # which cannot be cut
+                pieces[-1] += part
+            else:
+                pieces[-1] += part[0]
+                pieces.append(part[1:])
+        if len(pieces) == 1:
+            return pieces
+        # What is left of one may begin or hold another.
+        return [smaller for piece in pieces for smaller in self._plain_pieces(piece)]
 
     def _after(self, beginning: str, text: str) -> list[int] | None:
         """The tokens of `beginning + text` less those of `beginning`; None where these are not what it begins with."""
@@ -207,8 +230,12 @@ class Tokenizer:
 
     def special_tokens_in(self, text: str) -> list[int]:
         """The special tokens that `text` spells out, also where the tokenizer would take them for ordinary text."""
+        return [n for _, n in self._specials.split(text) if n >= 0]
+
+    @property
+    def _specials(self) -> AddedTokens:
         if self._special_texts is None:
             ids = {self.spelling([n]): n for n in sorted(self._special_token_ids)}
             ids.pop("", None)
             self._special_texts = AddedTokens(ids)
-        return [n for _, n in self._special_texts.split(text) if n >= 0]
+        return self._special_texts
