@@ -12,7 +12,6 @@ See README.md beside this file for how to install the peers. A peer not given, o
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import os
 import platform
@@ -176,33 +175,12 @@ def load_llama_cpp(model: str, threads: int) -> Run:
 
 def load_llama_server(model: str, threads: int) -> Run:
     """llama.cpp's own server, with a slot for each request of a burst; asked over HTTP, all at once."""
-    import socket
-    import urllib.request
     from concurrent.futures import ThreadPoolExecutor
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{(port := free.getsockname()[1])}"
-    settings = ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", "16", "--kv-unified"]
-    server = subprocess.Popen(
-        [os.environ["COMPARE_LLAMA_SERVER"], "--model", model, "--port", str(port), *settings, "--ctx-size", "20480"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=None if os.environ.get("COMPARE_VERBOSE") else subprocess.DEVNULL,
-    )
-    atexit.register(server.kill)
+    from llama_server import LlamaServer
 
-    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
-
-    for _ in range(600):
-        with suppress(OSError):
-            if ask("/health")["status"] == "ok":
-                break
-        time.sleep(0.1)
+    settings = ["--parallel", "16", "--kv-unified", "--ctx-size", "20480"]
+    ask = LlamaServer([os.environ["COMPARE_LLAMA_SERVER"]], model, threads, *settings).ask
 
     def run(prompts: list[list[int]], work: Work) -> None:
         if not work.shared:
