@@ -51,8 +51,8 @@ class MarginsPrompts:
         "short sentences. If it does not, say NO#.\n\nQuestion: {question}"
     )
     classify: str = (
-        "Question: {question}\n\nNote: {margin}\n\nDoes the note help to answer the question? Say YES or NO, nothing "
-        "else."
+        "Is this note relevant to the question? Answer YES if it is and NO if it is not.\n\nNote: {margin}\nQuestion: "
+        "{question}\nRelevant:"
     )
     margin: str = "- {margin}\n"
     answer: str = (
