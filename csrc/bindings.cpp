@@ -186,10 +186,11 @@ void run(Graph& graph, const std::vector<int>& bound_ids, const std::vector<Matr
 
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // Allowed, forbidden, bias, (repetition, presence, frequency), prompt, (token, times) of the output, all tokens, size
-// of n-grams; see Changes.
-using PyChanges = std::tuple<std::vector<int32_t>, std::vector<int32_t>, std::vector<std::pair<int32_t, double>>,
-                             std::tuple<double, double, double>, std::vector<int32_t>,
-                             std::vector<std::pair<int32_t, std::size_t>>, std::vector<int32_t>, std::size_t>;
+// of n-grams, mask; see Changes.
+using PyChanges =
+    std::tuple<std::vector<int32_t>, std::vector<int32_t>, std::vector<std::pair<int32_t, double>>,
+               std::tuple<double, double, double>, std::vector<int32_t>, std::vector<std::pair<int32_t, std::size_t>>,
+               std::vector<int32_t>, std::size_t, std::optional<nb::bytes>>;
 // Temperature (0: greedy), top_k (0: off), top_p, min_p, seed, stream, logprobs, changes.
 using PyDraw = std::tuple<double, std::size_t, double, double, uint64_t, std::vector<uint64_t>,
                           std::optional<std::size_t>, std::optional<PyChanges>>;
@@ -248,7 +249,7 @@ class RequestReader {
   std::optional<Changes> read(const std::optional<PyChanges>& given) const {
     if (!given) return std::nullopt;
     Changes changes;
-    const auto& [allowed, forbidden, bias, penalties, prompt, output, token_ids, ngram_size] = *given;
+    const auto& [allowed, forbidden, bias, penalties, prompt, output, token_ids, ngram_size, mask] = *given;
     for (const std::vector<int32_t>* tokens : {&allowed, &forbidden, &prompt, &token_ids}) check(*tokens);
     changes.allowed = allowed;
     changes.forbidden = forbidden;
@@ -260,6 +261,10 @@ class RequestReader {
     for (const auto& [token, times] : output) changes.output.emplace_back(check(token), static_cast<float>(times));
     changes.token_ids = token_ids;
     changes.ngram_size = ngram_size;
+    if (mask) {
+      const auto* bytes = reinterpret_cast<const uint8_t*>(mask->c_str());
+      changes.mask.emplace(bytes, bytes + mask->size());
+    }
     return changes;
   }
 

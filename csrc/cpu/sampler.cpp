@@ -80,7 +80,15 @@ void forbid_repeated_ngrams(std::vector<float>& row, const Changes& changes) {
   }
 }
 
+void apply(const std::vector<uint8_t>& mask, std::vector<float>& row) {
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    const std::size_t byte = i / 8;
+    if (byte >= mask.size() || (mask[byte] >> (i % 8) & 1) == 0) row[i] = -INFINITY;
+  }
+}
+
 void process(std::vector<float>& row, const Changes& changes) {
+  if (changes.mask) apply(*changes.mask, row);
   if (!changes.allowed.empty()) {
     std::vector<float> kept;
     for (const int32_t token : changes.allowed) kept.push_back(row[static_cast<std::size_t>(token)]);

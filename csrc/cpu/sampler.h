@@ -15,7 +15,8 @@ namespace octavo {
 // What is done to a copy of the row before a token is drawn, in the order of the fields; see
 // octavo.sampling.processors. All in float32.
 struct Changes {
-  std::vector<int32_t> allowed;  // none: all
+  std::optional<std::vector<uint8_t>> mask;  // a bit for each token that is allowed, a byte's lowest first
+  std::vector<int32_t> allowed;              // none: all
   std::vector<int32_t> forbidden;
   std::vector<std::pair<int32_t, float>> bias;
   float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         SelectResult,
     )
     from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
+    from octavo.core.structured import StructuredOutputsParams
     from octavo.documents.readers import DocumentError
     from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.llm import LLM
@@ -101,6 +102,7 @@ _MODULES = {
         "SelectResult",
     ),
     "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
+    "octavo.core.structured": ("StructuredOutputsParams",),
     "octavo.documents.readers": ("DocumentError",),
     "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
     "octavo.llm": ("LLM",),
@@ -168,6 +170,7 @@ __all__ = [
     "SelectResult",
     "Session",
     "Source",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -164,6 +164,8 @@ class Frontend:
     def checked_fields(self, params: SamplingParams) -> dict[str, Any]:
         """Of a RequestSpec: what follows from parameters that fit this model, whatever the prompt."""
         self._check_params(params)
+        if params.grammar is not None:
+            self.tokens.grammars.check(params.grammar)
         return {
             "eos_token_ids": () if params.ignore_eos else self.tokens.eos_token_ids,
             "bad_words": self.tokens.bad_words(params.bad_words or ()),

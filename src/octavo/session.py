@@ -210,6 +210,12 @@ def sampling(params: SamplingParams | None, fields: dict[str, Any], name: str = 
     """Parameters given whole or field by field. Raises InvalidRequestError."""
     if params is not None and fields:
         raise InvalidRequestError(name, f"give SamplingParams or keywords, not both ({', '.join(fields)})")
+    fields = dict(fields)
+    for kind in ("json", "regex", "choice", "grammar"):  # short for structured_outputs
+        if kind in fields:
+            if fields.get("structured_outputs") is not None:
+                raise InvalidRequestError(kind, "and structured_outputs are both given")
+            fields["structured_outputs"] = {kind: fields.pop(kind)}
     unknown = set(fields) - set(SamplingParams.__dataclass_fields__)
     if unknown:
         raise InvalidRequestError(min(unknown), "is not a field of SamplingParams")
@@ -237,7 +243,8 @@ class Branch(BaseBranch):
         the number of generates before this one: two of them differ, and all can be repeated.
 
         Args:
-            sampling_params: or its fields as keywords. `n` and `prompt_logprobs` have no place here.
+            sampling_params: or its fields as keywords. `n` and `prompt_logprobs` have no place here. `json`, `regex`,
+                `choice` and `grammar` are short for structured_outputs.
 
         Raises RequestFailedError if the engine could not; the branch is then what it was before.
         """

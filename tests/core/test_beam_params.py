@@ -46,6 +46,7 @@ BAD: list[tuple[str, Any]] = [
     ),
     ("output_kind", "sometimes"),
     ("repetition_detection", 3),
+    *(("structured_outputs", value) for value in (3, "a", {}, {"regex": "a", "choice": ["b"]})),
 ]
 
 

@@ -63,12 +63,13 @@ def _changes(draw: Draw) -> tuple[Any, ...] | None:
         () if counts is None else counts.output,
         history.token_ids if history is not None else (),
         draw.no_repeat_ngram_size if history is not None else 0,
+        None if history is None or history.mask is None else history.mask.bits(),
     )
 
 
 def _result(request: RowRequest, answer: tuple[Any, ...] | float | None) -> RowResult | SamplingError:
     if answer is None:
-        return nothing_left()
+        return nothing_left(request.want)
     if isinstance(answer, float):
         return damaged_row(answer)
     tokens, values, entries, tops = answer

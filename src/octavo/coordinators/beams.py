@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from octavo.coordinators.beam_group import BeamGroup, Candidate, Finished, Row, float32
-from octavo.coordinators.completion import Sent, draw_of, text_stream, to_dict
+from octavo.coordinators.completion import Sent, draw_of, grammar_state, text_stream, to_dict
 from octavo.coordinators.generating import RequestCoordinator
 from octavo.core.coordinator import NewSequence, SequenceResult
 from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
@@ -98,6 +98,8 @@ class BeamCoordinator(RequestCoordinator):
         prompt.extend(self.request.prompt_token_ids, want=self._want())
         if self.request.params.has_penalties:
             prompt.attach(TokenCounts(self.request.prompt_token_ids))
+        if (grammar := grammar_state(self.request, self.codec)) is not None:
+            prompt.attach(grammar)
         if self.request.params.stop and (text := self._text_stream()) is not None:
             self._text_type = type(text)
             prompt.attach(text)

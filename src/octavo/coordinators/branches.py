@@ -21,6 +21,7 @@ from octavo.coordinators.completion import Completion
 from octavo.core.coordinator import Coordinator, NewSequence, SequenceResult
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.events import Reason
+from octavo.core.grammar import GrammarState
 from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.core.protocols import TextCodec
 from octavo.core.request import RequestSpec, SessionSpec
@@ -381,7 +382,8 @@ class _Generating(_Task):
         if output.finish_reason == "stop" and isinstance(output.stop_reason, str):
             return self._tokens_of(output.text, output.token_ids)
         if output.finish_reason == "stop" and not request.params.include_stop_str_in_output:
-            return output.token_ids[:-1]  # an end token is not part of the text
+            last = output.token_ids[-1:]
+            return output.token_ids[: -1 if last and last[0] in request.end_token_ids else None]  # which is no text
         return output.token_ids
 
     def _tokens_of(self, text: str, token_ids: list[int]) -> list[int]:
@@ -405,7 +407,8 @@ class _Generating(_Task):
         self._leave(self.start)
 
     def _leave(self, num_tokens: int) -> None:
-        for state in (self.sequence.attached(TokenCounts), self.completion.text_stream):
+        attached = self.sequence.attached(TokenCounts), self.sequence.attached(GrammarState)
+        for state in (*attached, self.completion.text_stream):
             if state is not None:
                 self.sequence.detach(state)
         self.sequence.truncate(num_tokens)

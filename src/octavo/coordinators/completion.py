@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from octavo.core.grammar import GrammarState
 from octavo.core.outputs import CompletionOutput, Logprob
 from octavo.core.plan import DrawResult, RowResult, TokenLogprobs
 from octavo.core.protocols import TextCodec, TextStream
@@ -26,6 +27,16 @@ def draw_of(request: RequestSpec, stream: tuple[int, ...], no_repeat_ngram_size:
         end_token_ids=request.end_token_ids,
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
+
+
+def grammar_state(request: RequestSpec, codec: TextCodec | None) -> GrammarState | None:
+    """Of one output of a request's that is to look like something."""
+    params = request.params.grammar
+    if params is None:
+        return None
+    if codec is None:
+        raise ValueError("structured outputs need a codec")
+    return codec.grammar_state(params)
 
 
 def text_stream(request: RequestSpec, codec: TextCodec | None) -> TextStream | None:
@@ -114,12 +125,16 @@ class Completion:
         return Sample((self.draw,), max(self.request.max_tokens - len(self.token_ids) - 1, 0))
 
     def attach_to(self, sequence: Sequence) -> None:
-        """Let this output's state follow the sequence that carries it. Counts for penalties may do so already: those
-        of the prompt, forked with it."""
+        """Let this output's state follow the sequence that carries it. Counts for penalties and the state of a grammar
+        may do so already: those of the prompt, forked with it."""
         if self.text_stream is not None:
             sequence.attach(self.text_stream)
         if self.request.params.has_penalties and sequence.attached(TokenCounts) is None:
             sequence.attach(TokenCounts(self.request.prompt_token_ids))
+        if self.request.params.grammar is not None and sequence.attached(GrammarState) is None:
+            state = grammar_state(self.request, self.codec)
+            assert state is not None
+            sequence.attach(state)
 
     def append_draws(self, draws: SequenceOf[DrawResult], sequence: Sequence) -> int:
         """Append drawn tokens to the output and its sequence, up to one that ends it, or else ask for the next. Returns
@@ -146,10 +161,17 @@ class Completion:
         sequence.extend((drawn.token_id,))
         if self.text_stream is not None and self.text_stream.stop_reason is not None:
             self.finish("stop", self.text_stream.stop_reason)
+        elif self._is_complete(sequence):
+            self.finish("stop")
         elif len(self.token_ids) >= self.request.max_tokens:
             self.finish("length")
         elif self._repeats():
             self.finish("repetition", "repetition_detected")
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        """Whether the output looks as it is to, and nothing may follow."""
+        state = sequence.attached(GrammarState) if self.request.params.grammar is not None else None
+        return state is not None and state.is_complete
 
     def _ends_at(self, token_id: int) -> bool:
         return len(self.token_ids) >= self.request.params.min_tokens and token_id in self.request.end_token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+from octavo.coordinators.completion import grammar_state
 from octavo.coordinators.generating import GeneratingCoordinator
 from octavo.core.coordinator import NewSequence, SequenceResult
 from octavo.core.plan import DrawResult
@@ -21,6 +22,8 @@ class SamplesCoordinator(GeneratingCoordinator):
         prompt.extend(self.request.prompt_token_ids, want=Sample(draws), rows=self.request.prompt_rows())
         if self.request.params.has_penalties:
             prompt.attach(TokenCounts(self.request.prompt_token_ids))  # each fork has its own
+        if (grammar := grammar_state(self.request, self.codec)) is not None:
+            prompt.attach(grammar)
 
     @property
     def width(self) -> int:  # type: ignore[override]

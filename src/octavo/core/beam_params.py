@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams, integer, number
 from octavo.core.values import exact_str
+
+if TYPE_CHECKING:
+    from octavo.core.structured import StructuredOutputsParams
 
 MAX_BEAM_WIDTH = 1024
 DEFAULT_BEAM_WIDTH = 4
@@ -40,6 +43,7 @@ class BeamSearchParams:
         temperature: nothing is drawn: 0 and 1 are accepted and mean the same.
         logprobs: per token, its log-probability and those of this many best tokens; of the raw logits.
         repetition_detection: a hypothesis that repeats itself is finished, as by an end token.
+        structured_outputs: what each hypothesis must look like; it ends with an end token, where one may come.
     """
 
     beam_width: int | None = None
@@ -70,6 +74,7 @@ class BeamSearchParams:
     output_kind: OutputKind | Literal["cumulative", "delta", "final_only"] = OutputKind.CUMULATIVE
     skip_reading_prefix_cache: bool = False
     repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     sampling: SamplingParams = field(init=False, repr=False, compare=False)  # what the two kinds of request share
 
     def __post_init__(self) -> None:
@@ -109,6 +114,8 @@ class BeamSearchParams:
         _set(self, "diversity_penalty", diversity)
         size = integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 2**31 - 1)
         _set(self, "no_repeat_ngram_size", size)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequestError("ignore_eos", "has no meaning with structured_outputs: they end where they may")
         if self.temperature not in (0.0, 1.0):
             raise InvalidRequestError("temperature", f"beam search draws nothing: 0 or 1, not {self.temperature:g}")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.values import (
@@ -20,6 +20,9 @@ from octavo.core.values import (
     exact_str,
     is_a,
 )
+
+if TYPE_CHECKING:
+    from octavo.core.structured import StructuredOutputsParams
 
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
@@ -127,6 +130,8 @@ class SamplingParams:
         skip_reading_prefix_cache: compute the whole prompt, whatever of it is cached.
         repetition_detection: end an output that repeats itself, with finish_reason "repetition"; None never does. A
             mapping of RepetitionDetectionParams' fields will do. Not before min_tokens.
+        structured_outputs: what the output must look like: StructuredOutputsParams, or a mapping of its fields. It ends
+            where nothing may follow, whatever min_tokens says. Needs the package llguidance.
     """
 
     n: int = 1
@@ -155,6 +160,7 @@ class SamplingParams:
     output_kind: OutputKind | Literal["cumulative", "delta", "final_only"] = OutputKind.CUMULATIVE
     skip_reading_prefix_cache: bool = False
     repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -169,6 +175,10 @@ class SamplingParams:
             _set(self, "allowed_token_ids", tuple(sorted(set(allowed))))
         _set(self, "logit_bias", _logit_bias(self.logit_bias))
         _set(self, "repetition_detection", _repetition_detection(self.repetition_detection))
+        if self.structured_outputs is not None:
+            from octavo.core.structured import structured_outputs
+
+            _set(self, "structured_outputs", structured_outputs(self.structured_outputs))
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop", "stop strings need detokenize=True")
         what = f"must be one of {', '.join(kind.value for kind in OutputKind)}"
@@ -215,6 +225,11 @@ class SamplingParams:
         """`repetition_detection`, as which a mapping is kept too; None when it looks for nothing."""
         found = self.repetition_detection
         return found if isinstance(found, RepetitionDetectionParams) and found.max_pattern_size else None
+
+    @property
+    def grammar(self) -> StructuredOutputsParams | None:
+        """`structured_outputs`, as which a mapping is kept too."""
+        return self.structured_outputs  # type: ignore[return-value]
 
     @property
     def greedy(self) -> bool:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from octavo.core.grammar import GrammarState
     from octavo.core.plan import StepPlan, StepResult
+    from octavo.core.structured import StructuredOutputsParams
 
 
 class SequenceState(Protocol):
@@ -64,6 +66,10 @@ class TextCodec(Protocol):
     def encode_rest(self, before: Sequence[int], text: str) -> list[int]:
         """Token ids of what is left of a token that was cut, as what follows `before`; only ids that a model's rows
         have."""
+        ...
+
+    def grammar_state(self, params: StructuredOutputsParams) -> GrammarState:
+        """Where an output begins. Raises InvalidRequestError."""
         ...
 
     def text_stream(

@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from octavo.core.grammar import GrammarState
 from octavo.core.token_counts import TokenCounts
 from octavo.core.want import NextLogprobs, Sample, TopK, Wanted
 
@@ -140,6 +141,7 @@ class Sequence:
         if not isinstance(want, Sample | TopK):
             return Wanted(row, row + 1, want)
         counts = self.attached(TokenCounts) if self._attached else None
+        grammar = self.attached(GrammarState) if self._attached else None
         token_ids: SequenceOf[int] = self.token_ids
         if row != len(token_ids) - 1:
             behind = len(token_ids) - row - 1  # tokens that the row does not see
@@ -148,11 +150,16 @@ class Sequence:
                 counts = counts.fork()
                 counts.advance(drafts)
                 counts.rollback(min(max(behind, 0), counts.num_tokens))  # those before it was attached are the prompt's
+            if grammar is not None:
+                grammar = grammar.fork()
+                grammar.advance(drafts)
+                grammar.rollback(min(max(behind, 0), grammar.num_tokens))
         known = None if counts is None else counts.counts
+        mask = None if grammar is None else grammar.mask()
         if isinstance(want, TopK):
-            draw = want.draw.at(token_ids, known)
+            draw = want.draw.at(token_ids, known, mask)
             return Wanted(row, row + 1, want if draw is want.draw else TopK(want.k, draw, want.logprobs))
-        draws = tuple([draw.at(token_ids, known) for draw in want.draws])
+        draws = tuple([draw.at(token_ids, known, mask) for draw in want.draws])
         same = all(map(is_, draws, want.draws))
         return Wanted(row, row + 1, want if same else Sample(draws, want.max_drafts))
 

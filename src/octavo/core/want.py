@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from octavo.core.grammar import Mask
     from octavo.core.params import SamplingParams
 
 
@@ -24,6 +25,7 @@ class History:
     forbidden: tuple[int, ...] = ()  # by bad_words and min_tokens: cannot be drawn
     token_ids: tuple[int, ...] = ()  # all of them; empty unless no_repeat_ngram_size looks at them
     counts: Counts | None = None  # None unless a penalty needs them
+    mask: Mask | None = None  # of a grammar: what else cannot be drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,11 @@ class Draw:
     no_repeat_ngram_size: int = 0  # no n-gram of so many tokens comes twice, the prompt's included; 0: off
     history: History | None = None  # in a plan, of its row; None: no processor needs any
 
-    def at(self, token_ids: SequenceOf[int], counts: Counts | None) -> Draw:
+    def at(self, token_ids: SequenceOf[int], counts: Counts | None, mask: Mask | None = None) -> Draw:
         """The same draw of the row that follows `token_ids`, with the history that its processors need."""
         num_output = len(token_ids) - self.num_prompt_tokens
         too_early = bool(self.end_token_ids) and num_output < self.params.min_tokens
-        if not (too_early or self.bad_words or self.no_repeat_ngram_size or counts is not None):
+        if not (too_early or self.bad_words or self.no_repeat_ngram_size) and counts is None and mask is None:
             return self
         forbidden = list(self.end_token_ids) if too_early else []
         for word in self.bad_words:
@@ -51,7 +53,7 @@ class Draw:
             if before <= num_output and tuple(token_ids[len(token_ids) - before :]) == word[:-1]:
                 forbidden.append(word[-1])
         seen = tuple(token_ids) if self.no_repeat_ngram_size else ()
-        return replace(self, history=History(tuple(forbidden), seen, counts))
+        return replace(self, history=History(tuple(forbidden), seen, counts, mask))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,13 @@ def damaged_row(greatest: float) -> SamplingError:
     return SamplingError(f"the model's logits contain {kind}: its weights may be damaged")
 
 
-def nothing_left() -> SamplingError:
+def nothing_left(want: Want) -> SamplingError:
     """Of a draw whose processors leave no token."""
+    for draw in getattr(want, "draws", ()):
+        mask = None if draw.history is None else draw.history.mask
+        if mask is not None and mask.error is not None:
+            return SamplingError(f"structured_outputs: {mask.error}")
     return SamplingError(
-        "no token can be drawn: the request's allowed_token_ids, bad_words, min_tokens and "
+        "no token can be drawn: the request's structured_outputs, allowed_token_ids, bad_words, min_tokens and "
         "logit_bias together rule out the whole vocabulary"
     )

@@ -1,5 +1,6 @@
-"""Logits processors, in the one order that applies everywhere: allowed_token_ids, bad_words, min_tokens, logit_bias,
-repetition, presence, frequency, no_repeat_ngram_size. In a draw then: temperature, min_p, top_k, top_p (rows.py).
+"""Logits processors, in the one order that applies everywhere: structured_outputs, allowed_token_ids, bad_words,
+min_tokens, logit_bias, repetition, presence, frequency, no_repeat_ngram_size. In a draw then: temperature, min_p,
+top_k, top_p (rows.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def changes_logits(draw: Draw) -> bool:
 def process(row: Row, draw: Draw) -> None:
     """Apply everything before the temperature, in place. `row` [vocab] follows the tokens of the draw's history."""
     params, history = draw.params, draw.history
+    if history is not None and history.mask is not None:
+        _keep(row, history.mask.bits())
     if params.allowed_token_ids is not None:
         kept = list(params.allowed_token_ids)
         values = row[kept]
@@ -36,6 +39,12 @@ def process(row: Row, draw: Draw) -> None:
         _penalise(row, params, history.counts)
     if history is not None and draw.no_repeat_ngram_size:
         row[_completions(history.token_ids, draw.no_repeat_ngram_size)] = -np.inf
+
+
+def _keep(row: Row, mask: bytes) -> None:
+    """What the mask has a bit for, the lowest of a byte first."""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(row), bitorder="little")  # padded with 0
+    row[bits == 0] = -np.inf
 
 
 def _completions(token_ids: Sequence[int], size: int) -> NDArray[np.intp]:

@@ -74,7 +74,7 @@ class Sampler:
             process(processed, draw)
             best, highest = self._rows.greatest(processed)
             if not math.isfinite(highest):
-                raise nothing_left()
+                raise nothing_left(Sample((draw,)))
         chosen = best
         if not params.greedy:
             chosen = self._rows.draw(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.core.grammar import GrammarState
+    from octavo.core.structured import StructuredOutputsParams
+    from octavo.text.grammars import Grammars
 
 # Characters of text that a cut may change the tokens of: those of one long token, or of one text that is replaced.
 _CUT = 4096
@@ -22,6 +29,8 @@ class ModelTokens:
         # Files name end tokens without a row: they can never be drawn.
         self.eos_token_ids = tuple(n for n in codec.eos_token_ids if n < rows)
         self.text_stream = codec.text_stream
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     def check_spelt(self, field: str, token_ids: Sequence[int]) -> None:
         """Refuse a text by the name of the first of its tokens that has no row. Raises InvalidRequestError."""
@@ -49,6 +58,19 @@ class ModelTokens:
     def encode_rest(self, before: Sequence[int], text: str) -> list[int]:
         """Token ids of what is left of a token that was cut, without any that has no row."""
         return [n for n in self._codec.encode_following(before, text) if n < self._rows]
+
+    def grammar_state(self, params: StructuredOutputsParams) -> GrammarState:
+        """Where an output begins. Raises InvalidRequestError."""
+        return self.grammars.state(params)
+
+    @property
+    def grammars(self) -> Grammars:
+        with self._lock:
+            if self._grammars is None:
+                from octavo.text.grammars import Grammars
+
+                self._grammars = Grammars(self._codec, self.eos_token_ids, self._rows)
+            return self._grammars
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token ids of each word, as it is spelt at the start of a text, inside one, and there after a space; but for

@@ -1,0 +1,114 @@
+"""Where an output stands in a grammar, and which tokens it allows next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Matcher(Protocol):
+    """Of llguidance: where one text stands in a grammar. It raises nothing; once in error, it stays so."""
+
+    def deep_copy(self) -> Matcher: ...
+
+    def consume_tokens(self, token_ids: list[int]) -> bool: ...
+
+    def rollback(self, num_tokens: int) -> bool: ...
+
+    def compute_bitmask(self) -> bytes: ...
+
+    def is_stopped(self) -> bool: ...
+
+    def is_error(self) -> bool: ...
+
+    def get_error(self) -> str: ...
+
+
+class Mask:
+    """Which tokens may be drawn next. It is computed on another thread, while the model computes the row."""
+
+    __slots__ = ("_bits", "_state")
+
+    def __init__(self, bits: Future[bytes], state: GrammarState) -> None:
+        self._bits = bits
+        self._state = state
+
+    def bits(self) -> bytes:
+        """A bit for each token id, the lowest of a byte first; those behind the last byte may not be drawn. All are 0
+        where the grammar failed."""
+        return self._bits.result()
+
+    @property
+    def error(self) -> str | None:
+        """Why nothing may be drawn."""
+        return self._state.error
+
+
+class GrammarState:
+    """Where a sequence's output stands in a grammar. Attached to the sequence (SequenceState)."""
+
+    __slots__ = ("_mask", "_matcher", "num_tokens")
+
+    def __init__(self, matcher: Matcher, num_tokens: int = 0) -> None:
+        self._matcher = matcher
+        self._mask: Mask | None = None  # of where it stands
+        self.num_tokens = num_tokens  # taken in
+
+    def mask(self) -> Mask:
+        """Of the next token. Begins to compute it, once for each place."""
+        if self._mask is None:
+            self._mask = Mask(_beside().submit(self._matcher.compute_bitmask), self)
+        return self._mask
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow but an end."""
+        matcher = self._settled()
+        return matcher.is_stopped() and not matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Of a grammar that met a limit on the way."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def fork(self) -> GrammarState:
+        return GrammarState(self._settled().deep_copy(), self.num_tokens)
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self._settled().consume_tokens(list(token_ids))
+            self.num_tokens += len(token_ids)
+            self._mask = None
+
+    def rollback(self, num_tokens: int) -> None:
+        if num_tokens:
+            self._settled().rollback(num_tokens)
+            self.num_tokens -= num_tokens
+            self._mask = None
+
+    def _settled(self) -> Matcher:
+        """Once no other thread has it in its hands."""
+        if self._mask is not None:
+            self._mask.bits()
+        return self._matcher
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0]
+
+
+_executors: list[ThreadPoolExecutor] = []  # none before the first is needed, and none of a parent's
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_executors.clear)
+
+
+def _beside() -> ThreadPoolExecutor:
+    if not _executors:
+        from concurrent.futures import ThreadPoolExecutor
+
+        _executors.append(ThreadPoolExecutor(1, "octavo-grammar"))
+    return _executors[0]

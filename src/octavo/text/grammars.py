@@ -1,0 +1,159 @@
+"""Schemas, expressions and grammars, compiled by llguidance against a model's tokens."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as LateError
+from typing import TYPE_CHECKING, Any
+
+from octavo.core.errors import InvalidRequestError
+from octavo.core.grammar import GrammarState
+from octavo.core.structured import StructuredOutputsParams
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_MAX_CACHED = 128
+_DEADLINE = 5.0  # seconds that a grammar may take to compile
+_MAX_COMPILING = 4  # at once; one that is late goes on until its limits end it
+
+
+class _Vocabulary:
+    """A model's tokens as llguidance asks for them."""
+
+    def __init__(self, codec: Tokenizer, eos_token_ids: tuple[int, ...], rows: int) -> None:
+        self._codec = codec
+        self.tokens = [codec.token_bytes(token_id) for token_id in range(min(rows, codec.vocab_size))]
+        special = {token_id for token_id in codec.special_token_ids if token_id < len(self.tokens)}
+        self.special_token_ids = sorted(special | set(eos_token_ids))
+        self.bos_token_id = None
+        if eos_token_ids:
+            self.eos_token_id = eos_token_ids[0]
+        else:  # a token that no text has and nobody can draw: the output ends where the grammar does
+            self.eos_token_id = len(self.tokens)
+            self.tokens.append(b"\xff<end>")
+            self.special_token_ids.append(self.eos_token_id)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._codec.encode_plain(text)
+
+
+class Grammars:
+    """Of one model. Thread-safe.
+
+    Args:
+        rows: of the model, for token ids from 0 on.
+    """
+
+    def __init__(self, codec: Tokenizer, eos_token_ids: tuple[int, ...], rows: int) -> None:
+        self._codec = codec
+        self._eos_token_ids = eos_token_ids
+        self._rows = rows
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+        self._cached: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
+        self._compiling: ThreadPoolExecutor | None = None
+        self._num_compiling = 0
+
+    def state(self, params: StructuredOutputsParams) -> GrammarState:
+        """At the beginning of an output. Raises InvalidRequestError."""
+        return GrammarState(self._matcher(params).deep_copy())
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Compile it, if it is not. Not for the engine's thread. Raises InvalidRequestError for a grammar that is none,
+        that admits no output, that is too large, or that takes too long."""
+        self._matcher(params)
+
+    def _matcher(self, params: StructuredOutputsParams) -> LLMatcher:
+        with self._lock:
+            found = self._cached.get(params)
+            if found is not None:
+                self._cached.move_to_end(params)
+                return found
+        made = self._in_time(params)
+        with self._lock:
+            self._cached[params] = made
+            while len(self._cached) > _MAX_CACHED:
+                self._cached.popitem(last=False)
+        return made
+
+    def _in_time(self, params: StructuredOutputsParams) -> LLMatcher:
+        field = f"structured_outputs.{params.kind}"
+        with self._lock:
+            if self._num_compiling >= _MAX_COMPILING:
+                raise InvalidRequestError(field, "too many grammars are being compiled: try it again")
+            self._num_compiling += 1
+            if self._compiling is None:
+                self._compiling = ThreadPoolExecutor(_MAX_COMPILING, "octavo-compile")
+            job = self._compiling.submit(self._compile, params, field)
+        try:
+            return job.result(_DEADLINE)
+        except LateError:
+            raise InvalidRequestError(field, f"takes more than {_DEADLINE:g} s to compile") from None
+
+    def _compile(self, params: StructuredOutputsParams, field: str) -> LLMatcher:
+        try:
+            from llguidance import LLMatcher
+
+            matcher = LLMatcher(self._vocabulary(), _source(params), log_level=0)
+            if matcher.is_error():
+                raise InvalidRequestError(field, _problem(matcher.get_error()))
+            if not any(matcher.compute_bitmask()) or (matcher.is_stopped() and not matcher.is_accepting()):
+                raise InvalidRequestError(field, "admits no output")
+            return matcher
+        except ImportError:
+            needed = "needs the package llguidance: pip install octavo[structured]"
+            raise InvalidRequestError("structured_outputs", needed) from None
+        except ValueError as error:
+            if isinstance(error, InvalidRequestError):
+                raise
+            raise InvalidRequestError(field, _problem(str(error))) from None
+        finally:
+            with self._lock:
+                self._num_compiling -= 1
+
+    def _vocabulary(self) -> Any:
+        """Some 150 ms, the first time."""
+        if self._tokenizer is None:
+            from llguidance import LLTokenizer, TokenizerWrapper
+
+            vocabulary = _Vocabulary(self._codec, self._eos_token_ids, self._rows)
+            ends = list(self._eos_token_ids) or [vocabulary.eos_token_id]
+            self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=len(vocabulary.tokens), eos_token=ends)
+        return self._tokenizer
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """As llguidance reads it. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
+
+    whitespace: Any = {"whitespace_flexible": not params.disable_any_whitespace}
+    match params.kind:
+        case "json":
+            assert isinstance(params.json, str)
+            return LLMatcher.grammar_from_json_schema(params.json, overrides=whitespace)
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=whitespace)
+        case "regex":
+            assert params.regex is not None
+            return LLMatcher.grammar_from_regex(params.regex)
+        case "choice":
+            assert params.choice is not None
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, params.choice)))
+    assert params.grammar is not None
+    return grammar_from("gbnf" if "::=" in params.grammar else "lark", params.grammar)
+
+
+def _quoted(text: str) -> str:
+    """As a string of Lark's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _problem(told: str) -> str:
+    """The first lines of what the library says, which may go on with its state."""
+    lines = [line.strip() for line in told.split("<state>", maxsplit=1)[0].strip().split("\n") if line.strip()]
+    return "; ".join(lines[:3])[:500] or "cannot be used"
