@@ -82,7 +82,7 @@ def facts(result: AskResult) -> list[Any]:
 
 
 def blocks_in_use(llm: LLM) -> int:
-    return llm._ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available)
+    return llm._loop.ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available).result()
 
 
 DOCUMENTS = [{"id": name, "title": f"Title {name}", "text": a_document(seed, 8)} for seed, name in enumerate("abcd")]

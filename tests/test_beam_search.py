@@ -49,7 +49,7 @@ def same_as_plain(outputs: list[CompletionOutput], found: list[Found]) -> None:
 
 
 def nothing_left(llm: LLM) -> None:
-    llm._ask(lambda engine: None)  # ends are carried out between steps: wait for those asked for so far
+    llm._loop.ask(lambda engine: None).result()  # ends are carried out between steps: wait for those asked for so far
     engine = llm._engine
     assert not engine.has_unfinished_requests and engine.kv.num_available == engine.kv.num_blocks
 

@@ -42,7 +42,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def check_idle(llm: LLM) -> None:
-    llm._ask(lambda engine: None)  # ends are carried out between steps: wait for those asked for so far
+    llm._loop.ask(lambda engine: None).result()  # ends are carried out between steps: wait for those asked for so far
     kv = llm._engine.kv
     assert llm._engine.num_requests == 0
     assert llm._engine.scheduler.num_waiting == llm._engine.scheduler.num_running == 0
@@ -611,7 +611,7 @@ def test_the_engine_cannot_wait_for_itself(tiny: LLM) -> None:
     """A finalizer of the user's may run in any thread: in the engine's own it must not wait for the engine for ever."""
     for call in (lambda: tiny.generate(PROMPT, params()), tiny.reset_prefix_cache):
         with pytest.raises(RuntimeError, match="the engine's own thread cannot wait"):
-            tiny._ask(lambda engine, call=call: call())  # type: ignore[misc]
+            tiny._loop.ask(lambda engine, call=call: call()).result()  # type: ignore[misc]
 
 
 def test_a_forgotten_llm_ends_its_thread(tiny_llama_dir: Path) -> None:

@@ -92,7 +92,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "tiny" in request.fixturenames:
         llm = request.getfixturevalue("tiny")
-        llm._ask(lambda engine: None)
+        llm._loop.ask(lambda engine: None).result()
         assert llm._engine.num_requests == 0 and llm._engine.kv.num_available == llm._engine.kv.num_blocks
 
 
@@ -178,7 +178,7 @@ def test_depends_on_the_request_alone(tiny: LLM, tiny_dir: Path, settings: dict[
         assert not failed
         assert got == alone
         assert first.token_ids == plain[0].outputs[0].token_ids
-        llm._ask(lambda engine: None)
+        llm._loop.ask(lambda engine: None).result()
         assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
 
 
@@ -236,7 +236,7 @@ def test_closing_a_run_ends_it(tiny: LLM) -> None:
         with tiny.stream_margins(DOCUMENT, ["What is the whale?", "Who?"], reading()) as run:
             for _ in range(number):
                 next(run)
-        tiny._ask(lambda engine: None)
+        tiny._loop.ask(lambda engine: None).result()
         assert tiny._engine.num_requests == 0
 
 
@@ -491,7 +491,7 @@ def test_many_clients_few_blocks(tiny: LLM, tiny_dir: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        llm._ask(lambda engine: None)
+        llm._loop.ask(lambda engine: None).result()
         assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
     assert len(got) == len(asked)
     for number, (which, question) in enumerate(asked):

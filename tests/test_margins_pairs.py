@@ -48,7 +48,7 @@ def together(*works: Callable[[], None]) -> None:
 
 
 def check_home(llm: LLM) -> None:
-    llm._ask(lambda engine: None)
+    llm._loop.ask(lambda engine: None).result()
     assert llm._engine.num_requests == 0 and llm._engine.kv.num_available == llm._engine.kv.num_blocks
 
 

@@ -153,7 +153,7 @@ def test_beside_others_and_in_a_pool_too_small(tiny: LLM, tiny_dir: Path) -> Non
         prompts, params = zip(*asked, strict=True)
         outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
         assert [facts(output) for output in outputs] == expected
-        assert llm._ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available) == 0
+        assert llm._loop.ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available).result() == 0
     for (_, one), output in zip(asked, outputs, strict=True):
         for completion in output.outputs:
             check(completion.text, KINDS[int(one.seed or 0) % len(KINDS)])

@@ -21,11 +21,11 @@ from octavo.core.values import exact_record, is_a
 from octavo.margins import BaseMarginsRun, MarginsDone, MarginsResult
 
 if TYPE_CHECKING:
+    from octavo.core.engine_client import EngineClient
     from octavo.core.margins import MarginsSpec
     from octavo.core.request import RequestSpec
     from octavo.documents.index import DocumentIndex
     from octavo.documents.readers import Document, Section
-    from octavo.engine import EngineLoop
     from octavo.frontend import Frontend
     from octavo.margins_request import MarginsRequest
 
@@ -134,7 +134,7 @@ class BaseAskRun:
 
     def __init__(
         self,
-        loop: EngineLoop,
+        loop: EngineClient,
         frontend: Frontend,
         question: str,
         params: AskParams | None,
@@ -368,7 +368,7 @@ class BaseAskRun:
         if self._params.order == "cache":
 
             def order(prefix: Sequence[int], parts: Sequence[Sequence[int]]) -> list[int]:
-                asked = self._loop.ask(lambda engine: engine.cache_order(prefix, parts, self._cache_salt))
+                asked = self._loop.cache_order(prefix, parts, self._cache_salt)
                 return asked.result()
 
         return self._maker.answer(found, order, self.request_id)

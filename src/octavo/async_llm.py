@@ -273,13 +273,13 @@ class AsyncLLM(BaseLLM):
         import asyncio
 
         token_ids, salt = await asyncio.to_thread(self._frontend.cache_key, prompt)
-        return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.explain_cache(token_ids, salt)))
+        return await asyncio.wrap_future(self._loop.explain_cache(token_ids, salt))
 
     async def reset_prefix_cache(self) -> int:
         """See `LLM.reset_prefix_cache`."""
         import asyncio
 
-        return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.reset_prefix_cache()))
+        return await asyncio.wrap_future(self._loop.reset_prefix_cache())
 
     async def abort(self, request_id: str) -> None:
         """End a request; whoever iterates over it gets a last output with finish_reason "abort". An id that nobody has

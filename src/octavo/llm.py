@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from octavo.ask import AskResult, AskRun
     from octavo.core.ask_params import AskParams
     from octavo.core.margins_params import MarginsParams
-    from octavo.engine import Engine
     from octavo.frontend import Messages, Prompt, Request
     from octavo.margins import MarginsResult, MarginsRun
     from octavo.session import Session
-
-Answer = TypeVar("Answer")
 
 
 class LLM(BaseLLM):
@@ -365,14 +362,11 @@ class LLM(BaseLLM):
         """How many tokens of a prompt are cached now, the first token that differs and from which request, and when
         and why something that used to be there was evicted. Raises InvalidRequestError."""
         token_ids, salt = self._frontend.cache_key(prompt)
-        return self._ask(lambda engine: engine.explain_cache(token_ids, salt))
+        return self._loop.explain_cache(token_ids, salt).result()
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached KV; running requests keep what they have. Returns the number of blocks forgotten."""
-        return self._ask(lambda engine: engine.reset_prefix_cache())
-
-    def _ask(self, question: Callable[[Engine], Answer]) -> Answer:
-        return self._loop.ask(question).result()
+        return self._loop.reset_prefix_cache().result()
 
     def __enter__(self) -> LLM:
         return self

@@ -27,7 +27,7 @@ from octavo.core.values import exact_bool, exact_str
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from octavo.engine import EngineLoop
+    from octavo.core.engine_client import EngineClient
     from octavo.frontend import Frontend
     from octavo.margins_request import MarginsRequest
 
@@ -83,7 +83,7 @@ class MarginsDone:
 class BaseMarginsRun:
     """What the blocking and the asynchronous run share: the result so far, and the checks of what is said to it."""
 
-    def __init__(self, loop: EngineLoop, frontend: Frontend, request: MarginsRequest) -> None:
+    def __init__(self, loop: EngineClient, frontend: Frontend, request: MarginsRequest) -> None:
         spec = request.spec
         self._loop = loop
         self._frontend = frontend
@@ -146,7 +146,7 @@ class BaseMarginsRun:
     # --- what is said to it ---
 
     def _ask(self, verb: Judge | AnswerNow | StopReading) -> Future[list[Any]]:
-        return self._loop.ask(lambda engine: engine.call(self.request_id, [verb]))
+        return self._loop.call(self.request_id, [verb])
 
     def _whole(self) -> MarginsResult:
         if not self._done:
@@ -184,7 +184,7 @@ class MarginsRun(BaseMarginsRun):
     the engine, EngineClosedError if the LLM was closed; the methods InvalidRequestError for what comes too late.
     """
 
-    def __init__(self, loop: EngineLoop, frontend: Frontend, request: MarginsRequest) -> None:
+    def __init__(self, loop: EngineClient, frontend: Frontend, request: MarginsRequest) -> None:
         super().__init__(loop, frontend, request)
         self._events = self._run()
 
@@ -245,7 +245,7 @@ class MarginsRun(BaseMarginsRun):
 class AsyncMarginsRun(BaseMarginsRun):
     """`MarginsRun` for asyncio: an asynchronous iterator, and methods to await."""
 
-    def __init__(self, loop: EngineLoop, frontend: Frontend, request: MarginsRequest, outputs: Any) -> None:
+    def __init__(self, loop: EngineClient, frontend: Frontend, request: MarginsRequest, outputs: Any) -> None:
         """`outputs`: of this request, an asynchronous generator."""
         super().__init__(loop, frontend, request)
         self._outputs = outputs

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError, shown
 from octavo.core.outputs import Choice, CompletionOutput, RequestOutput, SelectResult
@@ -26,8 +26,10 @@ from octavo.core.params import MAX_N, SamplingParams, integer
 from octavo.core.request import SessionSpec
 from octavo.core.session_calls import ROOT, Call, Drop, Extend, Fork, Generate, Select, Truncate, Verb
 from octavo.core.values import exact_bool, exact_list, exact_record, exact_str, is_a
-from octavo.engine import Engine, EngineLoop
 from octavo.frontend import Frontend, Prompt
+
+if TYPE_CHECKING:
+    from octavo.core.engine_client import EngineClient
 
 
 class _Ending:
@@ -46,7 +48,7 @@ class SessionClient:
     """A session as its branches know it: the way to its engine, and what they have in common. When all branches are
     gone so is this, and the session ends. Holds on to the LLM, which is not to be forgotten while a session lives."""
 
-    def __init__(self, llm: object, loop: EngineLoop, frontend: Frontend, spec: SessionSpec) -> None:
+    def __init__(self, llm: object, loop: EngineClient, frontend: Frontend, spec: SessionSpec) -> None:
         self.loop = loop
         self.frontend = frontend
         self.spec = spec
@@ -61,8 +63,7 @@ class SessionClient:
 
     def ask(self, calls: Sequence[Call]) -> Future[list[Any]]:
         """Answers to calls, all made between the same two steps; see `Engine.call`. Raises EngineClosedError."""
-        request_id = self.spec.request_id
-        return self.loop.ask(lambda engine: engine.call(request_id, calls))
+        return self.loop.call(self.spec.request_id, calls)
 
     def check(self, answers: list[Any]) -> None:
         """Raises InvalidRequestError for a session that has ended."""
@@ -72,21 +73,10 @@ class SessionClient:
     def take_back(self, calls: Sequence[Call]) -> Future[None]:
         """Put the branches back to what they were before these calls. It comes after them: the engine's thread takes
         what it is asked in order. Raises EngineClosedError."""
-        request_id = self.spec.request_id
-        return self.loop.ask(lambda engine: engine.take_back(request_id, calls))
+        return self.loop.take_back(self.spec.request_id, calls)
 
     def close(self) -> None:
         self.loop.abort([self.spec.request_id])
-
-
-def _forget(loop: EngineLoop, request_id: str, call: Call) -> None:
-    """A branch was garbage-collected. Called in any thread at any moment: waits for nothing."""
-
-    def command(engine: Engine) -> None:
-        engine.call(request_id, [call])
-
-    with suppress(EngineClosedError):  # then it has ended already
-        loop.post(command)
 
 
 _branches: weakref.WeakSet[BaseBranch] = weakref.WeakSet()
@@ -120,7 +110,8 @@ class BaseBranch:
         self._abandoned: list[Call] = []  # of those who are in the parent of this process
         self._undoing: Future[None] | None = None  # what was asked for in vain last; done when it is taken back
         _branches.add(self)
-        weakref.finalize(self, _forget, client.loop, client.spec.request_id, client.call(branch, Drop())).atexit = False
+        call = client.call(branch, Drop())
+        weakref.finalize(self, client.loop.forget, client.spec.request_id, call).atexit = False
 
     @property
     def token_ids(self) -> list[int]:

@@ -22,19 +22,21 @@ from octavo.core.request import RequestSpec, SessionSpec
 from octavo.engine.engine import Engine, Output
 
 if TYPE_CHECKING:
+    from octavo.core.engine_client import Deliver
     from octavo.core.margins import MarginsSpec
+    from octavo.core.outputs import CacheExplanation
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Command = Callable[[Engine], None]
-Deliver = Callable[[Any], None]  # gets outputs or an Exception; called in the engine's thread
 
 _loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
 
 
 class EngineLoop:
-    """See the module. Methods may be called from any thread, and by finalizers, which run at any moment in any.
+    """See the module. An `EngineClient` (octavo.core.engine_client): methods may be called from any thread, and by
+    finalizers, which run at any moment in any.
 
     A fork of the process waits until no engine is in a step. In the child the requests under way end with
     EngineClosedError, since those who wait for them are in the parent; sessions and the cache live on in both.
@@ -158,6 +160,30 @@ class EngineLoop:
 
         self.post(command)
         return answer
+
+    def call(self, request_id: str, calls: SequenceOf[Any]) -> Future[list[Any]]:
+        return self.ask(lambda engine: engine.call(request_id, calls))
+
+    def take_back(self, request_id: str, calls: SequenceOf[Any]) -> Future[None]:
+        return self.ask(lambda engine: engine.take_back(request_id, calls))
+
+    def forget(self, request_id: str, call: Any) -> None:
+        def command(engine: Engine) -> None:
+            engine.call(request_id, [call])
+
+        with suppress(EngineClosedError):  # then it has ended already
+            self.post(command)
+
+    def explain_cache(self, token_ids: SequenceOf[int], salt: str | None) -> Future[CacheExplanation]:
+        return self.ask(lambda engine: engine.explain_cache(token_ids, salt))
+
+    def reset_prefix_cache(self) -> Future[int]:
+        return self.ask(lambda engine: engine.reset_prefix_cache())
+
+    def cache_order(
+        self, prefix: SequenceOf[int], parts: SequenceOf[SequenceOf[int]], salt: str | None
+    ) -> Future[list[int]]:
+        return self.ask(lambda engine: engine.cache_order(prefix, parts, salt))
 
     def submit(self, request_id: str, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """See `octavo.core.protocols.Background`: on a thread of its own. Called in the engine's thread."""
