@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from octavo.frontend import Frontend
     from octavo.margins_request import MarginsRequest
 
-_CITATION = re.compile(r"\[(\d{1,18}(?:\s*[,;]\s*\d{1,18})*)\]")
+# Numbers in brackets, with what models write beside them: [3], [3, 14], [passages 3 and 14], [3-5], [3, p. 4].
+_ONE = (
+    r"(?:(?:passages?|notes?|sources?|nos?\.?|#)\s*)?(?<![\w.])\d{1,18}(?:\s*[-\u2013]\s*\d{1,18})?"
+    r"(?:,?\s*pp?\.\s*[\d-]+)?"
+)
+_CITATION = re.compile(rf"[\[\u3010]\s*({_ONE}(?:\s*(?:[,;&]|,?\s*and)\s*{_ONE})*)\s*[\]\u3011]", re.IGNORECASE)
+_NUMBER = re.compile(r"pp?\.\s*[\d-]+|(\d+)(?:\s*[-\u2013]\s*(\d+))?", re.IGNORECASE)
+_MAX_RANGE = 64  # sources that are cited by their first and last
 NOTHING_FOUND = "nothing_found"
 
 
@@ -77,18 +84,19 @@ AskEvent = IndexProgress | Retrieved | DocumentEvent | AnswerBegun | AnswerDelta
 
 
 def citations_in(text: str, sources: Sequence[Source]) -> list[Citation]:
-    """Numbers in brackets, such as [3] or [3, 14], and which of the sources they are."""
+    """Numbers in brackets, such as [3], [3, 14] or [3-5], and which of the sources they are."""
     by_number = {source.number: source for source in sources}
-    return [
-        Citation(
-            match.start(1) + number.start(),
-            match.start(1) + number.end(),
-            int(number[0]),
-            by_number.get(int(number[0])),
-        )
-        for match in _CITATION.finditer(text)
-        for number in re.finditer(r"\d+", match[1])
-    ]
+    found = []
+    for group in _CITATION.finditer(text):
+        for match in _NUMBER.finditer(group[1]):
+            if match[1] is None:
+                continue  # a page
+            start, stop = group.start(1) + match.start(), group.start(1) + match.end()
+            first = int(match[1])
+            last = first if match[2] is None else int(match[2])
+            numbers = range(first, last + 1) if 0 <= last - first < _MAX_RANGE else (first, last)
+            found += [Citation(start, stop, number, by_number.get(number)) for number in numbers]
+    return found
 
 
 # --- what the steps ask of whoever runs them ---
@@ -154,7 +162,7 @@ class BaseAskRun:
         self._given: list[GivenDocument] = [] if documents is None else given_documents(documents)
         self._docs = None if docs is None else _path("docs", docs)
         self._index_path = None if index_path is None else _path("index_path", index_path)
-        if self._index_path is not None and (self._docs is None or self._docs.is_file()):
+        if self._index_path is not None and (self._docs is None or not self._docs.is_dir()):
             raise InvalidRequestError("index_path", "has no effect without a folder")
         self._update_index = update_index
         self._maker = AskMaker(frontend, question, self._params, options)
@@ -168,11 +176,22 @@ class BaseAskRun:
             metrics=RequestMetrics(self._began),
         )
         self._done = False
+        self._closed = False
         self._running: list[str] = []  # ids of requests
 
     @property
     def request_id(self) -> str:
         return self._result.request_id
+
+    def stop(self) -> None:
+        """End it from anywhere: whoever iterates gets no more. Idempotent, and waits for nothing."""
+        self._closed = True
+        self._loop.abort(self._running)
+
+    def _goes_on(self) -> bool:
+        """Raises EngineClosedError."""
+        self._loop.check_open()
+        return not self._closed
 
     def _whole(self) -> AskResult:
         if not self._done:
@@ -204,16 +223,18 @@ class BaseAskRun:
     def _only_document(self) -> _Whole | None:
         """The document, where there is one and no folder."""
         if self._docs is not None and not self._docs.is_dir():
+            from octavo.documents.index import name_of
             from octavo.documents.readers import read
 
-            return _Whole(self._docs.name, read(self._docs))
+            return _Whole(name_of(Path(self._docs.name)), read(self._docs))
         return self._given_document(self._given[0]) if len(self._given) == 1 else None
 
     @staticmethod
     def _given_document(given: GivenDocument) -> _Whole:
-        from octavo.documents.readers import Document, Section
+        from octavo.documents.readers import Document, Section, shortened_heading
 
-        return _Whole(given.id, Document(given.title, (Section(given.text),)))
+        title = shortened_heading(given.title)
+        return _Whole(given.id, Document(title, (Section(given.text, (title,) if title else ()),)))
 
     # --- retrieval ---
 
@@ -233,7 +254,13 @@ class BaseAskRun:
         from octavo.documents.index import DocumentIndex
 
         folder = self._docs if only is None else None
-        index = DocumentIndex(folder, self._frontend.codec, self._params.passage_tokens, self._index_path)
+        index = DocumentIndex(
+            folder,
+            self._frontend.codec,
+            self._params.passage_tokens,
+            self._index_path,
+            update=self._update_index,
+        )
         wholes = [self._given_document(one) for one in self._given] if only is None else [only]
         try:
             for whole in wholes:
@@ -255,6 +282,7 @@ class BaseAskRun:
 
     def _documents_of(self, passages: Sequence[Source]) -> list[_Whole]:
         """The documents that the best passages are from."""
+        from octavo.documents.index import path_of
         from octavo.documents.readers import DocumentError, read
 
         by_id = {one.id: one for one in self._given}
@@ -264,7 +292,10 @@ class BaseAskRun:
                 found.append(self._given_document(by_id[name]))
                 continue
             try:
-                found.append(_Whole(name, read(self._docs / name)))
+                path = path_of(str(self._docs / name))
+                if not path.resolve().is_relative_to(self._docs.resolve()):
+                    raise DocumentError(path, "is not in the folder")  # an index may hold anything
+                found.append(_Whole(name, read(path)))
             except DocumentError as error:  # since the index was made
                 self._result.problems.append((name, error.problem))
         return found
@@ -386,9 +417,15 @@ class BaseAskRun:
 def _path(field_name: str, value: Any) -> Path:
     if not is_a(value, (str, Path)):
         raise InvalidRequestError(field_name, f"must be a path, not {type(value).__name__}")
+    if not str(value):
+        raise InvalidRequestError(field_name, "is empty")
     path = Path(value)
     if "\0" in str(path):
         raise InvalidRequestError(field_name, "must not hold a NUL character")
+    try:
+        path.exists()
+    except OSError as error:
+        raise InvalidRequestError(field_name, f"cannot be looked at: {error.strerror or error}") from None
     return path
 
 
@@ -432,7 +469,7 @@ class AskRun(BaseAskRun):
         outputs: Any = None
         answer: Any = None
         try:
-            while True:
+            while self._goes_on():
                 try:
                     step = steps.send(answer)
                 except StopIteration:
@@ -467,7 +504,7 @@ class AskRun(BaseAskRun):
         try:
             self._events.close()  # type: ignore[attr-defined]
         except ValueError:  # another thread waits for an event
-            self._loop.abort(self._running)
+            self.stop()
 
     def __enter__(self) -> AskRun:
         return self
@@ -490,7 +527,7 @@ class AsyncAskRun(BaseAskRun):
         outputs: Any = None
         answer: Any = None
         try:
-            while True:
+            while self._goes_on():
                 try:
                     step = steps.send(answer)
                 except StopIteration:
@@ -521,7 +558,10 @@ class AsyncAskRun(BaseAskRun):
         return self._whole()
 
     async def close(self) -> None:
-        await self._events.aclose()  # type: ignore[attr-defined]
+        try:
+            await self._events.aclose()  # type: ignore[attr-defined]
+        except RuntimeError:  # another task waits for an event
+            self.stop()
 
     async def __aenter__(self) -> AsyncAskRun:
         return self
@@ -538,7 +578,8 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        await asyncio.wait([working])
-        with suppress(BaseException):
-            working.result()
+        while not working.done():
+            with suppress(asyncio.CancelledError):  # again
+                await asyncio.wait([working])
+        working.exception()
         raise

@@ -132,8 +132,8 @@ class AskMaker:
     # --- passages, and notes ---
 
     def answer(self, sources: Sequence[Source], order: Order | None, request_id: str | None) -> Composed:
-        """A request that answers from sources, which come best first. Those that do not fit are left out, the last
-        first; those that do stand in the prompt in the order of their documents, or in that of the cache."""
+        """A request that answers from sources, which come best first. Those that do not fit beside better ones are left
+        out; those that do stand in the prompt in the order of their documents, or in that of the cache."""
         notes = any(source.kind == "note" for source in sources)
         before, after = self._frame("answer_from_notes" if notes else "answer")
         codec, limits = self.frontend.codec, self.frontend.limits
@@ -143,21 +143,23 @@ class AskMaker:
         parts = [codec.encode_plain(self._written(template, source)) for source in sources]
         rest = codec.encode_inside(after)
         self.frontend.tokens.check_spelt("question", rest)
-        room = limits.max_model_len - len(prefix) - len(rest) - self._least_answer()
-        num_kept = 0
-        for part in parts:
-            room -= len(part)
-            if room < 0:
-                break
-            num_kept += 1
-        if not num_kept:
-            needed = len(prefix) + len(parts[0]) + len(rest)
-            raise InvalidRequestError(
-                "passage_tokens" if not notes else "margins.margin.max_tokens",
-                f"the question with one {'note' if notes else 'passage'} has {needed} tokens; with "
-                f"max_model_len={limits.max_model_len} and an answer of {self._least_answer()} it does not fit",
+        around, most, least = len(prefix) + len(rest), limits.max_model_len, self._least_answer()
+        room = most - around - least
+        kept = []
+        for number, part in enumerate(parts):
+            if len(part) <= room:
+                room -= len(part)
+                kept.append(number)
+        if not kept:
+            sums = f"with max_model_len={most} and an answer of {least} tokens"
+            if room <= 0:
+                raise InvalidRequestError("question", f"and the prompt have {around} tokens; {sums} they do not fit")
+            problem = (
+                f"the question with one {'note' if notes else 'passage'} has {around + min(map(len, parts))} tokens"
             )
-        by_document = sorted(range(num_kept), key=lambda i: (sources[i].document, sources[i].index, sources[i].number))
+            field = "margins.margin.max_tokens" if notes else "passage_tokens"
+            raise InvalidRequestError(field, f"{problem}; {sums} it does not fit")
+        by_document = sorted(kept, key=lambda i: (sources[i].document, sources[i].index, sources[i].number))
         chosen = [sources[i] for i in by_document]
         tokens = [parts[i] for i in by_document]
         if order is not None:
@@ -171,7 +173,7 @@ class AskMaker:
         with naming("answer"):
             request = self.frontend.make(prompt, params, request_id, self.options.priority)
         request = replace(request, spec=replace(request.spec, seed=self.seed))
-        return Composed(request, tuple(chosen), len(sources) - num_kept)
+        return Composed(request, tuple(chosen), len(sources) - len(kept))
 
     def _least_answer(self) -> int:
         """Tokens that room is kept for."""

@@ -12,6 +12,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
@@ -53,6 +54,8 @@ class AsyncLLM(BaseLLM):
     def __init__(self, model: str | None = None, **config: Any) -> None:
         super().__init__(model, **config)
         self._guests: tuple[int, ThreadPoolExecutor] | None = None
+        # Questions over documents, by id: they are at work before the engine hears of them, and in several requests.
+        self._asked: WeakValueDictionary[str, AsyncAskRun] = WeakValueDictionary()
 
     async def generate(
         self,
@@ -243,6 +246,7 @@ class AsyncLLM(BaseLLM):
         from octavo.ask import AsyncAskRun
         from octavo.ask_request import AskOptions
 
+        self._loop.check_open()
         make = partial(
             AsyncAskRun,
             self._loop,
@@ -258,9 +262,12 @@ class AsyncLLM(BaseLLM):
             outputs_of=self._outputs_of,
         )
         if self._frontend.is_own_template(chat_template):
-            return await asyncio.to_thread(make)
-        executor = self._guest_threads()
-        return await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
+            run = await asyncio.to_thread(make)
+        else:
+            executor = self._guest_threads()
+            run = await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
+        self._asked[run.request_id] = run
+        return run
 
     def session(self, *, seed: int | None = None, priority: int = 0, cache_salt: str | None = None) -> AsyncSession:
         """See `LLM.session`: the same verbs, awaitable. ``async with llm.session() as s: await s.extend(text)``"""
@@ -284,7 +291,10 @@ class AsyncLLM(BaseLLM):
     async def abort(self, request_id: str) -> None:
         """End a request; whoever iterates over it gets a last output with finish_reason "abort". An id that nobody has
         is no error: it may have ended. Raises InvalidRequestError for what is no string."""
-        self._loop.abort([exact_str("request_id", request_id)])
+        request_id = exact_str("request_id", request_id)
+        if (run := self._asked.get(request_id)) is not None:
+            run.stop()
+        self._loop.abort([request_id])
 
     @property
     def num_unfinished_requests(self) -> int:

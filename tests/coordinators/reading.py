@@ -42,6 +42,9 @@ class WordCodec(ByteCodec):
         assert isinstance(before, list | tuple)
         return [(len(before) + ord(letter)) % VOCAB for letter in text]
 
+    def encode_around(self, before: Any, head: str, plain: str, tail: str) -> list[int]:
+        return self.encode_rest(before, head + plain + tail)
+
 
 class Late:
     """A Background whose jobs are done some steps later, in any order."""

@@ -311,7 +311,7 @@ def test_a_row_that_fails_ends_this_request_alone() -> None:
 
 def test_tokenising_that_fails() -> None:
     class Broken(WordCodec):
-        def encode_rest(self, before: Any, text: str) -> list[int]:
+        def encode_around(self, before: Any, *parts: str) -> list[int]:
             raise InvalidRequestError("prompt", "this model's tokenizer fails on the text")
 
     harness = Reading()

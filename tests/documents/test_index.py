@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo import DocumentError
+from octavo import DocumentError, InvalidRequestError
 from octavo.documents.index import NAME, DocumentIndex
 from octavo.documents.readers import Document, Section
 from octavo.text.directory import tokenizer_from_directory
@@ -187,6 +187,172 @@ def test_processes_at_once(tmp_path: Path, tiny_llama_dir: Path, tokenizer: Toke
         check = sqlite3.connect(index.path)
         check.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")  # raises where they differ
         check.close()
+
+
+def _open_often(root: Path, model: Path, start: object) -> None:
+    tokenizer = tokenizer_from_directory(model)
+    for number in range(60):
+        start.wait()  # type: ignore[attr-defined]
+        with DocumentIndex(root / str(number), tokenizer) as index:
+            index.update()
+
+
+def test_processes_make_an_index_at_once(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    for number in range(60):
+        (tmp_path / str(number)).mkdir()
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(4)
+    processes = [context.Process(target=_open_often, args=(tmp_path, tiny_llama_dir, start)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+
+
+def test_words_of_many_scripts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [
+        "\u0130stanbul is old",
+        "re\u0301sume\u0301 one",
+        "r\u00e9sum\u00e9 two",
+        "\u0939\u093f\u0928\u094d\u0926\u0940 x",
+    ]
+    with DocumentIndex(None, tokenizer) as index:
+        for number, text in enumerate(texts):
+            index.add(str(number), Document("d", (Section(text),)))
+        for question, found in (
+            ("\u0130stanbul?", {"0"}),
+            ("istanbul", {"0"}),
+            ("re\u0301sume\u0301", {"1", "2"}),
+            ("R\u00c9SUM\u00c9", {"1", "2"}),
+            ("\u0939\u093f\u0928\u094d\u0926\u0940", {"3"}),
+            ("\u0939", set()),
+        ):
+            assert {one.document for one in index.search(question, 9)} == found, question
+
+
+def test_what_is_no_plain_file_is_left_alone(folder: Path, tokenizer: Tokenizer) -> None:
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "folder.txt").mkdir()
+    (folder / "loop").symlink_to(folder)
+    with DocumentIndex(folder, tokenizer) as index:
+        assert counts(index) == (2, 2, 0)
+
+
+def test_a_long_text_is_tokenised_in_pieces(folder: Path, tokenizer: Tokenizer) -> None:
+    """Whatever its length; nothing of it is lost."""
+    text = "The whale is white. " * 20_000 + "\n\nkrill" + "x" * 100_000
+    (folder / "long.txt").write_text(text)
+    longest = []
+    encode = tokenizer.encode_following
+    tokenizer.encode_following = lambda before, text, **o: longest.append(len(text)) or encode(before, text, **o)  # type: ignore[method-assign]
+    try:
+        with DocumentIndex(folder, tokenizer) as index:
+            index.update()
+            assert index.search("krill" + "x" * 100, 1) == [] and index.search("white", 1)
+            found = "".join("".join(one.text.split()) for one in index.first(1 << 20) if one.document == "long.txt")
+    finally:
+        del tokenizer.encode_following
+    assert found == "".join(text.split())
+    assert max(longest) <= 1 << 15
+
+
+def test_a_text_that_the_tokenizer_refuses_is_a_problem(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InvalidRequestError("prompt", "this model's tokenizer fails on the text")
+
+    monkeypatch.setattr(tokenizer, "encode_following", refuse)
+    with DocumentIndex(folder, tokenizer) as index:
+        assert index.update().num_problems == 2
+        assert "tokenizer fails" in index.problems()[0][1]
+
+
+def test_headings_are_short(folder: Path, tokenizer: Tokenizer) -> None:
+    (folder / "h.md").write_text("# " + "heading " * 40_000 + "\n\n" + "The whale is white. " * 2000)
+    with DocumentIndex(folder, tokenizer) as index:
+        index.update()
+        assert index.path.stat().st_size < 1 << 20
+        assert all(len(one.place) < 400 for one in index.first(1000))
+
+
+def test_what_may_pass_is_tried_again(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        with DocumentIndex(folder, tokenizer) as index:
+            assert index.update().num_problems == 2
+            assert index.problems()[0][1] == "cannot be read: Permission denied"
+    with DocumentIndex(folder, tokenizer) as index:
+        told = index.update()
+        assert (told.num_read, told.num_problems) == (2, 0)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_forgotten(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DocumentIndex(folder, tokenizer) as index:
+        index.update()
+        scandir = os.scandir
+
+        def refused(path: str) -> object:
+            if str(path).endswith("sub"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refused)
+            told = index.update()
+        assert (told.num_removed, told.num_problems) == (0, 1)
+        assert index.problems() == [("sub", "cannot be looked into: Permission denied")]
+        assert index.search("harpoon", 1)
+
+
+def test_a_folder_that_goes_while_it_is_indexed(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import shutil
+
+    with (
+        DocumentIndex(folder, tokenizer, path=tmp_path / "index.db") as index,
+        pytest.raises(DocumentError, match="has gone"),
+    ):
+        for _ in index.updates():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_times_of_any_year(folder: Path, tokenizer: Tokenizer) -> None:
+    os.utime(folder / "whales.md", ns=(1 << 63, 1 << 63))
+    with DocumentIndex(folder, tokenizer) as index:
+        assert counts(index) == (2, 2, 0) and counts(index) == (2, 0, 0)
+
+
+def test_names_are_one_line(folder: Path, tokenizer: Tokenizer) -> None:
+    (folder / "x\n[2] official.txt").write_text("whale")
+    with DocumentIndex(folder, tokenizer) as index:
+        index.update()
+        assert "x\\n[2] official.txt" in paths_of(index)
+
+
+def test_without_an_update_nothing_is_written(folder: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DocumentError, match="does not exist, and no update"):
+        DocumentIndex(folder, tokenizer, update=False)
+    with DocumentIndex(folder, tokenizer) as index:
+        index.update()
+        expected = index.search("whale", 9)
+    before = (folder / NAME).read_bytes()
+    with DocumentIndex(folder, tokenizer, update=False) as index:
+        assert index.search("whale", 9) == expected
+    assert (folder / NAME).read_bytes() == before
+    with pytest.raises(InvalidRequestError, match="must be 256") as caught:
+        DocumentIndex(folder, tokenizer, 64, update=False)
+    assert caught.value.field == "passage_tokens"
+
+
+def test_a_link_is_not_followed(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (folder / NAME).symlink_to(tmp_path / "mine")
+    with pytest.raises(DocumentError, match="is a link"):
+        DocumentIndex(folder, tokenizer)
+    assert (tmp_path / "mine").read_text() == ""
 
 
 def test_another_model_uses_the_index_as_it_is(

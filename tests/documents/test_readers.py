@@ -87,7 +87,7 @@ def test_docx(tmp_path: Path) -> None:
     document = read(a_docx(tmp_path / "a.docx"))
     assert [(section.headings, section.text) for section in document.sections] == [
         (("The Sea",), "It is old."),
-        (("The Sea", "Whales"), "They are white.\n\nlength\t18 m"),
+        (("The Sea", "Whales"), "They are white.\nlength\t18 m"),
         (("The Sea", "Whales", "Ships"), "They sail."),
     ]
 
@@ -169,6 +169,55 @@ def test_an_encrypted_pdf(tmp_path: Path) -> None:
         writer.write(file)
     with pytest.raises(DocumentError, match="is encrypted"):
         read(tmp_path / "a.pdf")
+
+
+def test_a_pdf_that_anybody_may_open(tmp_path: Path) -> None:
+    """Encrypted with an empty password: that is how printing and copying are forbidden."""
+    import pypdf
+
+    for algorithm in ("RC4-128", "AES-128", "AES-256"):
+        writer = pypdf.PdfWriter(clone_from=a_pdf(tmp_path / "plain.pdf", ["text"]))
+        writer.encrypt("", "owner", algorithm=algorithm)
+        with (tmp_path / "a.pdf").open("wb") as file:
+            writer.write(file)
+        assert read(tmp_path / "a.pdf").sections[0].text == "text"
+
+
+def test_an_epub_with_an_empty_page(tmp_path: Path) -> None:
+    path = an_epub(tmp_path / "a.epub")
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for empty in (b"", b'<?xml version="1.0"?>'):
+        files["OEBPS/two.xhtml"] = empty
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        assert [section.text for section in read(path).sections] == ["Call me Ishmaël."]
+
+
+def test_all_text_of_a_docx(tmp_path: Path) -> None:
+    """Content controls, insertions, nested tables and merged cells; not what was deleted."""
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    document = docx.Document()
+    spaces = nsdecls("w")
+
+    def put(xml: str) -> None:
+        document.element.body.insert(len(document.element.body) - 1, parse_xml(xml))
+
+    run = "<w:r><w:t>{0}</w:t></w:r>"
+    put(f"<w:sdt {spaces}><w:sdtContent><w:p>{run.format('control')}</w:p></w:sdtContent></w:sdt>")
+    inserted, deleted = run.format("inserted"), "<w:r><w:delText>gone</w:delText></w:r>"
+    put(f"<w:p {spaces}><w:ins>{inserted}</w:ins><w:del>{deleted}</w:del><w:r><w:tab/><w:t>kept</w:t></w:r></w:p>")
+    table = document.add_table(2, 2)
+    table.cell(0, 0).merge(table.cell(0, 1)).text = "merged"
+    table.cell(1, 0).text = "left"
+    table.cell(1, 1).add_table(1, 1).cell(0, 0).text = "nested"
+    document.save(str(tmp_path / "a.docx"))
+    words = read(tmp_path / "a.docx").sections[0].text.split()
+    assert words == ["control", "inserted", "kept", "merged", "left", "nested"]
 
 
 def test_an_epub_whose_page_is_missing(tmp_path: Path) -> None:

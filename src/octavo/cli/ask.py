@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = AskParams()
 _MARGINS = MarginsParams()
+_TELL = 500  # files read between two lines, where there is no progress bar
 _READING = "segment_tokens", "margin_tokens", "num_documents"  # flags that say something with --margins alone
 
 
@@ -65,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
     params = _params(args)
     config = engine_config(args)
-    if not Path(args.docs).exists():
-        raise InvalidRequestError("--docs", f"{args.docs!r} does not exist")
+    _check_docs(args.docs)
     if args.index is not None and not Path(args.docs).is_dir():
         raise InvalidRequestError("--index", "has no effect where --docs is a file")
     from octavo.cli.answering import check_unicode, open_model
@@ -85,8 +85,21 @@ def run(args: argparse.Namespace) -> int:
         else:
             _tell_sources(result)
         _tell_problems(result)
+        if result.output.finish_reason == "repetition":
+            sys.stderr.write("octavo: the answer ends here: it repeats itself\n")
         _report(result, args.verbose)
     return 0
+
+
+def _check_docs(docs: str) -> None:
+    if not docs:
+        raise InvalidRequestError("--docs", "is empty")
+    try:
+        exists = Path(docs).exists()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError("--docs", f"cannot be looked at: {getattr(error, 'strerror', error)}") from None
+    if not exists:
+        raise InvalidRequestError("--docs", f"{docs!r} does not exist")
 
 
 def _params(args: argparse.Namespace) -> AskParams:
@@ -127,6 +140,10 @@ class _View:
         self._task: Any = None
 
     def index(self, told: IndexProgress) -> None:
+        from octavo.cli.answering import is_terminal
+
+        if told.num_read % _TELL == 0 < told.num_read and not is_terminal(sys.stderr):
+            sys.stderr.write(f"octavo: indexed {told.num_read} files, {told.num_seen} of {told.num_files} seen\n")
         if told.num_seen < told.num_files and self._begin():
             self._progress.update(self._task, description="indexing", completed=told.num_seen, total=told.num_files)
         elif told.num_seen == told.num_files:
@@ -205,7 +222,9 @@ def _tell_sources(result: AskResult) -> None:
     from octavo.cli.answering import harmless
 
     if result.output.finish_reason == NOTHING_FOUND:
-        what = "no note was kept" if result.readings else "no passage has a word of the question"
+        what = "no passage has a word of the question"
+        if result.passages:
+            what = "no note was kept" if result.readings else "no document could be read"
         sys.stderr.write(f"octavo: nothing found: {what}\n")
         return
     cited = result.cited

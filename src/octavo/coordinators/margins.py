@@ -320,7 +320,8 @@ class MarginsCoordinator(Coordinator):
             self._decide(note, False, "nobody")
         else:
             question = self.spec.questions[margin.question]
-            encode = partial(self._codec.encode_rest, question.classify_before, margin.text + question.classify_after)
+            parts = "", margin.text, question.classify_after
+            encode = partial(self._codec.encode_around, question.classify_before, *parts)
             self._submit(encode, partial(self._begin_judging, note))
 
     def _put_away(self, note: _Note) -> None:
@@ -408,11 +409,10 @@ class MarginsCoordinator(Coordinator):
         if question.start is None:
             assert self._trunk is not None
             before = self._trunk.token_ids[: self._ends[len(asked.notes) - 1]]
-        text = question.answer_without
+        parts = question.answer_without, "", ""
         if kept:
-            margins = "".join(map(self._joined, kept))
-            text = question.answer_before + margins + question.answer_after
-        self._submit(partial(self._codec.encode_rest, before, text), partial(self._begin_answer, asked))
+            parts = question.answer_before, "".join(map(self._joined, kept)), question.answer_after
+        self._submit(partial(self._codec.encode_around, before, *parts), partial(self._begin_answer, asked))
 
     def _joined(self, note: _Note) -> str:
         before, after = self.spec.margin_before, self.spec.margin_after

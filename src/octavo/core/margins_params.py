@@ -179,9 +179,9 @@ def one_text(name: str, value: object) -> SamplingParams:
     params = exact_record(name, value, SamplingParams)
     for field_name, allowed, why in (
         ("n", 1, "one is written"),
-        ("prompt_logprobs", None, "the prompt is read before it is known who asks"),
+        ("prompt_logprobs", None, "the prompt is not given"),
         ("skip_reading_prefix_cache", False, "a margin goes on from what was read"),
-        ("seed", None, "the seed is that of the whole: MarginsParams(seed=...)"),
+        ("seed", None, "the seed is that of the whole, the field seed beside it"),
         ("detokenize", True, "its text is needed"),
         ("output_kind", OutputKind.CUMULATIVE, "it comes as events"),
         *([("logprobs", None, "only those of answers are told")] if name == "margin" else []),

@@ -68,6 +68,10 @@ class TextCodec(Protocol):
         have."""
         ...
 
+    def encode_around(self, before: Sequence[int], head: str, plain: str, tail: str) -> list[int]:
+        """The same of a text of three parts. In the second, special tokens written out are text."""
+        ...
+
     def grammar_state(self, params: StructuredOutputsParams) -> GrammarState:
         """Where an output begins. Raises InvalidRequestError."""
         ...

@@ -21,6 +21,8 @@ from octavo.core.errors import OctavoError
 MAX_FILE_BYTES = 256 << 20
 MAX_UNPACKED_BYTES = 512 << 20  # of a zip archive, which DOCX and EPUB are
 MAX_TEXT = 1 << 26  # characters of one document
+_MAX_HEADING = 200  # characters: each passage under it has it
+_MAX_DEPTH = 8  # headings above each other
 
 
 class DocumentError(OctavoError, ValueError):
@@ -78,8 +80,13 @@ def read(path: Path) -> Document:
     """Raises DocumentError; of an encrypted file, one without text, one that is too large, or a package that is
     missing it says so."""
     reader = _READERS.get(path.suffix.lower())
-    if not path.exists():
-        raise DocumentError(path, "does not exist")
+    try:
+        if not path.exists():
+            raise DocumentError(path, "does not exist")
+        if not path.is_file():
+            raise DocumentError(path, "is no file")
+    except OSError as error:
+        raise DocumentError(path, f"cannot be looked at: {error.strerror or error}") from None
     if reader is None:
         raise DocumentError(path, f"files of this kind are not read; those of {', '.join(_READERS)} are")
     try:
@@ -88,8 +95,9 @@ def read(path: Path) -> Document:
         document = reader(path)
     except DocumentError:
         raise
-    except OSError as error:
-        raise DocumentError(path, f"cannot be read: {error.strerror or error}") from None
+    except (OSError, MemoryError) as error:
+        told = error.strerror if isinstance(error, OSError) else None
+        raise _passing(path, f"cannot be read: {told or error or 'memory is short'}") from None
     except RecursionError:
         raise DocumentError(path, "is nested too deep") from None
     except Exception as error:  # of a library, on a file that may hold anything
@@ -99,7 +107,7 @@ def read(path: Path) -> Document:
         raise DocumentError(path, "holds no text" + (" (scanned pages?)" if path.suffix.lower() == ".pdf" else ""))
     if sum(len(section.text) for section in sections) > MAX_TEXT:
         raise DocumentError(path, f"holds more than {MAX_TEXT} characters of text")
-    return Document(_unicode(document.title), sections)
+    return Document(_unicode(shortened_heading(document.title)), sections)
 
 
 def _valid(section: Section) -> Section:
@@ -119,9 +127,20 @@ def _package(path: Path, name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        error = DocumentError(path, f"needs the package {package}: pip install octavo[documents]")
-        error.may_pass = True
-        raise error from None
+        raise _passing(path, f"needs the package {package}: pip install octavo[documents]") from None
+
+
+def _passing(path: Path, problem: str) -> DocumentError:
+    """Of a problem that is not the file's."""
+    error = DocumentError(path, problem)
+    error.may_pass = True
+    return error
+
+
+def shortened_heading(text: str) -> str:
+    """On one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_HEADING else text[: _MAX_HEADING - 1] + "\u2026"
 
 
 def _text_of(path: Path) -> str:
@@ -146,9 +165,9 @@ class _Outline:
 
     def heading(self, level: int, text: str) -> None:
         self.end()
-        self._headings = [one for one in self._headings if one[0] < level]
+        self._headings = [one for one in self._headings if one[0] < level][: _MAX_DEPTH - 1]
         if text.strip():
-            self._headings.append((level, " ".join(text.split())))
+            self._headings.append((level, shortened_heading(text)))
 
     def text(self, text: str, *, close: bool = False) -> None:
         """A block of text; `close`: on the line below the one before it, as items of lists are."""
@@ -214,6 +233,8 @@ _UNREAD = frozenset("button head iframe nav noscript object script select style 
 
 def _html(path: Path) -> Document:
     root = _html_root(path, path.read_bytes())
+    if root is None:
+        raise DocumentError(path, "holds no text")
     title = root.find(".//title")
     outline = _Outline()
     _read_html(path, root, outline)
@@ -221,15 +242,17 @@ def _html(path: Path) -> Document:
 
 
 def _html_root(path: Path, data: bytes) -> Any:
+    """None: there is nothing in it."""
     html = _package(path, "lxml.html", "lxml")
     encoding = None
     with suppress(UnicodeDecodeError):  # else what the file says it is
         data.decode()
         encoding = "utf-8"
     parser = html.HTMLParser(encoding=encoding, remove_comments=True, remove_pis=True)
-    if not data.strip():
-        raise DocumentError(path, "holds no text")
-    return html.document_fromstring(data, parser=parser)
+    try:
+        return html.document_fromstring(data, parser=parser)
+    except _package(path, "lxml.etree", "lxml").ParserError:
+        return None
 
 
 def _read_html(path: Path, root: Any, outline: _Outline) -> None:
@@ -279,8 +302,13 @@ def _pdf(path: Path) -> Document:
     pypdf = _package(path, "pypdf", "pypdf")
     with path.open("rb") as file:
         reader = pypdf.PdfReader(file)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(path, "is encrypted")
+        try:
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise DocumentError(path, "is encrypted")
+        except pypdf.errors.DependencyError:
+            raise _passing(
+                path, "is encrypted and needs the package cryptography: pip install octavo[documents]"
+            ) from None
         sections = tuple(Section(page.extract_text() or "", page=number) for number, page in enumerate(reader.pages, 1))
         title = reader.metadata.title if reader.metadata is not None else None
     return Document(str(title).strip() if title else path.stem, sections)
@@ -293,24 +321,54 @@ def _check_archive(path: Path) -> None:
             raise DocumentError(path, f"unpacks to more than {MAX_UNPACKED_BYTES} bytes")
 
 
+_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+
+
 def _docx(path: Path) -> Document:
+    """All text but what tracked changes have deleted: python-docx's own walk leaves out content controls and insertions
+    (ECMA-376, part 1, sections 17.3 to 17.5 and 17.13.5)."""
     docx = _package(path, "docx", "python-docx")
     _check_archive(path)
     document = docx.Document(str(path))
+    styles = {style.style_id: style.name for style in document.styles}
     outline = _Outline()
-    for block in document.iter_inner_content():
-        if hasattr(block, "rows"):
-            outline.text("\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows))
-            continue
-        style = block.style.name if block.style is not None else ""
-        level = style.removeprefix("Heading ")
-        if style.startswith("Heading ") and level.isdigit():
-            outline.heading(int(level), block.text)
-        elif style == "Title":
-            outline.heading(0, block.text)
-        else:
-            outline.text(block.text)
+    _read_word(document.element.body, styles, outline)
     return outline.document(path, document.core_properties.title or None)
+
+
+def _read_word(parent: Any, styles: dict[str, str], outline: _Outline) -> None:
+    for element in parent:
+        kind = element.tag.removeprefix(_WORD) if isinstance(element.tag, str) else ""
+        if kind == "tr":
+            cells = (element_ for element_ in element.iter(_WORD + "tc") if next(_above(element_, "tr")) is element)
+            outline.text(
+                "\t".join(" ".join(_word_text(p) for p in cell.iter(_WORD + "p")) for cell in cells), close=True
+            )
+        elif kind == "p":
+            found = element.find(f"{_WORD}pPr/{_WORD}pStyle")
+            style = styles.get("" if found is None else found.get(_WORD + "val"), "")
+            level = style.removeprefix("Heading ")
+            if style.startswith("Heading ") and level.isdigit():
+                outline.heading(int(level), _word_text(element))
+            elif style == "Title":
+                outline.heading(0, _word_text(element))
+            else:
+                outline.text(_word_text(element))
+        elif kind not in ("sectPr", "sdtPr", "sdtEndPr", "del", "moveFrom"):
+            _read_word(element, styles, outline)
+
+
+def _above(element: Any, kind: str) -> Any:
+    return (one for one in element.iterancestors() if one.tag == _WORD + kind)
+
+
+def _word_text(paragraph: Any) -> str:
+    parts = {"t": None, "tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
+    found = []
+    for element in paragraph.iter(*(_WORD + name for name in parts)):
+        if not any(next(_above(element, gone), None) is not None for gone in ("del", "moveFrom", "pPr")):
+            found.append(parts[element.tag.removeprefix(_WORD)] or element.text or "")
+    return "".join(found)
 
 
 def _epub(path: Path) -> Document:
@@ -328,8 +386,10 @@ def _epub(path: Path) -> Document:
             page = unquote(pages.get(reference.get("idref"), "").partition("#")[0])
             if page:
                 inside = posixpath.normpath(posixpath.join(posixpath.dirname(name), page))
-                _read_html(path, _html_root(path, archive.read(inside)), outline)
-                outline.end()
+                root = _html_root(path, archive.read(inside))
+                if root is not None:
+                    _read_html(path, root, outline)
+                    outline.end()
         title = package.find(".//{*}metadata/{*}title")
     return outline.document(path, None if title is None else " ".join("".join(title.itertext()).split()))
 

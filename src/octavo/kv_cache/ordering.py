@@ -9,7 +9,8 @@ from octavo.core.namespace import Namespace
 from octavo.kv_cache.prefix_cache import PrefixCache, extended
 from octavo.kv_cache.radix_tree import Key, Node
 
-_MAX_LOOKS = 4096  # at a part behind others: with all of it cached in any order there would be no end
+# With all of it cached in any order there would be no end. So many steps over a part, and looks at where one could go:
+_MAX_STEPS, _MAX_LOOKS = 4096, 1 << 16
 
 
 class _Place(NamedTuple):
@@ -28,7 +29,7 @@ class CacheOrder:
         self._cache = cache
         self._namespace = namespace
         self._size = block_size
-        self._num_looks = 0
+        self._num_looks = self._num_steps = 0
         self._most = 0  # tokens there are
 
     def best(self, prefix: Sequence[int], parts: Sequence[Sequence[int]]) -> list[int]:
@@ -49,9 +50,15 @@ class CacheOrder:
         """Tokens that are cached of the best order of what is left, and the parts that this takes."""
         best: tuple[int, list[int]] = num_cached, []
         for number in left:
-            if self._num_looks >= _MAX_LOOKS or best[0] == self._most:
+            if self._num_steps >= _MAX_STEPS or best[0] == self._most:
                 break
             self._num_looks += 1
+            # Most parts lead nowhere, and what they begin alike, less than a block, is looked at while there is time.
+            if self._num_looks > _MAX_STEPS and not self._leads_on(place, parts[number]):
+                if self._num_looks > _MAX_LOOKS:
+                    break
+                continue
+            self._num_steps += 1
             there, found = self._step(place, tuple(parts[number]))
             order: list[int] = []
             if there is not None:
@@ -59,6 +66,11 @@ class CacheOrder:
             if found > best[0]:
                 best = found, [number, *order]
         return best
+
+    def _leads_on(self, place: _Place, token_ids: Sequence[int]) -> bool:
+        """Whether the first block that these tokens fill is in memory."""
+        ahead = (*place.rest, *token_ids[: self._size - len(place.rest)])
+        return len(ahead) < self._size or (place.node is not None and ahead in place.node.children)
 
     def _step(self, place: _Place, token_ids: Key) -> tuple[_Place | None, int]:
         """Where one is behind these tokens, None if not all of them are cached; and how many are, with those before."""

@@ -59,6 +59,15 @@ class ModelTokens:
         """Token ids of what is left of a token that was cut, without any that has no row."""
         return [n for n in self._codec.encode_following(before, text) if n < self._rows]
 
+    def encode_around(self, before: Sequence[int], head: str, plain: str, tail: str) -> list[int]:
+        """Of a text of three parts. In the second, special tokens written out are text; borders are round it then."""
+        if not self._codec.special_tokens_in(plain):
+            return self.encode_rest(before, head + plain + tail)
+        token_ids = self._codec.encode_following(before, head)
+        token_ids += self._codec.encode_plain(plain)
+        token_ids += self._codec.encode_inside(tail) if tail else []
+        return [n for n in token_ids if n < self._rows]
+
     def grammar_state(self, params: StructuredOutputsParams) -> GrammarState:
         """Where an output begins. Raises InvalidRequestError."""
         return self.grammars.state(params)
