@@ -18,6 +18,7 @@ from octavo.core.errors import InvalidRequestError
 from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
+    from octavo.core.engine_client import EngineClient
     from octavo.core.margins_params import MarginsParams
     from octavo.frontend import ChatPrompt, Messages
     from octavo.margins_request import MarginsRequest
@@ -34,10 +35,14 @@ class BaseLLM:
         for name in self.config.without_effect(config):
             if config[name] not in (None, EngineConfig.__dataclass_fields__[name].default):
                 log.warning("%s: has no effect with the %s backend", name, self.config.backend)
+        self._open()
+
+    def _open(self) -> None:
+        """Build what `config` says."""
         built = build_engine(self.config)
         self._frontend = built.frontend
         self._engine = built.engine
-        self._loop = built.start()
+        self._loop: EngineClient = built.start()
         # One that is forgotten, not closed, must not leave its thread and its memory behind.
         self._finalizer = weakref.finalize(self, self._loop.close)
         self.tokenizer = built.tokenizer

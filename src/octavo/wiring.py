@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import octavo
 from octavo.engine import Engine, EngineLoop, SchedulerConfig
-from octavo.formats import GGUFFile
+from octavo.formats import GGUFFile, open_weights
 from octavo.frontend import Frontend, Limits
+from octavo.hub import resolve_model
 from octavo.kv_cache import KVCacheManager
 from octavo.loading.fingerprint import fingerprint_of, versions_of
 from octavo.loading.generation_config import GGUF_KEYS, generation_config_of
@@ -24,6 +25,7 @@ from octavo.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
     from octavo.core.protocols import Clock, TextCodec
+    from octavo.formats.mapping import ModelFile
     from octavo.loading.loaded_model import LoadedModel
     from octavo.loading.memory import MemoryPlan
     from octavo.ops import ModelConfig, Ops
@@ -49,7 +51,7 @@ class BuiltEngine:
 
 def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine:
     """Everything around a model. Raises ModelFormatError, UnsupportedModelError, ConfigError."""
-    tokenizer = make_tokenizer(loaded)
+    tokenizer = make_tokenizer(loaded.file, loaded.path)
     fingerprint = system_fingerprint(config, loaded.ops, loaded.path)
     limits = Limits(
         vocab_size=loaded.config.vocab_size,
@@ -70,25 +72,33 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         loaded.memory_plan,
         loaded.max_model_len,
         fingerprint,
-        _generation_config(loaded),
+        _generation_config(loaded.file, loaded.path),
     )
 
 
-def _generation_config(loaded: LoadedModel) -> Callable[[], dict[str, Any]]:
+def text_of(model: str) -> tuple[Tokenizer, Callable[[], dict[str, Any]]]:
+    """Of a model without its weights: the tokenizer, and what its files recommend for sampling. Raises
+    ModelNotFoundError, DownloadError, ModelFormatError."""
+    path = resolve_model(model)
+    with open_weights(path) as file:
+        return make_tokenizer(file, path), _generation_config(file, path)
+
+
+def _generation_config(file: ModelFile, path: Path) -> Callable[[], dict[str, Any]]:
     metadata = None
-    if isinstance(loaded.file, GGUFFile):  # all of it holds the vocabulary too
-        metadata = {key: loaded.file.metadata[key] for key in GGUF_KEYS.values() if key in loaded.file.metadata}
-    return partial(generation_config_of, loaded.path, metadata)
+    if isinstance(file, GGUFFile):  # all of it holds the vocabulary too
+        metadata = {key: file.metadata[key] for key in GGUF_KEYS.values() if key in file.metadata}
+    return partial(generation_config_of, path, metadata)
 
 
-def make_tokenizer(loaded: LoadedModel) -> Tokenizer:
-    if isinstance(loaded.file, GGUFFile):
+def make_tokenizer(file: ModelFile, path: Path) -> Tokenizer:
+    if isinstance(file, GGUFFile):
         from octavo.text.gguf_vocab import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(loaded.file.metadata, loaded.file.path)
+        return tokenizer_from_gguf(file.metadata, file.path)
     from octavo.text.directory import tokenizer_from_directory
 
-    return tokenizer_from_directory(loaded.path)
+    return tokenizer_from_directory(path)
 
 
 def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: Clock, codec: TextCodec) -> Engine:

@@ -70,6 +70,7 @@ class Engine:
         self.clock = clock
         self.kv = kv
         self.events = EventRing(clock)
+        self.plan_listeners: list[Callable[[StepPlan], None]] = []  # told of each plan before it is carried out
         self.step_listeners: list[StepListener] = []
         self.background: Background = _AtOnce()
         self.scheduler = Scheduler(config, kv, self.events, proposer)
@@ -207,6 +208,8 @@ class Engine:
         for coordinator in self._requests_of(plan):
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
+        for told in self.plan_listeners:
+            told(plan)
         plan, result = self._execute(plan)
         self._learn_speed(plan, result)
         for listener in tuple(self.step_listeners):

@@ -1,0 +1,215 @@
+"""The process that steps: an engine on its thread, and a socket to the process that asks (`server.remote`).
+
+Started with the number of a socket's descriptor. The first message is the configuration, the answer to it what the
+engine is like, or why there is none. From then on each message is a tuple whose first part is its kind; see `_Process`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import EngineConfig
+from octavo.core.errors import EngineClosedError, OctavoError, RequestFailedError
+from octavo.core.request import RequestSpec, SessionSpec
+from octavo.server.connection import Connection, ConnectionEndedError
+
+if TYPE_CHECKING:
+    from octavo.core.plan import StepPlan
+    from octavo.wiring import BuiltEngine
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 0.25  # between two signs of life
+
+
+class _Process:
+    """What the other process may ask: ("add", specs), ("add_session", spec), ("abort", ids), ("ask", number, name,
+    arguments), ("forget", request_id, call), ("close",). What is told: ("started", ids) before the first step of each,
+    ("output", output), ("failed", request_id, error), ("answer", number, value), whose parts may be ("later", number),
+    ("settled", number, value), ("beat", figures)."""
+
+    def __init__(self, built: BuiltEngine, connection: Connection) -> None:
+        self._built = built
+        self._loop = built.start()
+        self._connection = connection
+        self._started: set[str] = set()
+        self._later = 0
+        self._done = threading.Event()
+        built.engine.plan_listeners.append(self._tell_started)
+
+    def run(self) -> None:
+        """Until the other process goes, or says so."""
+        threading.Thread(target=self._beat, name="octavo-beat", daemon=True).start()
+        try:
+            while True:
+                message = self._connection.receive()
+                if message[0] == "close":
+                    break
+                getattr(self, f"_{message[0]}")(*message[1:])
+        except ConnectionEndedError as error:
+            log.info("the server's process is gone (%s)", error)
+        finally:
+            self._done.set()
+            self._loop.close()
+            self._connection.close()
+
+    # --- what is asked ---
+
+    def _add(self, specs: Sequence[Any]) -> None:
+        ready = []
+        for spec in specs:
+            try:
+                self._prepare(spec)
+            except OctavoError as error:
+                self._connection.send(("failed", spec.request_id, error))
+            else:
+                ready.append(spec)
+        for spec in ready:
+            self._loop.add([spec], partial(self._deliver, spec.request_id))
+
+    def _prepare(self, spec: Any) -> None:
+        """What would hold up the engine's thread: a grammar is compiled here."""
+        drawn = [spec] if isinstance(spec, RequestSpec) else [spec.margin, spec.answer]
+        for one in drawn:
+            if one is not None and one.params.grammar is not None:
+                self._built.frontend.tokens.grammars.check(one.params.grammar)
+
+    def _add_session(self, spec: SessionSpec) -> None:
+        self._loop.add_session(spec, partial(self._deliver, spec.request_id))
+
+    def _deliver(self, request_id: str, output: Any) -> None:
+        if isinstance(output, Exception):
+            self._connection.send(("failed", request_id, output))
+            self._started.discard(request_id)
+        else:
+            self._connection.send(("output", output))
+            if output.finished:
+                self._started.discard(request_id)
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        self._loop.abort(request_ids)
+
+    def _forget(self, request_id: str, call: Any) -> None:
+        self._loop.forget(request_id, call)
+
+    def _ask(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order", "stats"):
+            raise ConnectionEndedError(f"no such question: {name}")
+        try:
+            answer: Future[Any] = (
+                self._loop.ask(lambda _: self._built.engine.kv.stats)
+                if name == "stats"
+                else getattr(self._loop, name)(*arguments)
+            )
+        except EngineClosedError as error:
+            self._connection.send(("answer", number, error))
+            return
+        answer.add_done_callback(partial(self._answer, number))
+
+    def _answer(self, number: int, answer: Future[Any]) -> None:
+        """In the engine's thread."""
+        value = _result(answer)
+        if isinstance(value, list):
+            value = [self._or_later(part) for part in value]
+        self._connection.send(("answer", number, value))
+
+    def _or_later(self, part: Any) -> Any:
+        if not isinstance(part, Future):
+            return part
+        self._later += 1
+        number = self._later
+
+        def settle(future: Future[Any]) -> None:
+            self._connection.send(("settled", number, _result(future)))
+
+        part.add_done_callback(settle)
+        return ("later", number)
+
+    # --- what is told by itself ---
+
+    def _tell_started(self, plan: StepPlan) -> None:
+        new = [one for one in dict.fromkeys(grant.request_id for grant in plan.grants) if one not in self._started]
+        if new:
+            self._started.update(new)
+            try:  # before the step, which may be the last
+                self._connection.send_now(("started", new))
+            except OSError:
+                log.info("the server's process is gone")
+
+    def _beat(self) -> None:
+        engine = self._built.engine
+        while not self._done.wait(BEAT_SECONDS):
+            scheduler, kv = engine.scheduler, engine.kv
+            figures = {
+                "steps": engine.num_steps,
+                "requests": engine.num_requests,
+                "busy": engine.has_unfinished_requests,
+                "running": scheduler.num_running,
+                "waiting": scheduler.num_waiting,
+                "blocks": kv.num_blocks,
+                "available_blocks": kv.num_available,
+                "cached_blocks": kv.num_cached,
+                "stats": kv.stats,
+            }
+            self._connection.send(("beat", figures))
+
+
+def _result(future: Future[Any]) -> Any:
+    """Its value, or what it raised as a value."""
+    if future.cancelled():
+        return RequestFailedError("was cancelled")
+    error = future.exception()
+    if error is None:
+        return future.result()
+    return error if isinstance(error, Exception) else RequestFailedError(f"{type(error).__name__}: {error}")
+
+
+def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
+    from octavo.build import build_engine
+
+    gc.disable()  # what comes into being here stays
+    try:
+        built = build_engine(EngineConfig(**settings))
+    except OctavoError as error:
+        connection.send(("refused", error))
+        return None
+    except Exception as error:
+        log.exception("the engine could not be built")
+        connection.send(("refused", RequestFailedError(f"{type(error).__name__}: {error}")))
+        return None
+    finally:
+        gc.freeze()
+        gc.enable()
+    process = _Process(built, connection)
+    connection.send(("ready", built.frontend.limits, built.system_fingerprint, str(built.memory_plan)))
+    return process
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Ctrl-C in a terminal goes to all processes: it is the other one's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="octavo engine: %(message)s", level=os.environ.get("OCTAVO_ENGINE_LOG_LEVEL", "WARNING"))
+    connection = Connection(socket.socket(fileno=int(arguments[0])), "engine-socket")
+    try:
+        settings = connection.receive()
+        process = _open(connection, settings)
+    except ConnectionEndedError:
+        return 0
+    if process is None:
+        connection.close()
+        return 2
+    process.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

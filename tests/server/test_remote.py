@@ -1,0 +1,287 @@
+"""An engine in a process of its own: the same answers, and what happens when it dies, hangs or is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import (
+    LLM,
+    AskParams,
+    AsyncLLM,
+    BeamSearchParams,
+    ConfigError,
+    EngineClosedError,
+    InvalidRequestError,
+    MarginsParams,
+    ModelNotFoundError,
+    RequestFailedError,
+    SamplingParams,
+)
+from octavo.server.served_llm import ServedLLM
+from tests.conftest import _save_model, _save_tokenizer, _special_ids
+from tests.test_margins import a_document
+
+SETTINGS: dict[str, Any] = {"backend": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
+DRAWN = SamplingParams(temperature=0.8, max_tokens=9, seed=3, logprobs=2)
+LONG = SamplingParams(temperature=0.8, max_tokens=1500, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-remote")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    vocab_size = _save_tokenizer(folder)
+    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tiny_dir: Path) -> Iterator[ServedLLM]:
+    llm = ServedLLM(str(tiny_dir), **SETTINGS)
+    yield llm
+    llm.close()
+
+
+async def last(llm: AsyncLLM, prompt: Any, params: SamplingParams) -> Any:
+    outputs = [output async for output in llm.generate(prompt, params)]
+    return outputs[-1]
+
+
+def facts(output: Any) -> list[Any]:
+    return [(one.token_ids, one.text, one.finish_reason, one.logprobs) for one in output.outputs]
+
+
+async def until(what: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if what():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it does not come")
+
+
+async def test_the_same_answers(served: ServedLLM, tiny_dir: Path, tmp_path: Path) -> None:
+    document, question = a_document(), "Where is the whale?"
+    margins = MarginsParams(segment_tokens=90, margin=SamplingParams(max_tokens=9), threshold=-1e6, seed=5)
+    ask = AskParams(answer=SamplingParams(max_tokens=9), order="cache", seed=5)
+    documents = [{"id": "a", "text": document}, {"id": "b", "text": a_document(1)}]
+    structured = SamplingParams(structured_outputs={"choice": ["Paris", "London"]}, seed=1)
+
+    async def all_of(llm: AsyncLLM) -> list[Any]:
+        found: list[Any] = [facts(await last(llm, "A whale", DRAWN.but(n=3, prompt_logprobs=1)))]
+        found.append(facts(await last(llm, "A whale", structured)))
+        beams = [output async for output in llm.beam_search("A whale", BeamSearchParams(beam_width=4, max_tokens=9))]
+        found.append([(one.token_ids, one.score) for one in beams[-1].outputs])
+        result = await (await llm.margins(document, question, margins)).result()
+        found.append([result.text, [(m.text, m.score, m.kept) for m in result.answer.margins]])
+        asked = await (await llm.ask(question, params=ask, documents=documents)).result()
+        found.append([asked.text, asked.prompt_token_ids, asked.sources])
+        asked = await (await llm.ask(question, params=ask.but(margins=margins), documents=documents)).result()
+        found.append([asked.text, asked.sources])
+        async with llm.session(seed=4) as session:
+            await session.extend("The sea is ")
+            a, b = await session.fork(2)
+            outputs = await asyncio.gather(a.generate(DRAWN), b.generate(regex="[0-9]{3}", max_tokens=9))
+            found.append([one.text for one in outputs])
+            chosen = await session.select([" old", " white", " far away"])
+            found.append([(one.text, one.logprobs) for one in chosen.choices])
+            await a.truncate(3)
+            found.append(a.token_ids)
+        found.append((await llm.explain_cache("A whale")).num_cached_tokens)
+        found.append(await llm.reset_prefix_cache() > 0)
+        return found
+
+    async with AsyncLLM(str(tiny_dir), **SETTINGS) as llm:
+        expected = await all_of(llm)
+    for mine, theirs in zip(await all_of(served), expected, strict=True):
+        assert mine == theirs
+    assert served.system_fingerprint == llm.system_fingerprint and served.max_model_len == llm.max_model_len
+
+
+async def test_refusals_come_through(served: ServedLLM) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await last(served, "A", SamplingParams(structured_outputs={"regex": "("}))
+    assert caught.value.field == "structured_outputs.regex"
+    running = served.generate("A", LONG, "mine")
+    await anext(running)
+    with pytest.raises(InvalidRequestError, match="is in use"):
+        await anext(served.generate("A", DRAWN, "mine"))
+    await running.aclose()
+    async with served.session() as session:
+        await session.extend("A")
+        with pytest.raises(InvalidRequestError):
+            await session.truncate(50)
+
+
+async def test_callers_who_go_away(served: ServedLLM) -> None:
+    for _ in range(5):
+        running = served.generate("A whale", LONG)
+        await anext(running)
+        await running.aclose()
+    await served.abort("nobody")
+    running = served.generate("A whale", LONG, "it")
+    await anext(running)
+    await served.abort("it")
+    outputs = [output async for output in running]
+    assert outputs[-1].outputs[0].finish_reason == "abort"
+    await until(lambda: served.engine.figures.get("requests") == 0)
+    figures = served.engine.figures
+    assert figures["available_blocks"] == figures["blocks"] and served.num_unfinished_requests == 0
+
+
+async def test_many_at_once(served: ServedLLM) -> None:
+    alone = [facts(await last(served, f"A whale {n}", DRAWN.but(seed=n))) for n in range(12)]
+    together = await asyncio.gather(*(last(served, f"A whale {n}", DRAWN.but(seed=n)) for n in range(12)))
+    assert [facts(one) for one in together] == alone
+
+
+async def test_killed_under_load(tiny_dir: Path) -> None:
+    """What had begun ends with an error, what had not is answered, and so is what comes later."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS | {"max_num_seqs": 2})
+    try:
+        expected = facts(await last(llm, "A whale", DRAWN))
+        started = [llm.generate("A", LONG.but(seed=n)) for n in range(2)]
+        for one in started:
+            await anext(one)
+        waiting = [asyncio.ensure_future(last(llm, "A whale", DRAWN)) for _ in range(3)]
+        session = llm.session()
+        await until(lambda: llm.num_unfinished_requests == 6)
+        first = llm.engine.pid
+        os.kill(first, signal.SIGKILL)
+        for one in started:
+            with pytest.raises(RequestFailedError, match="SIGKILL"):
+                async for _ in one:
+                    pass
+        assert [facts(one) for one in await asyncio.gather(*waiting)] == [expected] * 3
+        assert llm.engine.pid != first and llm.engine.num_restarts == 1 and llm.engine.state == "running"
+        with pytest.raises((InvalidRequestError, EngineClosedError)):
+            await session.extend("A")
+        assert facts(await last(llm, "A whale", DRAWN)) == expected
+        async with llm.session() as other:
+            await other.extend("A")
+    finally:
+        llm.close()
+    assert _gone(llm.engine.pid)
+
+
+async def test_an_engine_that_stands_still_is_ended(tiny_dir: Path) -> None:
+    llm = ServedLLM(str(tiny_dir), hang_seconds=2.0, **SETTINGS)
+    try:
+        running = llm.generate("A", LONG)
+        await anext(running)
+        first = llm.engine.pid
+        os.kill(first, signal.SIGSTOP)
+        with pytest.raises(RequestFailedError, match="SIGKILL"):
+            async for _ in running:
+                pass
+        assert (await last(llm, "A", DRAWN)).finished and llm.engine.pid != first
+    finally:
+        llm.close()
+
+
+async def test_a_request_that_breaks_engines_is_not_asked_for_ever(tiny_dir: Path) -> None:
+    """One that had not begun when the engine died is asked once more; when that dies too it ends."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS | {"max_num_seqs": 1})
+    try:
+        started = llm.generate("A", LONG)
+        await anext(started)
+        waiting = asyncio.ensure_future(last(llm, "A", LONG.but(max_tokens=1900)))
+        await until(lambda: llm.num_unfinished_requests == 2)
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        await until(lambda: llm.engine.num_restarts == 1)
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        with pytest.raises(RequestFailedError, match="SIGKILL"):
+            await waiting
+        await until(lambda: llm.engine.num_restarts == 2)
+        assert (await last(llm, "A", DRAWN)).finished
+        await started.aclose()
+    finally:
+        llm.close()
+
+
+async def test_closed_in_the_middle(tiny_dir: Path) -> None:
+    llm = ServedLLM(str(tiny_dir), **SETTINGS)
+    running = llm.generate("A", LONG)
+    await anext(running)
+    pid = llm.engine.pid
+    llm.close()
+    llm.close()
+    with pytest.raises((EngineClosedError, RequestFailedError)):
+        async for output in running:
+            if output.finished:
+                raise RequestFailedError(str(output.outputs[0].finish_reason))
+    with pytest.raises(EngineClosedError):
+        await last(llm, "A", DRAWN)
+    assert _gone(pid)
+
+
+def test_an_engine_goes_with_its_server(tiny_dir: Path) -> None:
+    """Whatever ends the server: its socket closes."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time\nfrom octavo.server.served_llm import ServedLLM\n"
+        f"llm = ServedLLM({str(tiny_dir)!r}, backend='cpu')\nprint(llm.engine.pid, flush=True)\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        assert not _gone(pid)
+        server.kill()
+    for _ in range(3000):
+        if _gone(pid):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it lives on")
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"model": "no/such/folder"}, ModelNotFoundError),
+        ({"max_model_len": 1 << 30}, ConfigError),
+    ],
+)
+def test_what_cannot_be_built_is_told(tiny_dir: Path, given: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        ServedLLM(**{"model": str(tiny_dir), **given})
+
+
+def test_threads_of_the_caller(served: ServedLLM, tiny_dir: Path) -> None:
+    """The blocking way over the same engine: what `run` gives."""
+    with LLM(str(tiny_dir), **SETTINGS) as llm:
+        expected = facts(llm.generate("A whale", DRAWN, use_tqdm=False)[0])
+    found: list[Any] = []
+
+    def ask() -> None:
+        request = served._frontend.make("A whale", DRAWN)
+        read = served._frontend.reader(request)
+        for output in served._loop.run([request.spec]):
+            answer = read(output)
+        found.append(facts(answer))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 6
