@@ -24,6 +24,7 @@ from octavo.loading.weights import FileWeights
 from tests.pace import held
 
 PROMPT = "the quick brown fox"
+LONG_PROMPT = "A prompt that nobody else has. " * 7
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
 
 
@@ -178,6 +179,24 @@ def test_metrics_are_in_order(tiny: LLM) -> None:
     assert m.arrival_time <= m.first_scheduled_time <= m.first_token_time <= m.finished_time
     assert m.num_generated_tokens == 24
     assert output.system_fingerprint == tiny.system_fingerprint
+
+
+def test_every_token_of_a_prompt_is_computed_found_or_shared(tiny: LLM) -> None:
+    """What `cache_stats` says of the work that n samples of one prompt are, from an empty cache and again."""
+    found = []
+    for _ in range(2):
+        before = tiny.cache_stats
+        (output,) = tiny.generate(LONG_PROMPT, params(n=3, max_tokens=5))
+        after = tiny.cache_stats
+        prompt, names = len(output.prompt_token_ids), ("computed_tokens", "hit_tokens", "forked_tokens")
+        computed, hit, forked = (getattr(after, name) - getattr(before, name) for name in names)
+        assert (computed, hit, forked) == (
+            prompt - output.num_cached_tokens + 3 * 4,
+            output.num_cached_tokens,
+            3 * prompt,
+        )
+        found.append(hit)
+    assert found[0] == 0 < prompt - 16 <= found[1]
 
 
 def test_windowed_model(tiny_gemma3_dir: Path) -> None:

@@ -64,7 +64,8 @@ class BaseLLM:
 
     @property
     def cache_stats(self) -> CacheStats:
-        """Counters since the start: tokens looked up and found, blocks inserted, evicted and copied."""
+        """Counters since the start: tokens computed, looked up, found and shared by forks, blocks inserted, evicted and
+        copied."""
         return replace(self._engine.kv.stats)
 
     def chat_prompt(

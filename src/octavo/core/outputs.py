@@ -94,10 +94,13 @@ class OutputSoFar:
 
 @dataclass(slots=True)
 class CacheStats:
-    """Of the prefix cache, since the engine was built. Work that is restored after a preemption counts as well."""
+    """Of KV, since the engine was built: what was computed, and what did not have to be. Work that is restored after a
+    preemption counts as well."""
 
     query_tokens: int = 0  # tokens of requests when they began to run
     hit_tokens: int = 0  # of them, taken from the cache instead of computed
+    forked_tokens: int = 0  # that forks had from the sequence they were forked from, instead of computing them
+    computed_tokens: int = 0  # by steps: of prompts, of what was generated, and guesses
     inserted_blocks: int = 0
     evicted_blocks: int = 0
     loaded_blocks: int = 0  # from the file tier

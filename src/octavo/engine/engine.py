@@ -211,6 +211,7 @@ class Engine:
         for told in self.plan_listeners:
             told(plan)
         plan, result = self._execute(plan)
+        self.kv.stats.computed_tokens += plan.num_tokens
         self._learn_speed(plan, result)
         for listener in tuple(self.step_listeners):
             try:

@@ -147,6 +147,7 @@ class BlockTables:
         child.extend(blocks)
         child.node, child.indexes = table.node, table.indexes
         child.lower(num_tokens // self.block_size)
+        self._stats.forked_tokens += num_tokens
         return child
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
