@@ -42,9 +42,23 @@ ALLOWED: dict[str, set[str] | None] = {
     "base_llm": {"build", "config", "core", "frontend", "margins_request", "session"},
     "llm": {"ask", "ask_request", "base_llm", "core", "engine", "frontend", "margins", "session"},
     "async_llm": {"ask", "ask_request", "async_session", "base_llm", "core", "frontend", "margins"},
+    "evaluation": {"llm", "frontend", "core"},
     # `pull` and `models` work on files alone and must start fast, without an engine. See also BELOW_THE_DOORS.
     "cli": {"ask", "llm", "frontend", "margins", "config", "backends", "observe", "core", "hub", "formats", "text"},
     "server": {"async_llm", "build", "config", "core", "frontend", "observe", "text", "wiring"},
+        "ask",
+        "llm",
+        "frontend",
+        "margins",
+        "evaluation",
+        "config",
+        "backends",
+        "observe",
+        "core",
+        "hub",
+        "formats",
+        "text",
+    },
     "__init__": None,
     "__main__": {"cli"},
 }
@@ -82,6 +96,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sampling": {"numpy"},
     "loading": {"numpy"},
     "runner": {"numpy"},
+    "evaluation": {"numpy", "rich", "matplotlib"},
 }
 
 
