@@ -12,9 +12,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
+from octavo.cli.output_files import check_writable, with_errors_named
 from octavo.core.errors import InvalidRequestError
 
 _MOST = 2**31 - 1
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = {name: _number(args, name, least) for name, (_, least, _) in _NUMBERS[args.kind].items()}
     config = engine_config(args)
     if args.output_json is not None:
-        _check_writable(args.output_json)
+        check_writable("--output-json", args.output_json)
     from octavo.cli.answering import check_unicode, spinner
 
     if args.kind == "startup":
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         lines = bench_engine.lines(report)
     sys.stdout.write("\n".join(lines) + "\n")
     if args.output_json is not None:
-        _write(args.output_json, report)
+        text = json.dumps(report, indent=2) + "\n"
+        with_errors_named("--output-json", args.output_json, lambda: args.output_json.write_text(text))
     return 0
 
 
@@ -109,19 +110,3 @@ def _engine_flags(args: argparse.Namespace) -> list[str]:
 
     given = ((setting.name, getattr(args, setting.name, None)) for setting in fields(EngineConfig))
     return [f"{flag(name)}={text}" for name, text in given if text is not None]
-
-
-def _check_writable(path: Path) -> None:
-    """Now and not after minutes of measuring. What is there stays."""
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise InvalidRequestError("--output-json", f"{path} cannot be written: {error.strerror}") from None
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise InvalidRequestError("--output-json", f"{path} cannot be written: {error.strerror}") from None
