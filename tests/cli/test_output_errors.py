@@ -43,6 +43,7 @@ LINES = {
     "models": ["models"],
     "doctor": ["doctor", "--no-measure"],
     "bench": ["bench", "throughput", "-m", "MODEL", "--num-prompts", "1", "--input-len", "4", "--output-len", "2"],
+    "eval": ["eval", "-m", "MODEL", "--tasks", "babi", "--modes", "full", "--samples", "1", "--max-tokens", "2"],
     "cache": ["cache", "explain", "-m", "MODEL", "hello"],
     "verify": ["verify", "--quick", "--skip", "transformers", "--skip", "exactness", "MODEL"],
     "--help": ["--help"],
