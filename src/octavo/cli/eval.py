@@ -155,7 +155,13 @@ class _Progress:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            refresh_per_second=2,  # drawing takes time from what is measured
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("evaluating", total=total)
 
     def advance(self, run: Run) -> None:
