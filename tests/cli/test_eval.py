@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from octavo.evaluation.tasks import TASKS
 from .conftest import Invoke
 from .test_bad_input import assert_refused
 
-MODES_HERE = [mode for mode in MODES if mode != "retrieved" or find_spec("octavo.core.ask_params")]
-SMALL = ("--modes", ",".join(MODES_HERE), "--max-tokens", 3)
+SMALL = ("--modes", ",".join(MODES), "--max-tokens", 3)
 MARGINS = ("--segment-tokens", 300, "--margin-tokens", 4)
 QUICK = ("--tasks", "niah_single,babi", "--lengths", "700,900", "--samples", 2, *SMALL, *MARGINS)
 
@@ -48,9 +46,7 @@ def test_all_modes_and_files(invoke: Invoke, tiny_llama_dir: Path, tmp_path: Pat
     plot = tmp_path / "figure.svg"
     code, out, err = invoke("eval", "--model", tiny_llama_dir, *QUICK, "--json", json_file, "--plot", plot)
     assert (code, err) == (0, "")
-    expected = [
-        (task, length, mode) for length in (700, 900) for task in ("niah_single", "babi") for mode in MODES_HERE
-    ]
+    expected = [(task, length, mode) for length in (700, 900) for task in ("niah_single", "babi") for mode in MODES]
     assert [tuple(row[:4]) for row in rows_of(out)] == [
         (task, str(length), mode, "2") for task, length, mode in expected
     ]
@@ -58,7 +54,7 @@ def test_all_modes_and_files(invoke: Invoke, tiny_llama_dir: Path, tmp_path: Pat
     assert [(row["task"], row["length"], row["mode"]) for row in told["rows"]] == expected
     assert told["complete"] is True and told["octavo"] == __version__ and told["model"] == str(tiny_llama_dir)
     assert told["params"]["settings"]["segment_tokens"] == 300 and told["params"]["lengths"] == [700, 900]
-    assert len(told["runs"]) == 2 * 2 * 2 * len(MODES_HERE)
+    assert len(told["runs"]) == 2 * 2 * 2 * len(MODES)
     for row in told["rows"]:
         assert row["num_failed"] == 0 and row["score"]["n"] == 2 and row["seconds"] > 0
         assert (row["difference"] is None) == (row["mode"] == "full")

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from octavo.evaluation.modes import MODES, ModeSettings, Outcome, measure
 from octavo.evaluation.runner import EvalParams, Evaluation, Run
 from octavo.evaluation.tasks import Example, ExampleKey, make_example
 
-HERE = [mode for mode in MODES if mode != "retrieved" or find_spec("octavo.core.ask_params")]
 SHORT = ModeSettings(max_tokens=7, margin_tokens=6, segment_tokens=250, passages=2, passage_tokens=60)
 
 
@@ -74,17 +72,36 @@ def test_what_margins_reuse(llm: LLM) -> None:
     assert 1000 < outcome.computed_tokens < 1000 + prompts + outcome.generated_tokens
 
 
-@pytest.mark.parametrize("mode", HERE)
+def test_retrieved_reads_the_passages_that_fit(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the needle among them, and the words of no other mode's prompt missing but the document's."""
+    made, results = example(llm, "niah_multikey", 1500), []
+
+    def ask(*given: Any, **named: Any) -> Any:
+        results.append(LLM.ask(llm, *given, **named))
+        return results[-1]
+
+    monkeypatch.setattr(llm, "ask", ask)
+    outcome = measure(llm, "retrieved", made, SHORT)
+    (result,) = results
+    assert 0 < len(result.passages) <= 2 and any(made.answers[0] in passage.text for passage in result.passages)
+    prompt = llm.tokenizer.decode(result.prompt_token_ids)
+    assert prompt.count(made.question) == 1 and made.answers[0] in prompt and "Behind each statement" not in prompt
+    assert outcome.text == result.text and outcome.prompt_tokens == len(result.prompt_token_ids) < 700
+    assert outcome.generated_tokens is not None
+    assert outcome.computed_tokens == outcome.prompt_tokens + outcome.generated_tokens - 1
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_measurement_begins_with_an_empty_cache(llm: LLM, mode: str) -> None:
     """Guards a mode that looks cheap since another one, or the same before, has read the document."""
     made = example(llm)
     first = without_time(measure(llm, mode, made, SHORT))
-    for other in HERE:
+    for other in MODES:
         measure(llm, other, made, SHORT)
     assert without_time(measure(llm, mode, made, SHORT)) == first
 
 
-@pytest.mark.parametrize("mode", HERE)
+@pytest.mark.parametrize("mode", MODES)
 def test_what_cannot_be_run_says_why(llm: LLM, mode: str) -> None:
     outcome = measure(llm, mode, example(llm, length=3000), SHORT)
     if mode == "retrieved":

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from octavo.core.errors import InvalidRequestError, RequestFailedError
-from octavo.core.margins_params import MarginsParams, MarginsPrompts, filled
+from octavo.core.ask_params import AskParams, AskPrompts
+from octavo.core.errors import EngineClosedError, OctavoError, RequestFailedError
+from octavo.core.margins_params import MarginsParams, MarginsPrompts
 from octavo.core.params import SamplingParams
+from octavo.core.prompts import filled
 from octavo.evaluation.scores import METRICS
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ def measure(llm: LLM, mode: str, example: Example, settings: ModeSettings) -> Ou
     began = perf_counter()
     try:
         answer = MODES[mode](llm, example, settings, sampling)
-    except (InvalidRequestError, RequestFailedError) as error:
+    except EngineClosedError:
+        raise
+    except OctavoError as error:
         return Outcome(error=str(error))
     seconds = perf_counter() - began
     after = llm.cache_stats
@@ -91,14 +95,16 @@ def warm_up(llm: LLM) -> None:
     llm.generate(_prompt(llm, "Hello."), SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
 
 
+def _cue(llm: LLM) -> str:
+    """What tells a model without a chat template that it is its turn."""
+    return "\n\nAnswer:" if llm.tokenizer.chat_template is None else ""
+
+
 def _prompts(llm: LLM) -> MarginsPrompts:
-    """The words around document and question, the same in all modes. A model without a chat template has to be told
-    that it is its turn."""
-    prompts = MarginsPrompts()
-    if llm.tokenizer.chat_template is not None:
-        return prompts
+    """The words around document and question, with margins and in full."""
+    prompts, cue = MarginsPrompts(), _cue(llm)
     names = ("extract", "classify", "answer", "answer_without", "answer_alone", "answer_alone_without")
-    return replace(prompts, **{name: getattr(prompts, name) + "\n\nAnswer:" for name in names})
+    return replace(prompts, **{name: getattr(prompts, name) + cue for name in names})
 
 
 def _prompt(llm: LLM, text: str) -> Prompt:
@@ -134,11 +140,17 @@ def _margins(llm: LLM, example: Example, settings: ModeSettings, sampling: Sampl
 
 
 def _retrieved(llm: LLM, example: Example, settings: ModeSettings, sampling: SamplingParams) -> _Answer:
-    from octavo.core.ask_params import AskParams
-
-    params = AskParams(num_passages=settings.passages, passage_tokens=settings.passage_tokens, answer=sampling)
+    """Without the citations that `ask` asks for by itself: no other mode is to write any."""
+    answer = "Here are passages from a document.\n\n{passages}Answer the question with the help of these passages.\n\n"
+    params = AskParams(
+        num_passages=settings.passages,
+        passage_tokens=settings.passage_tokens,
+        answer=sampling,
+        prompts=AskPrompts(passage="[{number}] {text}\n\n", answer=answer + "Question: {question}" + _cue(llm)),
+        seed=0,
+    )
     documents = [{"id": "document", "title": "", "text": example.document}]
-    result = llm.ask(example.question, documents=documents, params=params)  # type: ignore[attr-defined]
+    result = llm.ask(example.question, documents=documents, params=params)
     return _Answer(result.output, len(result.prompt_token_ids), result.metrics.num_generated_tokens)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, NamedTuple
 
+from octavo.core.ask_params import MAX_PASSAGE_TOKENS, MAX_PASSAGES, MIN_PASSAGE_TOKENS
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.margins_params import MAX_SEGMENT_TOKENS
 from octavo.core.params import MAX_SEED, integer, number
@@ -25,8 +26,8 @@ _LIMITS = {
     "max_tokens": (1, _MAX_TOKENS),
     "segment_tokens": (1, MAX_SEGMENT_TOKENS),
     "margin_tokens": (1, _MAX_TOKENS),
-    "passages": (1, 1000),
-    "passage_tokens": (1, MAX_SEGMENT_TOKENS),
+    "passages": (1, MAX_PASSAGES),
+    "passage_tokens": (MIN_PASSAGE_TOKENS, MAX_PASSAGE_TOKENS),
 }
 
 
