@@ -1,0 +1,80 @@
+"""What Prometheus reads of a server at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from octavo import MarginsParams, SamplingParams
+from octavo.server.metrics import Metrics
+from octavo.server.served_llm import ServedLLM
+
+from .test_remote import LONG, SETTINGS, last, tiny_dir, until  # noqa: F401 # a fixture
+
+DRAWN = SamplingParams(temperature=0.8, max_tokens=9, seed=3, ignore_eos=True)
+
+
+@pytest.fixture
+def served(tiny_dir: Path) -> Iterator[ServedLLM]:  # noqa: F811
+    llm = ServedLLM(str(tiny_dir), **SETTINGS)
+    llm.metrics = Metrics(llm.figures, "tiny", vllm_names=True)
+    yield llm
+    llm.close()
+
+
+def read(llm: ServedLLM) -> dict[str, float]:
+    assert llm.metrics is not None
+    found = {}
+    for family in text_string_to_metric_families(llm.metrics.exposition().decode()):
+        for sample in family.samples:
+            labels = [value for name, value in sorted(sample.labels.items()) if name not in ("model_name", "le")]
+            assert sample.labels["model_name"] == "tiny"
+            if "le" not in sample.labels:
+                found[" ".join([sample.name, *labels])] = sample.value
+    return found
+
+
+async def test_requests_are_counted(served: ServedLLM) -> None:
+    for _ in range(3):
+        await last(served, "A whale", DRAWN.but(n=2))
+    running = served.generate("A", LONG)
+    await anext(running)
+    await running.aclose()
+    margins = MarginsParams(segment_tokens=90, margin=DRAWN.but(seed=None), answer=DRAWN.but(seed=None), seed=1)
+    await (await served.margins("The whale is white. " * 20, "Is it?", margins)).result()
+    figures = read(served)
+    prompt = len(served.tokenizer.encode("A whale"))
+    assert figures["octavo_request_success_total length"] == 4
+    assert figures["octavo_request_success_total abort"] == figures["octavo_num_aborted_requests_total"] == 1
+    assert figures["octavo_request_prompt_tokens_count"] == 3
+    assert figures["octavo_request_prompt_tokens_sum"] == 3 * prompt
+    assert figures["octavo_request_params_n_sum"] == 6
+    assert figures["octavo_request_generation_tokens_count"] == 4
+    assert figures["octavo_generation_tokens_total"] >= 3 * 18 + 9
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
+        assert figures[f"octavo_{name}_seconds_count"] == 4
+        assert 0 <= figures[f"octavo_{name}_seconds_sum"] < 600
+    assert figures["octavo_inter_token_latency_seconds_count"] >= 3 * 8
+    same = {name.removeprefix("octavo_"): value for name, value in figures.items() if name.startswith("octavo_")}
+    other = {name.removeprefix("vllm:"): value for name, value in figures.items() if name.startswith("vllm:")}
+    for name, value in same.items():
+        if "_created" not in name:
+            assert other[name] == value, name
+
+
+async def test_the_engine_tells_of_itself(served: ServedLLM) -> None:
+    async with served.session() as session:
+        await session.extend("A whale is white. " * 5)
+        await session.generate(DRAWN)
+        await until(lambda: read(served)["octavo_kv_cache_usage_perc"] > 0)
+        figures = read(served)
+        assert figures["octavo_kv_cache_usage_perc"] <= 1 and figures["octavo_engine_steps_total"] > 0
+    await last(served, "A whale", DRAWN)
+    await until(lambda: read(served)["octavo_kv_cache_usage_perc"] == 0)
+    figures = read(served)
+    assert figures["octavo_num_requests_running"] == figures["octavo_engine_restarts"] == 0
+    await until(lambda: read(served)["octavo_prefix_cache_queries_total"] > 0)
+    assert read(served)["octavo_computed_tokens_total"] > 0
