@@ -1,5 +1,5 @@
-"""What Prometheus reads: names are vLLM's with the prefix ``octavo_``, and by wish with ``vllm:`` as well, so that dashboards
-made for it work."""
+"""What Prometheus reads: names are vLLM's with the prefix ``octavo_``, and by wish with ``vllm:`` as well, so that
+dashboards made for it work."""
 
 from __future__ import annotations
 
