@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         SelectResult,
     )
     from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
+    from octavo.core.pooling import EmbeddingOutput, EmbeddingRequestOutput, PoolingParams
     from octavo.core.structured import StructuredOutputsParams
     from octavo.documents.readers import DocumentError
     from octavo.frontend import ChatPrompt, Messages, Prompt
@@ -102,6 +103,7 @@ _MODULES = {
         "SelectResult",
     ),
     "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
+    "octavo.core.pooling": ("EmbeddingOutput", "EmbeddingRequestOutput", "PoolingParams"),
     "octavo.core.structured": ("StructuredOutputsParams",),
     "octavo.documents.readers": ("DocumentError",),
     "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
@@ -137,6 +139,8 @@ __all__ = [
     "DocumentError",
     "DocumentEvent",
     "DownloadError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineClosedError",
     "EngineConfig",
     "IndexProgress",
@@ -157,6 +161,7 @@ __all__ = [
     "OctavoError",
     "OutOfMemoryError",
     "OutputKind",
+    "PoolingParams",
     "Prompt",
     "RepetitionDetectionParams",
     "RequestFailedError",

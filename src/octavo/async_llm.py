@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from octavo.core.ask_params import AskParams
     from octavo.core.margins import MarginsSpec
     from octavo.core.margins_params import MarginsParams
+    from octavo.core.pooling import EmbeddingRequestOutput, PoolingParams, PoolingSpec
     from octavo.core.request import RequestSpec
     from octavo.frontend import Messages, Prompt, Request
     from octavo.margins import AsyncMarginsRun
@@ -83,6 +84,28 @@ class AsyncLLM(BaseLLM):
             async for output in answer:
                 yield output
 
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> EmbeddingRequestOutput:
+        """One prompt as one vector; see `LLM.embed`."""
+        import asyncio
+
+        from octavo.core.pooling import PoolingParams
+
+        given = PoolingParams() if pooling_params is None else pooling_params
+        spec = await asyncio.to_thread(self._pooling_spec, prompt, given, priority, "prompt", request_id)
+        async with aclosing(self._outputs_of(spec)) as outputs:
+            async for output in outputs:
+                if isinstance(output, Exception):
+                    raise output
+                return self._embedding(spec, output)
+        raise AssertionError("a request ends with an output")
+
     async def beam_search(
         self,
         prompt: Prompt,
@@ -108,7 +131,7 @@ class AsyncLLM(BaseLLM):
             async for output in outputs:
                 yield read(self._checked(output))
 
-    async def _outputs_of(self, *specs: RequestSpec | MarginsSpec) -> AsyncGenerator[Any, None]:
+    async def _outputs_of(self, *specs: RequestSpec | MarginsSpec | PoolingSpec) -> AsyncGenerator[Any, None]:
         """What the engine gives of requests, up to the first error; if the caller goes away, they are ended."""
         import asyncio
 

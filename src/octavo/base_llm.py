@@ -14,13 +14,14 @@ import numpy  # noqa: F401
 
 from octavo.build import build_engine
 from octavo.config import EngineConfig
-from octavo.core.errors import InvalidRequestError
+from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
     from octavo.core.engine_client import EngineClient
     from octavo.core.margins_params import MarginsParams
-    from octavo.frontend import ChatPrompt, Messages
+    from octavo.core.pooling import EmbeddingRequestOutput, PoolingOutput, PoolingParams, PoolingSpec
+    from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.margins_request import MarginsRequest
     from octavo.session import SessionClient
 
@@ -49,6 +50,7 @@ class BaseLLM:
         self.model_config = built.model_config
         self.memory_plan = built.memory_plan
         self.max_model_len = built.max_model_len
+        self.hidden_size: int | None = built.model_config.hidden_size
         self.system_fingerprint = built.system_fingerprint
         self._generation_config = built.generation_config
 
@@ -93,6 +95,23 @@ class BaseLLM:
         return make_margins(
             self._frontend, document, question, MarginsParams() if params is None else params, **options
         )
+
+    def _pooling_spec(
+        self, prompt: Prompt, params: PoolingParams, priority: int, name: str, request_id: str | None = None
+    ) -> PoolingSpec:
+        from octavo.core.pooling import checked_dimensions
+
+        spec = self._frontend.make_pooling(prompt, params, request_id, priority, name)
+        checked_dimensions(spec.params, self.hidden_size)
+        return spec
+
+    def _embedding(self, spec: PoolingSpec, output: PoolingOutput) -> EmbeddingRequestOutput:
+        from octavo.core.pooling import EmbeddingOutput, EmbeddingRequestOutput, pooled
+
+        if output.error is not None:
+            raise RequestFailedError(output.error)
+        found = EmbeddingOutput(pooled(output.embedding, spec.params))
+        return EmbeddingRequestOutput(spec.request_id, found, list(spec.prompt_token_ids), metrics=output.metrics)
 
     def _begin_session(self, seed: int | None, priority: int, cache_salt: str | None) -> SessionClient:
         from octavo.session import SessionClient

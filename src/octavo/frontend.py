@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
@@ -29,6 +29,9 @@ from octavo.core.values import (
 from octavo.text.model_tokens import ModelTokens
 from octavo.text.named_templates import NamedTemplates
 from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.core.pooling import PoolingParams, PoolingSpec
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -170,6 +173,24 @@ class Frontend:
             "eos_token_ids": () if params.ignore_eos else self.tokens.eos_token_ids,
             "bad_words": self.tokens.bad_words(params.bad_words or ()),
         }
+
+    def make_pooling(
+        self,
+        prompt: Prompt,
+        params: PoolingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        name: str = "prompt",
+    ) -> PoolingSpec:
+        """A request for the embedding of one prompt; see `make`. All of the context may be prompt."""
+        from octavo.core.pooling import PoolingParams, PoolingSpec
+
+        params = exact_record("pooling_params", params, PoolingParams)
+        priority = self.priority(priority)
+        request_id = self.request_id(request_id)
+        given = _read(prompt, name)
+        _, token_ids = self._tokens_of(given, name, room=0)
+        return PoolingSpec(request_id, tuple(token_ids), params, priority, given.cache_salt, self.clock())
 
     # --- sessions ---
 
@@ -342,18 +363,19 @@ class Frontend:
             raise InvalidRequestError("priority", 'has an effect only with scheduling_policy="priority"')
         return priority
 
-    def _tokens_of(self, given: _Given, name: str) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and token ids of a prompt. Raises InvalidRequestError."""
+    def _tokens_of(self, given: _Given, name: str, room: int = 1) -> tuple[str | None, list[int]]:
+        """Text, if there is one, and token ids of a prompt behind which there is to be room for so many. Raises
+        InvalidRequestError."""
         text = given.text
         if given.token_ids is not None:
-            return text, self._checked_ids(given.token_ids, name)
+            return text, self._checked_ids(given.token_ids, name, room)
         with _naming(name):
             self.tokens.check_beginning(name, text or "", self.limits.max_model_len)
             token_ids = self.codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
             raise InvalidRequestError(name, "is empty")
         self.tokens.check_spelt(name, token_ids)
-        self._check_length(len(token_ids), name)
+        self._check_length(len(token_ids), name, room)
         return text, token_ids
 
     def cache_key(self, prompt: Prompt) -> tuple[list[int], str | None]:
@@ -362,20 +384,18 @@ class Frontend:
         _, token_ids = self._tokens_of(given, "prompt")
         return token_ids, given.cache_salt
 
-    def _checked_ids(self, value: list[Any], name: str) -> list[int]:
+    def _checked_ids(self, value: list[Any], name: str, room: int = 1) -> list[int]:
         field = _key("prompt_token_ids", name)
         if not value:
             raise InvalidRequestError(field, "is empty")
-        self._check_length(len(value), name)
+        self._check_length(len(value), name, room)
         return self._in_vocabulary(field, value)
 
-    def _check_length(self, num_tokens: int, name: str) -> None:
+    def _check_length(self, num_tokens: int, name: str, room: int) -> None:
         most = self.limits.max_model_len
-        if num_tokens >= most:
-            raise InvalidRequestError(
-                name,
-                f"has {num_tokens} tokens; with max_model_len={most} at most {most - 1} leave room for an answer",
-            )
+        if num_tokens > most - room:
+            fit = f"at most {most - room} leave room for an answer" if room else "no more fit"
+            raise InvalidRequestError(name, f"has {num_tokens} tokens; with max_model_len={most} {fit}")
 
     def _in_vocabulary(self, field: str, token_ids: Iterable[Any]) -> list[int]:
         """Each read once: what is checked is what is used."""

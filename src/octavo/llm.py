@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.ask import AskResult, AskRun
     from octavo.core.ask_params import AskParams
     from octavo.core.margins_params import MarginsParams
+    from octavo.core.pooling import EmbeddingRequestOutput, PoolingParams
     from octavo.frontend import Messages, Prompt, Request
     from octavo.margins import MarginsResult, MarginsRun
     from octavo.session import Session
@@ -113,6 +114,40 @@ class LLM(BaseLLM):
                 params_here = exact_record("params", one, BeamSearchParams).but(output_kind=OutputKind.FINAL_ONLY)
                 requests.append(self._frontend.make_beams(prompt, params_here, priority=order, name=name))
         return self._run(requests, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
+    ) -> list[EmbeddingRequestOutput]:
+        """Each prompt as one vector, pooled of the model's hidden states after its final norm; all in one batch.
+
+        Args:
+            pooling_params: one for all prompts, or one each. Default: PoolingParams(), the mean, of length 1.
+            prompts, use_tqdm, priority: as in `generate`.
+
+        Raises InvalidRequestError naming the field at fault, RequestFailedError if a request failed inside the engine.
+        """
+        from octavo.core.pooling import PoolingParams
+
+        listed, names = _list_of_prompts(prompts)
+        given = PoolingParams() if pooling_params is None else pooling_params
+        each = _one_each("pooling_params", given, PoolingParams, len(listed))
+        priorities = _one_each("priority", priority, int, len(listed))
+        specs = [
+            self._pooling_spec(prompt, one, order, name)
+            for prompt, one, order, name in zip(listed, each, priorities, names, strict=True)
+        ]
+        shown = len(specs) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
+        found = {}
+        with _progress(len(specs), shown) as advance:
+            for output in self._loop.run(specs):
+                found[output.request_id] = output
+                advance()
+        return [self._embedding(spec, found[spec.request_id]) for spec in specs]
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool | None) -> list[RequestOutput]:
         if use_tqdm is not None:

@@ -39,6 +39,7 @@ LINES = {
         "--margin-tokens",
         "2",
     ],
+    "ask": ["ask", "-m", "MODEL", "--docs", str(SOURCE.parent / "README.md"), "What is Octavo?", "--max-tokens", "2"],
     "pull": ["pull", "MODEL"],
     "models": ["models"],
     "doctor": ["doctor", "--no-measure"],

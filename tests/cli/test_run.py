@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, EngineConfig, RepetitionDetectionParams, SamplingParams
+from octavo import LLM, EngineConfig, RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from octavo.cli.answering import harmless
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
@@ -212,6 +212,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
         ["--repetition-detection", '{"max_pattern_size": 5, "min_count": 3}'],
         RepetitionDetectionParams(5, 0, 3),
     ),
+    "structured_outputs": (["--structured-outputs", '{"regex": "a+"}'], StructuredOutputsParams(regex="a+")),
 }
 
 

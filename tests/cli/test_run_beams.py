@@ -13,7 +13,7 @@ import pytest
 
 from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.cli.answering import TextWriter
-from octavo.cli.sampling_args import add_beam_arguments, add_sampling_arguments, request_params
+from octavo.cli.sampling_args import REPETITION, add_beam_arguments, add_sampling_arguments, request_params
 
 from .conftest import Invoke
 
@@ -101,6 +101,15 @@ def test_every_field_has_a_flag() -> None:
     }
     flags = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"}
     not_flags = {"output_kind", "sampling", "num_beams", "detokenize", "spaces_between_special_tokens"}
+    not_flags.add("structured_outputs")  # not beside --ignore-eos
+    structured = parsed("--beam-width", "3", "--structured-outputs", '{"regex": "a+"}')
+    assert structured == BeamSearchParams(
+        beam_width=3,
+        num_return_sequences=1,
+        max_tokens=None,
+        repetition_detection=REPETITION,
+        structured_outputs={"regex": "a+"},
+    )
     names = {field.name for field in fields(BeamSearchParams)}
     assert names == set(values) | flags | not_flags
     arguments = [part for name, given in values.items() for part in ("--" + name.replace("_", "-"), *given)]

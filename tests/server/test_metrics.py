@@ -45,17 +45,19 @@ async def test_requests_are_counted(served: ServedLLM) -> None:
     await running.aclose()
     margins = MarginsParams(segment_tokens=90, margin=DRAWN.but(seed=None), answer=DRAWN.but(seed=None), seed=1)
     await (await served.margins("The whale is white. " * 20, "Is it?", margins)).result()
+    await served.embed("A whale")
     figures = read(served)
     prompt = len(served.tokenizer.encode("A whale"))
     assert figures["octavo_request_success_total length"] == 4
+    assert figures["octavo_request_success_total stop"] == 1  # the embedding
     assert figures["octavo_request_success_total abort"] == figures["octavo_num_aborted_requests_total"] == 1
-    assert figures["octavo_request_prompt_tokens_count"] == 3
-    assert figures["octavo_request_prompt_tokens_sum"] == 3 * prompt
+    assert figures["octavo_request_prompt_tokens_count"] == 4
+    assert figures["octavo_request_prompt_tokens_sum"] == 4 * prompt
     assert figures["octavo_request_params_n_sum"] == 6
-    assert figures["octavo_request_generation_tokens_count"] == 4
+    assert figures["octavo_request_generation_tokens_count"] == 5
     assert figures["octavo_generation_tokens_total"] >= 3 * 18 + 9
-    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
-        assert figures[f"octavo_{name}_seconds_count"] == 4
+    for name, number in {"time_to_first_token": 4, "e2e_request_latency": 5, "request_queue_time": 5}.items():
+        assert figures[f"octavo_{name}_seconds_count"] == number
         assert 0 <= figures[f"octavo_{name}_seconds_sum"] < 600
     assert figures["octavo_inter_token_latency_seconds_count"] >= 3 * 8
     same = {name.removeprefix("octavo_"): value for name, value in figures.items() if name.startswith("octavo_")}

@@ -13,6 +13,7 @@ from octavo.config import type_hints
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import RepetitionDetectionParams, SamplingParams
+from octavo.core.structured import StructuredOutputsParams
 
 # On the command line one answer, as long as it takes, is the likeliest wish, and that it goes in circles nobody's.
 # Sixteen tokens: rulers of tables, and "ha ha ha", are shorter.
@@ -64,6 +65,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "JSON",
         'end an output that repeats itself: {"max_pattern_size": 256, "min_pattern_size": 16, "min_count": 4} (the '
         "default) finds 16 to 256 tokens that come four times in a row; --no-repetition-detection is off",
+    ),
+    "structured_outputs": (
+        "JSON",
+        'what the output must look like: {"regex": "[0-9]+"}, {"choice": ["yes", "no"]}, {"grammar": …}, {"json": a '
+        'schema} or {"json_object": true}',
     ),
     "bad_words": ("TEXT", "never complete the tokens that spell TEXT; may be repeated"),
 }
@@ -229,4 +235,5 @@ _READERS: dict[Any, Callable[[str, Any], Any]] = {
     Sequence[int] | None: _integers,
     Mapping[int, float] | None: _json_object,
     RepetitionDetectionParams | Mapping[str, int] | None: _repetition,
+    StructuredOutputsParams | Mapping[str, Any] | None: _json_object,
 }

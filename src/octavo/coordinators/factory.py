@@ -11,10 +11,11 @@ from octavo.core.request import RequestSpec, SessionSpec
 
 if TYPE_CHECKING:
     from octavo.core.margins import MarginsSpec
+    from octavo.core.pooling import PoolingSpec
 
 
 def make_coordinator(
-    spec: RequestSpec | SessionSpec | MarginsSpec, codec: TextCodec | None, background: Background
+    spec: RequestSpec | SessionSpec | MarginsSpec | PoolingSpec, codec: TextCodec | None, background: Background
 ) -> Coordinator:
     """`codec` makes text; None: none is made."""
     # The kinds that are rarer are imported when they are asked for: start-up is short without them.
@@ -23,6 +24,12 @@ def make_coordinator(
 
         return SessionCoordinator(spec, codec)
     if not isinstance(spec, RequestSpec):
+        from octavo.core.pooling import PoolingSpec
+
+        if isinstance(spec, PoolingSpec):
+            from octavo.coordinators.pooling import PoolingCoordinator
+
+            return PoolingCoordinator(spec)
         from octavo.coordinators.margins import MarginsCoordinator
 
         return MarginsCoordinator(spec, codec, background)

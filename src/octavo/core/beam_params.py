@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams, integer, number
+from octavo.core.structured import StructuredOutputsParams
 from octavo.core.values import exact_str
-
-if TYPE_CHECKING:
-    from octavo.core.structured import StructuredOutputsParams
 
 MAX_BEAM_WIDTH = 1024
 DEFAULT_BEAM_WIDTH = 4

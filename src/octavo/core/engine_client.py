@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from octavo.core.margins import MarginsSpec
     from octavo.core.outputs import CacheExplanation
+    from octavo.core.pooling import PoolingSpec
     from octavo.core.request import RequestSpec, SessionSpec
 
 Deliver = Callable[[Any], None]  # gets outputs, or an Exception, after which nothing more comes
@@ -21,7 +22,7 @@ class EngineClient(Protocol):
 
     def check_open(self) -> None: ...
 
-    def add(self, requests: Sequence[RequestSpec | MarginsSpec], deliver: Deliver) -> None:
+    def add(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec], deliver: Deliver) -> None:
         """Queue requests, all before the next step. Each one's outputs go to `deliver`, the last one finished; or an
         error, after which nothing more comes of it. It is called in a thread of the engine's."""
         ...
@@ -30,7 +31,7 @@ class EngineClient(Protocol):
         """The same of a session, whose only output is the last."""
         ...
 
-    def run(self, requests: Sequence[RequestSpec | MarginsSpec]) -> Generator[Any, None, None]:
+    def run(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Any, None, None]:
         """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
         that are not."""
         ...

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.structured import StructuredOutputsParams, structured_outputs
 from octavo.core.values import (
     exact_bool,
     exact_dict,
@@ -20,9 +21,6 @@ from octavo.core.values import (
     exact_str,
     is_a,
 )
-
-if TYPE_CHECKING:
-    from octavo.core.structured import StructuredOutputsParams
 
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
@@ -176,8 +174,6 @@ class SamplingParams:
         _set(self, "logit_bias", _logit_bias(self.logit_bias))
         _set(self, "repetition_detection", _repetition_detection(self.repetition_detection))
         if self.structured_outputs is not None:
-            from octavo.core.structured import structured_outputs
-
             _set(self, "structured_outputs", structured_outputs(self.structured_outputs))
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop", "stop strings need detokenize=True")

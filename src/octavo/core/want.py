@@ -84,9 +84,12 @@ class Score:
     sets: tuple[tuple[int, ...], ...]
 
 
+FINAL = -1  # the "layer" behind the last: its hidden states after the model's final norm
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Hidden states after these layers, float32 [hidden_size] each; 0 is the embedding."""
+    """Hidden states after these layers, float32 [hidden_size] each; 0 is the embedding, FINAL comes after the norm."""
 
     layers: tuple[int, ...]
 

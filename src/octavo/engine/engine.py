@@ -31,6 +31,7 @@ from octavo.kv_cache.eviction_log import Evicted
 
 if TYPE_CHECKING:
     from octavo.core.margins import MarginsSpec
+    from octavo.core.pooling import PoolingSpec
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Engine:
         self._outputs: list[Output] = []  # of what happened outside steps
         self.num_steps = 0
 
-    def add_request(self, spec: RequestSpec | SessionSpec | MarginsSpec) -> None:
+    def add_request(self, spec: RequestSpec | SessionSpec | MarginsSpec | PoolingSpec) -> None:
         """Queue a request; see `add`."""
         self.add(make_coordinator(spec, self._codec, self.background))
 

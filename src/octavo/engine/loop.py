@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from octavo.core.engine_client import Deliver
     from octavo.core.margins import MarginsSpec
     from octavo.core.outputs import CacheExplanation
+    from octavo.core.pooling import PoolingSpec
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class EngineLoop:
 
     # --- requests ---
 
-    def add(self, requests: SequenceOf[RequestSpec | MarginsSpec], deliver: Deliver) -> None:
+    def add(self, requests: SequenceOf[RequestSpec | MarginsSpec | PoolingSpec], deliver: Deliver) -> None:
         """Queue requests, all before the next step. Each one's outputs go to `deliver`, the last one finished; or an
         error, after which nothing more comes of it. Raises EngineClosedError."""
 
@@ -112,7 +113,7 @@ class EngineLoop:
         with suppress(EngineClosedError):  # then they have ended already
             self.post(command)
 
-    def run(self, requests: SequenceOf[RequestSpec | MarginsSpec]) -> Generator[Output, None, None]:
+    def run(self, requests: SequenceOf[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Output, None, None]:
         """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
         that are not. Raises EngineClosedError, or InvalidRequestError if one is refused."""
         self._check_caller()

@@ -45,7 +45,10 @@ class Decoder(ABC):
         return ops.embed(batch, self.embedding, self.config.embedding_scale)
 
     def head(self, ops: Ops, x: Array) -> Array:
-        return ops.linear(ops.rms_norm(x, self.norm, self.config.norm_eps), self.lm_head)
+        return ops.linear(self.final_norm(ops, x), self.lm_head)
+
+    def final_norm(self, ops: Ops, x: Array) -> Array:
+        return ops.rms_norm(x, self.norm, self.config.norm_eps)
 
     # --- weights that layers have in common ---
 

@@ -56,6 +56,10 @@ class Model(Protocol):
         """[R, hidden] -> logits [R, vocab]"""
         ...
 
+    def final_norm(self, ops: Ops, x: Array) -> Array:
+        """[R, hidden] -> [R, hidden]: what the head does first."""
+        ...
+
 
 def layer_states(model: Model, ops: Ops, batch: BatchHandle, kv_layers: Sequence[KVLayer]) -> Iterator[Array]:
     """All of a model but its head: [T, hidden] after the embedding and after each layer."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
 from octavo.core.protocols import BlockTier
-from octavo.core.want import Hidden
+from octavo.core.want import FINAL, Hidden
 from octavo.models import Model, layer_states
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
@@ -42,8 +42,9 @@ class ModelRunner:
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
-        x, states = self._trunk(self._ops.prepare(batch), hidden_rows(plan.grants, batch))
-        hidden = {layer: iter(self._ops.to_numpy(rows)) for layer, rows in states.items()}
+        wanted = hidden_rows(plan.grants, batch)
+        x, states = self._trunk(self._ops.prepare(batch), self._of_trunk(wanted))
+        hidden = self._hidden(wanted, states)
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
         ended = time.perf_counter()
@@ -52,6 +53,24 @@ class ModelRunner:
     def read_block(self, block: int) -> bytes:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
         return self._ops.read_block(self._kv, block)
+
+    def _of_trunk(self, wanted: dict[int, NDArray[np.int32]]) -> dict[int, NDArray[np.int32]]:
+        """Rows that the layers are asked for: those after the final norm come from the last."""
+        if FINAL not in wanted:
+            return wanted
+        last = len(self._kv)
+        rows = np.union1d(wanted.get(last, wanted[FINAL]), wanted[FINAL])
+        return {layer: rows for layer, rows in wanted.items() if layer != FINAL} | {last: rows}
+
+    def _hidden(self, wanted: dict[int, NDArray[np.int32]], states: dict[int, Array]) -> Hiddens:
+        if FINAL not in wanted:
+            return {layer: iter(self._ops.to_numpy(rows)) for layer, rows in states.items()}
+        last = len(self._kv)
+        rows = self._of_trunk(wanted)[last]
+        found = {layer: self._ops.to_numpy(state) for layer, state in states.items()}
+        found[FINAL] = self._ops.to_numpy(self._model.final_norm(self._ops, states[last]))
+        of_last = {layer: np.searchsorted(rows, wanted[layer]) for layer in (last, FINAL) if layer in wanted}
+        return {layer: iter(found[layer][of_last[layer]] if layer in of_last else found[layer]) for layer in wanted}
 
     def _answer(self, grants: tuple[Grant, ...], batch: Batch, x: Array, hidden: Hiddens) -> tuple[GrantResult, ...]:
         answers = self._sample(batch, x, logits_requests(grants))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
 from octavo.core.errors import EngineClosedError, OctavoError, RequestFailedError
+from octavo.core.pooling import PoolingSpec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.server.connection import Connection, ConnectionEndedError
 
@@ -78,6 +79,8 @@ class _Process:
 
     def _prepare(self, spec: Any) -> None:
         """What would hold up the engine's thread: a grammar is compiled here."""
+        if isinstance(spec, PoolingSpec):
+            return
         drawn = [spec] if isinstance(spec, RequestSpec) else [spec.margin, spec.answer]
         for one in drawn:
             if one is not None and one.params.grammar is not None:
@@ -190,7 +193,15 @@ def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
         gc.freeze()
         gc.enable()
     process = _Process(built, connection)
-    connection.send(("ready", built.frontend.limits, built.system_fingerprint, str(built.memory_plan)))
+    connection.send(
+        (
+            "ready",
+            built.frontend.limits,
+            built.system_fingerprint,
+            str(built.memory_plan),
+            built.model_config.hidden_size,
+        )
+    )
     return process
 
 

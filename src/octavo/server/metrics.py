@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from octavo.core.margins import AnswerDelta, MarginsOutput
 from octavo.core.outputs import CacheStats, RequestMetrics, RequestOutput
+from octavo.core.pooling import PoolingOutput, PoolingSpec
 from octavo.core.request import RequestSpec
 
 _SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -101,7 +102,7 @@ class Watch:
         self._last: float | None = None  # when tokens came
         self._ended = False
 
-    def take(self, output: RequestOutput | MarginsOutput | Exception) -> None:
+    def take(self, output: RequestOutput | MarginsOutput | PoolingOutput | Exception) -> None:
         if isinstance(output, Exception):
             self.end("error")
             return
@@ -137,6 +138,9 @@ class Watch:
             observe("request_params_n", spec.params.n)
             observe("request_params_max_tokens", spec.max_tokens)
             self._metrics.count("prompt_tokens", len(spec.prompt_token_ids))
+        elif isinstance(spec, PoolingSpec):
+            observe("request_prompt_tokens", len(spec.prompt_token_ids))
+            self._metrics.count("prompt_tokens", len(spec.prompt_token_ids))
         else:
             self._metrics.count("prompt_tokens", len(spec.prefix) + len(spec.document))
 
@@ -149,9 +153,11 @@ class Watch:
                 self._metrics.count("num_aborted_requests")
 
 
-def _completions(output: RequestOutput | MarginsOutput) -> list[Any]:
+def _completions(output: RequestOutput | MarginsOutput | PoolingOutput) -> list[Any]:
     if isinstance(output, RequestOutput):
         return list(output.outputs)
+    if isinstance(output, PoolingOutput):
+        return []
     return [event.output for event in output.events if isinstance(event, AnswerDelta)]
 
 

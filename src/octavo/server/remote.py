@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from octavo.core.engine_client import Deliver
     from octavo.core.margins import MarginsSpec
     from octavo.core.outputs import CacheExplanation, CacheStats
+    from octavo.core.pooling import PoolingSpec
     from octavo.core.request import RequestSpec
     from octavo.frontend import Limits
 
@@ -58,6 +59,7 @@ class Ready:
     limits: Limits
     system_fingerprint: str
     memory_plan: str
+    hidden_size: int
 
 
 class RemoteEngine:
@@ -266,7 +268,7 @@ class RemoteEngine:
         if self._closed is not None:
             raise EngineClosedError(self._closed)
 
-    def add(self, requests: Sequence[RequestSpec | MarginsSpec], deliver: Deliver) -> None:
+    def add(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec], deliver: Deliver) -> None:
         self._add("add", requests, deliver)
 
     def add_session(self, session: SessionSpec, ended: Deliver) -> None:
@@ -287,7 +289,7 @@ class RemoteEngine:
         for one in refused:
             _tell(deliver, InvalidRequestError("request_id", f"{one.request_id!r} is in use"))
 
-    def run(self, requests: Sequence[RequestSpec | MarginsSpec]) -> Generator[Any, None, None]:
+    def run(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Any, None, None]:
         outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         deliver = outputs.put
         left = {request.request_id for request in requests}

@@ -35,6 +35,7 @@ class ServedLLM(AsyncLLM):
             self.system_fingerprint = engine.ready.system_fingerprint
             self._frontend = Frontend(self.tokenizer, tokens, limits, self.system_fingerprint, time.monotonic)
             self.max_model_len = limits.max_model_len
+            self.hidden_size = engine.ready.hidden_size
         except BaseException:
             engine.close()
             raise

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from octavo.core import margins, session_calls
+from octavo.core import margins, pooling, session_calls
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import (
     ConfigError,
@@ -73,6 +73,9 @@ _RECORDS: tuple[type, ...] = (
     CacheExplanation,
     CacheStats,
     Limits,
+    pooling.PoolingSpec,
+    pooling.PoolingParams,
+    pooling.PoolingOutput,
 )
 _ERRORS: tuple[type[OctavoError], ...] = (
     ConfigError,
