@@ -84,7 +84,8 @@ def _load(path: Path, spec: TokenizerSpec, data: bytes) -> Tokenizer:
                 raise InvalidRequestError("prompt", problem)
         # BOS and EOS are the business of tokenizer.json's post-processor. The flags add_bos_token and add_eos_token of
         # tokenizer_config.json do not count beside it, nor do they in transformers.
-        return fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one: other threads run meanwhile, and no offsets are made, which take as long again.
+        return fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     return Tokenizer(
         encode=encode,

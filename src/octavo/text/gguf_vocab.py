@@ -274,7 +274,8 @@ def _build_byte_level(
     )
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        # As a batch of one: other threads run meanwhile, and no offsets are made, which take as long again.
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     return encode, byte_level_bytes(special.union(user_defined)), False, family == "llama-bpe"
 
