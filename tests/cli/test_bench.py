@@ -254,7 +254,7 @@ def test_a_start_that_fails_says_why(invoke: Invoke, tiny_gemma3_dir: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {latency,throughput,startup}"),
+        ([], "required: {latency,throughput,serve,startup}"),
         (["speed"], "invalid choice: 'speed'"),
         (["latency", "--input-len", "0"], "--input-len: must be between 1 and"),
         (["latency", "--input-len", "many"], "--input-len: must be an integer, not 'many'"),

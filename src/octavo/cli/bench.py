@@ -1,4 +1,5 @@
-"""Measure this machine's speed on a model: latency of one batch, throughput of many requests, or start-up.
+"""Measure this machine's speed on a model: latency of one batch, throughput of many requests, or start-up; or that of a
+server.
 
 Prompts are random token ids, new ones in every iteration, so that no cache helps; end tokens are ignored. Figures
 carry the names of vLLM's benchmarks: TTFT is the time to the first token, ITL the time from one token to the next, TPOT
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
 from octavo.cli.output_files import check_writable, with_errors_named
@@ -34,6 +36,14 @@ _NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
         "output_len": (64, 1, "tokens to generate for each"),
         "seed": (0, 0, "of the random prompts"),
     },
+    "serve": {
+        "num_prompts": (64, 1, "requests"),
+        "input_len": (128, 1, "words of each prompt, most of them one token"),
+        "output_len": (64, 1, "tokens to generate for each"),
+        "shared_prefix_len": (0, 0, "words that all prompts begin with"),
+        "max_concurrency": (0, 0, "requests under way at once; 0: all"),
+        "seed": (0, 0, "of the random prompts and moments"),
+    },
     "startup": {
         "num_iters_warmup": (1, 0, "starts that do not count: they bring the file into memory"),
         "num_iters": (5, 1, "starts that count"),
@@ -42,6 +52,7 @@ _NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
 _SUMMARIES = {
     "latency": "end-to-end latency of one batch, again and again",
     "throughput": "many requests at once: requests and tokens a second",
+    "serve": "a server that speaks OpenAI's protocol: any, not only Octavo's",
     "startup": "from the start of the process to the first byte of an answer, by phase",
 }
 
@@ -53,22 +64,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = kinds.add_parser(kind, help=_SUMMARIES[kind], description=_SUMMARIES[kind], allow_abbrev=False)
         for name, (default, _, text) in numbers.items():
             sub.add_argument(flag(name), metavar="N", help=f"{text} (default {default})")
-        if kind == "startup":
+        if kind == "serve":
+            from octavo.cli.bench_serve import add_serve_arguments
+
+            add_serve_arguments(sub)
+        elif kind == "startup":
             sub.add_argument("--prompt", default="The capital of France is", help="raw prompt (default: %(default)r)")
         else:
             sub.add_argument("--disable-detokenize", action="store_true", help="make no text of the tokens")
         sub.add_argument("--output-json", type=Path, metavar="FILE", help="write all figures to FILE")
-        add_engine_arguments(sub, leave_out=["seed"])
+        if kind != "serve":
+            add_engine_arguments(sub, leave_out=["seed"])
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
     numbers = {name: _number(args, name, least) for name, (_, least, _) in _NUMBERS[args.kind].items()}
-    config = engine_config(args)
     if args.output_json is not None:
         check_writable("--output-json", args.output_json)
     from octavo.cli.answering import check_unicode, spinner
 
+    if args.kind == "serve":
+        from octavo.cli import bench_serve
+
+        with spinner("asking"):
+            report = bench_serve.run(args, numbers)
+        lines = bench_serve.lines(report)
+        return _tell(args, report, lines)
+    config = engine_config(args)
     if args.kind == "startup":
         from octavo.cli import bench_startup
 
@@ -82,6 +105,10 @@ def run(args: argparse.Namespace) -> int:
         with spinner(f"measuring {args.kind}"):
             report = getattr(bench_engine, args.kind)(config, detokenize=not args.disable_detokenize, **numbers)
         lines = bench_engine.lines(report)
+    return _tell(args, report, lines)
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> int:
     sys.stdout.write("\n".join(lines) + "\n")
     if args.output_json is not None:
         text = json.dumps(report, indent=2) + "\n"
