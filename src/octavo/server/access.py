@@ -49,6 +49,9 @@ class Access:
         if scope["type"] != "http":  # WebSockets
             await send({"type": "websocket.close", "code": 1008})
             return
+        if self._context.settings.root_path:
+            # Whether the proxy leaves it in paths or not: routes are found either way.
+            scope["root_path"] = self._context.settings.root_path
         started = False
         request_id = secrets.token_hex(16)
 
@@ -60,6 +63,7 @@ class Access:
             await send(message)
 
         try:
+            self._check_size(scope)
             given = self._request_id(scope)
             request_id = given or request_id
             scope["octavo.request_id"] = request_id
@@ -86,6 +90,11 @@ class Access:
                 log.exception("an answer broke off; request %s", request_id)
                 return
             await as_api_error(error).response()(scope, receive, answer)
+
+    def _check_size(self, scope: Scope) -> None:
+        most = self._context.settings.limits.max_header_bytes
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"]) > most:
+            raise ApiError(431, f"path and headers may have at most {most} bytes")
 
     def _request_id(self, scope: Scope) -> str | None:
         most = self._context.settings.limits.max_request_id

@@ -39,7 +39,6 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> FastAPI:
         title="Octavo",
         version=__version__,
         description="An OpenAI-compatible server for work that branches.",
-        root_path=settings.root_path,
         redirect_slashes=False,
         redoc_url=None,
         lifespan=_lifespan,
@@ -51,7 +50,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> FastAPI:
     if settings.enable_debug_routes:
         app.include_router(health.debug_router)
     app.add_exception_handler(HTTPException, _no_such_route)
-    app.openapi = partial(page_of, app)  # type: ignore[method-assign]
+    app.openapi = partial(page_of, app, settings.root_path)  # type: ignore[method-assign]
     app.add_middleware(Access, context=context)
     if settings.allowed_origins:
         # Outside: a browser asks what it may before it sends a key.

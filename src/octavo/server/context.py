@@ -53,10 +53,10 @@ class ServerContext:
 
 
 def make_context(llm: AsyncLLM, settings: ServerSettings, state: State, created: int) -> ServerContext:
-    plan, most = llm.memory_plan, settings.max_num_queued_tokens
+    limits, most = llm._frontend.limits, settings.max_num_queued_tokens
     admission = Admission(
-        llm.config.max_num_seqs,
-        plan.num_blocks * plan.block_size,
+        limits.max_num_seqs,
+        limits.num_blocks * limits.block_size,
         settings.max_num_queued_reqs,
         _CONTEXTS_QUEUED * llm.max_model_len if most is None else most,
     )

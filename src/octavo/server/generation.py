@@ -6,15 +6,15 @@ import asyncio
 import math
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
 
 from octavo.core.beam_params import BeamSearchParams
-from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.errors import shown
 from octavo.core.outputs import CompletionOutput, RequestOutput
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, invalid
@@ -123,7 +123,7 @@ async def tokenised(
         given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         if salt is not None:
             given["cache_salt"] = salt
-        with renamed("prompt", name), renamed("prompt_token_ids", name):
+        with renamed({"prompt": name, "prompt_token_ids": name}):
             token_ids, _ = await asyncio.to_thread(context.llm._frontend.cache_key, given)
         found.append(PromptTokens(prompt if isinstance(prompt, str) else None, token_ids, name))
     return tuple(found)
@@ -171,7 +171,7 @@ async def _one(context: ServerContext, work: Generation, number: int, deliver: D
     if work.cache_salt is not None:
         given["cache_salt"] = work.cache_salt
     identity = work.engine_ids[number]
-    with _renamed({"prompt": prompt.name, "prompt_token_ids": prompt.name, **work.names}):
+    with renamed({"prompt": prompt.name, "prompt_token_ids": prompt.name, **work.names}):
         if isinstance(params, BeamSearchParams):
             outputs = llm.beam_search(given, params, identity, priority=work.priority)
         else:
@@ -179,17 +179,6 @@ async def _one(context: ServerContext, work: Generation, number: int, deliver: D
         async with aclosing(outputs):
             async for output in outputs:
                 deliver(number, output)
-
-
-@contextmanager
-def _renamed(names: dict[str, str]) -> Iterator[None]:
-    try:
-        yield
-    except InvalidRequestError as error:
-        for name, other in names.items():
-            with renamed(name, other):
-                raise error
-        raise
 
 
 async def answered(context: ServerContext, work: Generation, deadline: Deadline) -> list[RequestOutput]:

@@ -18,14 +18,18 @@ def _value(entry: Logprob) -> float:
 
 
 def name_of(entry: Logprob) -> str:
-    """A token as text; of one that is a part of a character its bytes, as OpenAI writes them, so that two of these
-    are not taken for one."""
-    spelt = bytes(entry.bytes or ())
+    """A token as text."""
+    return spelt_name(entry.decoded_token or "", bytes(entry.bytes or ()))
+
+
+def spelt_name(text: str, spelt: bytes) -> str:
+    """A token as text; of one that is a part of a character its bytes, as OpenAI writes them, so that two of these are
+    not taken for one."""
     try:
         spelt.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
-    return entry.decoded_token or ""
+    return text
 
 
 def _best(row: Row) -> list[Logprob]:
@@ -63,9 +67,9 @@ class CompletionLogprobs:
             best.setdefault(name_of(one), _value(one))
         found["top_logprobs"].append(best)
 
-    def first(self, token_id: int, name: str, spelt: bytes) -> dict[str, Any]:
+    def first(self, token_id: int, text: str, spelt: bytes) -> dict[str, Any]:
         """Of a prompt's first token, which nothing is before that could make it probable."""
-        offset = self._offset
+        offset, name = self._offset, spelt_name(text, spelt)
         self._advance(token_id, spelt)
         return {"text_offset": [offset], "token_logprobs": [None], "tokens": [name], "top_logprobs": [None]}
 

@@ -48,7 +48,7 @@ def _error() -> dict[str, Any]:
     return {"description": "an error", "content": {"application/json": {"schema": schema}}}
 
 
-def page_of(app: FastAPI) -> dict[str, Any]:
+def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
     """The OpenAPI document."""
     page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, schemas = models_json_schema([(model, "validation") for model in _MODELS.values()], ref_template=_REF)
@@ -56,6 +56,8 @@ def page_of(app: FastAPI) -> dict[str, Any]:
     known.update({"Error": ERROR_SCHEMA, **schemas.get("$defs", {})})
     known.pop("HTTPValidationError", None)
     known.pop("ValidationError", None)
+    if root_path:
+        page["servers"] = [{"url": root_path}]
     page["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

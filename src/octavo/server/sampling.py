@@ -34,7 +34,7 @@ def params_of(body: SamplingFields, context: ServerContext, more: dict[str, Any]
     if body.stream_options is not None and not streamed:
         raise invalid("stream_options", "has no effect without stream")
     check_lengths(given, context.settings.limits)
-    with renamed("structured_outputs", name):
+    with renamed({"structured_outputs": name}):
         if body.use_beam_search:
             return _beams(given, body, context.settings.limits)
         if body.length_penalty not in (None, 1, 1.0):
@@ -56,7 +56,7 @@ def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamS
             raise invalid(name, "has no effect with use_beam_search")
     width = given.pop("n", 1)
     penalty = {} if body.length_penalty is None else {"length_penalty": body.length_penalty}
-    with renamed("beam_width", "n"):
+    with renamed({"beam_width": "n"}):
         params = BeamSearchParams(**given, **penalty, beam_width=width, output_kind=OutputKind.FINAL_ONLY)
     if params.width > limits.max_n:
         raise invalid("n", f"must be at most {limits.max_n}, not {params.width}")
@@ -139,15 +139,16 @@ def _schema(given: object) -> Any:
 
 
 @contextmanager
-def renamed(name: str, other: str) -> Iterator[None]:
-    """The library's name of a field becomes the one that the request has for it."""
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """The library's names of fields become those that the request has for them."""
     try:
         yield
     except InvalidRequestError as error:
-        rest = error.field.removeprefix(name)
-        if name == other or rest == error.field or rest[:1] not in ("", ".", "["):
-            raise
-        raise InvalidRequestError(other, error.problem) from None
+        for name, other in names.items():
+            rest = error.field.removeprefix(name)
+            if name != other and rest != error.field and rest[:1] in ("", ".", "["):
+                raise InvalidRequestError(other, error.problem) from None
+        raise
 
 
 @contextmanager

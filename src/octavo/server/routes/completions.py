@@ -200,8 +200,8 @@ class _Writer:
     def _of_prompt(self, logprobs: CompletionLogprobs, number: int, output: RequestOutput) -> list[dict[str, Any]]:
         token_ids = self._work.prompts[number].token_ids
         first, rows = token_ids[0], [row for row in output.prompt_logprobs or () if row is not None]
-        name, spelt = self._tokenizer.spelling([first]), self._tokenizer.token_bytes(first)
-        return [logprobs.first(first, name, spelt), logprobs.of(token_ids[1:], rows)]
+        text, spelt = self._tokenizer.spelling([first]), self._tokenizer.token_bytes(first)
+        return [logprobs.first(first, text, spelt), logprobs.of(token_ids[1:], rows)]
 
 
 def _without_tokens(output: RequestOutput) -> RequestOutput:
