@@ -31,7 +31,11 @@ class Running:
         self.llm = llm
         self.url = url
         self.server = server
-        self.engine = llm._loop.engine
+
+    @property
+    def engine(self) -> Any:
+        """Where it is in this process."""
+        return self.llm._loop.engine  # type: ignore[attr-defined]
 
     @property
     def context(self) -> Any:
@@ -55,9 +59,11 @@ class Running:
 
 
 @contextmanager
-def serving(model: Path, settings: ServerSettings | None = None, **engine: Any) -> Iterator[Running]:
+def serving(
+    model: Path, settings: ServerSettings | None = None, kind: type[AsyncLLM] = AsyncLLM, **engine: Any
+) -> Iterator[Running]:
     settings = settings or ServerSettings(port=0, served_model_name=(MODEL,))
-    llm = AsyncLLM(str(model), **{**ENGINE, **engine})
+    llm = kind(str(model), **{**ENGINE, **engine})
     with open_socket(settings) as listener:
         server = Server(make_app(llm, settings), settings, llm.close)
         url = url_of(settings, listener)

@@ -226,10 +226,12 @@ def test_retry_after_follows_the_rate() -> None:
         with pytest.raises(ApiError) as unknown, admission.admit(1, 10):
             raise AssertionError
         assert unknown.value.headers["Retry-After"] == "20"
-    with admission.admit(1, 1900), pytest.raises(ApiError, match="tokens"), admission.admit(1, 200):
+    # A request with many prompts goes in as a whole.
+    with admission.admit(1, 1999), admission.admit(99, 10**6), pytest.raises(ApiError, match="requests"):  # noqa: SIM117
+        with admission.admit(1, 1):
+            raise AssertionError
+    with admission.admit(1, 2000), pytest.raises(ApiError, match="tokens"), admission.admit(1, 1):
         raise AssertionError
-    with admission.admit(100, 10**6):  # into an empty engine
-        pass
     assert admission.num_requests == admission.num_tokens == 0
 
 

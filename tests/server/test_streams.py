@@ -50,6 +50,7 @@ def until(server: Running, num_requests: int) -> None:
         time.sleep(0.002)
 
 
+KIND = b"Content-Type: application/json\r\n"
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 480, "ignore_eos": True}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": (PATH, LONG),
@@ -256,6 +257,32 @@ def test_keep_alive_comments(small: Running) -> None:
         rest = [line for line in lines if line.startswith("data")]
     assert rest[-1] == "data: [DONE]" and len(rest) > 1
     small.until_idle()
+
+
+def test_clients_that_are_given_up(tiny_llama_dir: Path) -> None:
+    """One that reads nothing, one whose head never ends, one that sends nothing, and one whose body never ends."""
+    settings = ServerSettings(port=0, write_timeout=0.3, body_timeout=0.3)
+    with serving(tiny_llama_dir, settings, max_model_len=4096) as running:
+        for listener in running.server.servers[0].sockets:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        never = connect(running, {**LONG, "max_tokens": 4000, "stream": True, "logprobs": 20}, receive_buffer=4096)
+        until(running, 1)
+        running.until_idle()  # though its answer has not been read, nor is whole
+        url = urlsplit(running.url)
+        for head, answer in (
+            (b"", b""),
+            (b"GET /live HTTP/1.1\r\nX-A: ", b""),
+            (
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+                b"408",
+            ),
+        ):
+            with socket.create_connection((url.hostname, url.port), timeout=30) as connection:
+                connection.sendall(head)
+                received = b"".join(iter(lambda: connection.recv(4096), b""))
+                assert received.partition(b" ")[2][:3] == answer
+        never.close()
+        assert running.get("/live").status_code == 200
 
 
 # --- errors in the middle ---

@@ -93,7 +93,7 @@ class Access:
 
     def _check_size(self, scope: Scope) -> None:
         most = self._context.settings.limits.max_header_bytes
-        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"]) > most:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > most:
             raise ApiError(431, f"path and headers may have at most {most} bytes")
 
     def _request_id(self, scope: Scope) -> str | None:

@@ -44,12 +44,12 @@ class Admission:
     @contextmanager
     def admit(self, requests: int, tokens: int) -> Iterator[None]:
         """While the block runs, so many prompts with so many tokens together are in the engine. Raises ApiError (429)
-        if they do not fit; into an empty engine everything does."""
-        if self.num_requests:
-            if self.num_requests + requests > self.places + self.most_requests:
-                raise self._refused("requests")
-            if self.num_tokens + tokens > self.room + self.most_tokens:
-                raise self._refused("tokens")
+        if as many wait already as may. One request may hold many prompts, and goes in as a whole where one would: it
+        would else wait for an empty engine, which may never come."""
+        if self.num_requests >= self.places + self.most_requests:
+            raise self._refused("requests")
+        if self.num_tokens >= self.room + self.most_tokens:
+            raise self._refused("tokens")
         self.num_requests += requests
         self.num_tokens += tokens
         try:

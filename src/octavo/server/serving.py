@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 
 from octavo.core.errors import ConfigError
 from octavo.server.app import make_app
+from octavo.server.protocol import TimedProtocol
 from octavo.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_FILES = 1 << 16  # open at once
 _POLL = 0.05  # seconds between looks at what is still under way while the server drains
 
 
@@ -82,7 +85,7 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 ssl_keyfile=settings.ssl_keyfile,
                 ssl_certfile=settings.ssl_certfile,
-                http="h11",
+                http=type("Protocol", (TimedProtocol,), {"head_timeout": settings.body_timeout}),
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -136,6 +139,7 @@ class Server(uvicorn.Server):
 
 def run_server(llm: AsyncLLM, settings: ServerSettings, listener: socket.socket, ready: Callable[[str], None]) -> bool:
     """Serve until a signal ends it; whether it was forced to. `ready` gets the address when requests are taken."""
+    _raise_file_limit()
     server = Server(make_app(llm, settings), settings, llm.close)
     for name in ("uvicorn.error", "uvicorn"):
         # What clients do is no warning of ours; what is wrong with the application is told by itself.
@@ -152,6 +156,15 @@ def run_server(llm: AsyncLLM, settings: ServerSettings, listener: socket.socket,
     with suppress(KeyboardInterrupt):
         asyncio.run(serve())
     return server.forced
+
+
+def _raise_file_limit() -> None:
+    """Each connection takes a file descriptor, and the limit that shells set is for programs with few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def url_of(settings: ServerSettings, listener: socket.socket) -> str:

@@ -83,7 +83,7 @@ class ServerSettings:
     )
     max_concurrent_per_key: int | None = _setting(None, "most requests of one API key at a time")
     request_timeout: float | None = _setting(None, "seconds in which a request must be answered")
-    body_timeout: float = _setting(60.0, "seconds in which a request's body must arrive")
+    body_timeout: float = _setting(60.0, "seconds in which a request's head, and then its body, must arrive")
     write_timeout: float = _setting(120.0, "seconds after which a client that reads nothing is given up")
     shutdown_timeout: float = _setting(30.0, "seconds that requests may go on for after SIGTERM")
     sse_keep_alive_interval: float = _setting(15.0, "seconds between comments in a stream that has nothing to say")

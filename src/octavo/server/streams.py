@@ -155,7 +155,8 @@ class EventStream(Response):
         try:
             await asyncio.wait([sending, watching], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                sending.result()
+                with suppress(ClientGoneError):  # the connection ends with us
+                    sending.result()
         finally:
             await _ended(sending, watching)
             await self._outbox.close()
