@@ -17,6 +17,8 @@ from openai import OpenAI
 from octavo import LLM
 from octavo.async_llm import AsyncLLM
 from octavo.server.app import make_app
+from octavo.server.metrics import Metrics
+from octavo.server.served_llm import ServedLLM
 from octavo.server.serving import Server, open_socket, url_of
 from octavo.server.settings import ServerSettings
 
@@ -65,7 +67,10 @@ def serving(
     settings = settings or ServerSettings(port=0, served_model_name=(MODEL,))
     llm = kind(str(model), **{**ENGINE, **engine})
     with open_socket(settings) as listener:
-        server = Server(make_app(llm, settings), settings, llm.close)
+        metrics = None
+        if isinstance(llm, ServedLLM):
+            metrics = llm.metrics = Metrics(llm.figures, MODEL)
+        server = Server(make_app(llm, settings, metrics), settings, llm.close)
         url = url_of(settings, listener)
         thread = threading.Thread(target=asyncio.run, args=(server.serve([listener]),), daemon=True)
         thread.start()

@@ -35,6 +35,15 @@ def test_answers_are_the_librarys(apart: Running, llm: LLM) -> None:
         assert apart.get(path).status_code == 200
 
 
+def test_metrics(apart: Running, server: Running) -> None:
+    """Of a server that keeps some."""
+    assert apart.post(PATH, {"prompt": PROMPT, "max_tokens": 3}).status_code == 200
+    told = apart.get("/metrics")
+    assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'octavo_generation_tokens_total{model_name="tiny"}' in told.text
+    error_of(server.get("/metrics"), 404)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_goes_away(apart: Running, kind: str) -> None:
     path, body = KINDS[kind]

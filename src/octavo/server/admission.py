@@ -21,6 +21,7 @@ class Admission:
         places: prompts that can run at once.
         room: tokens that KV memory holds.
         most_requests, most_tokens: what may wait beyond these.
+        refused: told whenever something is, and why: "requests" or "tokens".
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class Admission:
         most_requests: int,
         most_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        refused: Callable[[str], None] | None = None,
     ) -> None:
         self.places = places
         self.room = room
         self.most_requests = most_requests
         self.most_tokens = most_tokens
         self._clock = clock
+        self._tell_refused = refused
         self.num_requests = 0
         self.num_tokens = 0
         self.num_refused = 0
@@ -76,6 +79,8 @@ class Admission:
 
     def _refused(self, what: str) -> ApiError:
         self.num_refused += 1
+        if self._tell_refused is not None:
+            self._tell_refused(what)
         # When those that wait now will have found places: until then it would only be refused again, or wait itself.
         seconds = min(_LONGEST, self.seconds_per_request * max(1, self.num_waiting))
         problem = f"too many {what} are waiting: try it again in {max(1, round(seconds))} s"

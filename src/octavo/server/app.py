@@ -21,19 +21,21 @@ from octavo.server.access import Access
 from octavo.server.context import make_context
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
-from octavo.server.routes import ask, beam_search, cache, chat, completions, health, margins, models, tokens
+from octavo.server.routes import ask, beam_search, cache, chat, completions, health, margins, models, prometheus, tokens
 from octavo.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
+    from octavo.server.metrics import Metrics
 
 _THREADS = 32  # that tokenise, write templates and compile grammars; most of them wait for processes
-_ROUTERS = [one.router for one in (completions, chat, models, tokens, health, cache, beam_search, margins, ask)]
+_ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
+_ROUTERS += [one.router for one in (cache, beam_search, margins, ask)]
 
 
-def make_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> FastAPI:
-    """The application over an engine, which stays the caller's to close. `app.state.draining` may be set to True: then
-    new requests are refused, and /ready says so."""
+def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
+    `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
     settings = ServerSettings() if settings is None else settings
     app = FastAPI(
         title="Octavo",
@@ -44,7 +46,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.draining = False
-    app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()))
+    app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()), metrics)
     for router in _ROUTERS:
         app.include_router(router)
     if settings.enable_debug_routes:

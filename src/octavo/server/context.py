@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from octavo.server.json_body import BodyBuffer
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
+    from octavo.server.metrics import Metrics
     from octavo.server.settings import ServerSettings
 
 _CONTEXTS_QUEUED = 64  # default of max_num_queued_tokens, in contexts of the model
@@ -33,6 +35,7 @@ class ServerContext:
     bodies: BodyBuffer
     defaults: dict[str, Any]  # fields of SamplingParams that the model's files recommend
     state: State  # the application's
+    metrics: Metrics | None  # None: none are kept
     num_open: int = 0  # requests that are being answered, of any kind
     runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
 
@@ -52,13 +55,16 @@ class ServerContext:
         return name
 
 
-def make_context(llm: AsyncLLM, settings: ServerSettings, state: State, created: int) -> ServerContext:
+def make_context(
+    llm: AsyncLLM, settings: ServerSettings, state: State, created: int, metrics: Metrics | None
+) -> ServerContext:
     limits, most = llm._frontend.limits, settings.max_num_queued_tokens
     admission = Admission(
         limits.max_num_seqs,
         limits.num_blocks * limits.block_size,
         settings.max_num_queued_reqs,
         _CONTEXTS_QUEUED * llm.max_model_len if most is None else most,
+        refused=None if metrics is None else partial(metrics.count, "admission_rejections", 1),
     )
     return ServerContext(
         llm=llm,
@@ -69,6 +75,7 @@ def make_context(llm: AsyncLLM, settings: ServerSettings, state: State, created:
         bodies=BodyBuffer(settings.limits.max_buffered_bytes),
         defaults=llm.generation_config if settings.generation_config == "auto" else {},
         state=state,
+        metrics=metrics,
     )
 
 
