@@ -20,7 +20,7 @@ import pytest
 from tests.cli.conftest import Invoke, invoke  # noqa: F401 - a fixture
 
 SOURCE = Path(__file__).parents[2] / "src"
-LONG = {"prompt": "the fox", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+LONG = {"prompt": "the fox", "max_tokens": 1500, "ignore_eos": True, "stream": True}
 
 
 @contextmanager

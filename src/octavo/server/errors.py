@@ -33,6 +33,9 @@ TYPES = {
     504: "GatewayTimeoutError",
 }
 RETRY_CLOSED = 5  # seconds after which an engine that was closed may be there again
+# How the sampler's error begins where a request's own constraints leave no token: known when one is to be drawn, and
+# the client's to mend.
+_NOTHING_LEFT = "no token can be drawn"
 
 # Absolute paths of two parts or more, as messages of the system and of libraries hold them.
 _PATH = re.compile(r"(?<![\w/.])(?:/[\w.@+~-]+){2,}/?|\b[A-Za-z]:\\[^\s'\"]+")
@@ -101,6 +104,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineClosedError):
         message = "the engine is not running"
         return ApiError(503, message, headers=retry_after(RETRY_CLOSED))
+    if isinstance(error, RequestFailedError) and str(error).startswith(_NOTHING_LEFT):
+        return ApiError(400, printable(str(error)))
     if isinstance(error, RequestFailedError):
         log.warning("a request failed: %s", printable(str(error)))
         return ApiError(500, f"the request failed: {scrubbed(str(error))}")
