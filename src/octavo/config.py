@@ -20,7 +20,7 @@ DEFAULT_MODEL = "smollm2"
 DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
 ENV_PREFIX = "OCTAVO_"
 
-OTHER_VARIABLES = ("HOME", "LOG_LEVEL")  # with the prefix: read elsewhere
+OTHER_VARIABLES = ("HOME", "LOG_LEVEL", "API_KEY")  # with the prefix: read elsewhere
 
 KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")

@@ -40,6 +40,7 @@ LINES = {
         "2",
     ],
     "ask": ["ask", "-m", "MODEL", "--docs", str(SOURCE.parent / "README.md"), "What is Octavo?", "--max-tokens", "2"],
+    "serve": ["serve", "MODEL", "--port", "0"],
     "pull": ["pull", "MODEL"],
     "models": ["models"],
     "doctor": ["doctor", "--no-measure"],

@@ -1,1 +1,1 @@
-"""The server: HTTP in one process, the engine in another."""
+"""The server: HTTP in one process, the engine in another. See docs/server.md."""

@@ -1,0 +1,156 @@
+"""Who may ask, and how much at once: API keys, requests a key has under way, draining; and the id of each request.
+
+Plain ASGI middleware around the whole application, routes that do not exist included: what is not named here as open
+needs a key, whatever its path looks like.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.server.errors import ApiError, as_api_error, retry_after
+from octavo.server.settings import MAX_KEY
+
+if TYPE_CHECKING:
+    from octavo.server.context import ServerContext
+
+log = logging.getLogger(__name__)
+
+OPEN = frozenset(["/live"])  # to everybody
+PROBES = OPEN | {"/health", "/ready"}  # also answered while the server drains
+_ID = re.compile(rb"[A-Za-z0-9._:-]+")
+
+
+class Access:
+    """The outermost layer. What a handler needs to know is in the scope: ``octavo.request_id``, and ``octavo.key``, a
+    digest of the API key, None without keys."""
+
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        self._app = app
+        self._context = context
+        settings = context.settings
+        self._keys = [_digest(key.encode()) for key in settings.api_key]
+        self._most = settings.max_concurrent_per_key
+        self._running: Counter[bytes | None] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # WebSockets
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if self._context.settings.root_path:
+            # Whether the proxy leaves it in paths or not: routes are found either way.
+            scope["root_path"] = self._context.settings.root_path
+        started = False
+        request_id = secrets.token_hex(16)
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            self._check_size(scope)
+            given = self._request_id(scope)
+            request_id = given or request_id
+            scope["octavo.request_id"] = request_id
+            scope["octavo.named"] = given is not None
+            key = self._check(scope)
+            scope["octavo.key"] = key
+            counted = key is not None and scope["method"] == "POST"
+            if counted and self._most is not None and self._running[key] >= self._most:
+                problem = f"this API key has {self._most} requests under way, which is as many as it may"
+                raise ApiError(429, problem, headers=retry_after(self._context.admission.seconds_per_request))
+            if counted:
+                self._running[key] += 1
+            try:
+                self._context.num_open += 1
+                await self._app(scope, receive, answer)
+            finally:
+                self._context.num_open -= 1
+                if counted:
+                    self._running[key] -= 1
+                    if not self._running[key]:
+                        del self._running[key]
+        except Exception as error:
+            if started:
+                log.exception("an answer broke off; request %s", request_id)
+                return
+            await as_api_error(error).response()(scope, receive, answer)
+
+    def _check_size(self, scope: Scope) -> None:
+        most = self._context.settings.limits.max_header_bytes
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > most:
+            raise ApiError(431, f"path and headers may have at most {most} bytes")
+
+    def _request_id(self, scope: Scope) -> str | None:
+        most = self._context.settings.limits.max_request_id
+        given = _header(scope, b"x-request-id")
+        if given is None:
+            return None
+        if len(given) > most or not _ID.fullmatch(given):
+            raise ApiError(400, f"must be 1 to {most} of the characters A-Z a-z 0-9 . _ : -", "X-Request-Id")
+        return given.decode()
+
+    def _check(self, scope: Scope) -> bytes | None:
+        """Digest of the request's key. Raises ApiError."""
+        path = route_path(scope)
+        key = None
+        if self._keys and not (path in OPEN and scope["method"] in ("GET", "HEAD")):
+            key = self._authenticated(scope)
+        if self._context.draining and path not in PROBES:
+            seconds = self._context.settings.shutdown_timeout
+            raise ApiError(503, "the server is shutting down", headers=retry_after(seconds))
+        return key
+
+    def _authenticated(self, scope: Scope) -> bytes:
+        given = _given_key(scope)
+        digest = _digest(given or b"")
+        # All are compared, each in constant time, so that time tells nothing of a key.
+        found = [hmac.compare_digest(digest, key) for key in self._keys]
+        if given is None or not any(found):
+            problem = "an API key is needed, as `Authorization: Bearer KEY`" if given is None else "wrong API key"
+            raise ApiError(401, problem, headers={"WWW-Authenticate": "Bearer"})
+        return digest
+
+
+def route_path(scope: Scope) -> str:
+    """The path without the one under which a proxy offers the server, as routes see it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and (path == root or path.startswith(root + "/")) else path
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    """Raises ApiError where it comes twice: which one a proxy looked at nobody knows."""
+    values = [value for key, value in scope["headers"] if key == name]
+    if len(values) > 1:
+        raise ApiError(400, "is given more than once", name.decode())
+    return values[0] if values else None
+
+
+def _given_key(scope: Scope) -> bytes | None:
+    bearer, plain = _header(scope, b"authorization"), _header(scope, b"x-api-key")
+    if bearer is not None:
+        scheme, _, key = bearer.partition(b" ")
+        found: bytes | None = key.strip() if scheme.lower() == b"bearer" else None
+    else:
+        found = plain
+    return found if found and len(found) <= MAX_KEY else None

@@ -1,0 +1,102 @@
+"""What answers of all kinds share: usage, and the fields that vLLM adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from functools import wraps
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.core.outputs import RequestOutput
+from octavo.server.context import ServerContext, context_of
+from octavo.server.errors import as_api_error
+from octavo.server.fields import Parsed, parsed
+from octavo.server.generation import Deadline, Generation, Piece, generate, merged
+from octavo.server.json_body import ClientGoneError, read_json
+from octavo.server.streams import DONE, EventStream, Outbox, first_pieces
+
+Handler = Callable[[Request, ServerContext], Coroutine[Any, Any, Response]]
+_FIRST = 10.0  # seconds to wait, at most, for the first token before a stream is begun without
+
+
+def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """A handler whose errors become answers in the one envelope."""
+
+    @wraps(handler)
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(request, context_of(request))
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads it
+        except Exception as error:
+            return as_api_error(error).response()
+
+    # FastAPI reads parameters off the signature, and wraps() lends it the handler's.
+    del endpoint.__wrapped__
+    return endpoint
+
+
+async def body_of(request: Request, context: ServerContext, kind: type[Parsed]) -> Parsed:
+    """The body as its fields. Raises ApiError, ClientGoneError."""
+    settings = context.settings
+    return parsed(kind, await read_json(request, context.bodies, settings.limits, settings.body_timeout))
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class UsageCount:
+    """Tokens of an answer while it comes in pieces."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt = prompt_tokens
+        self._completion = 0
+        self._cached: dict[int, int] = {}  # by prompt
+
+    def note(self, pieces: Iterable[Piece]) -> None:
+        for number, output in pieces:
+            self._cached[number] = output.num_cached_tokens
+            self._completion += sum(len(one.token_ids) for one in output.outputs)
+
+    def as_dict(self) -> dict[str, Any]:
+        return usage(self._prompt, self._completion, sum(self._cached.values()))
+
+
+def usage_of(prompt_tokens: int, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
+    count = UsageCount(prompt_tokens)
+    count.note(enumerate(outputs))
+    return count.as_dict()
+
+
+async def stream(
+    context: ServerContext,
+    work: Generation,
+    deadline: Deadline,
+    write: Callable[[list[Piece]], bytes],
+    last: Callable[[], bytes],
+) -> EventStream:
+    """Answer as server-sent events. Raises what goes wrong before the first token: it gets a status."""
+    settings = context.settings
+    outbox: Outbox[Piece] = Outbox(settings.limits.stream_buffer, merged)
+
+    def deliver(number: int, output: RequestOutput) -> None:
+        outbox.put((number, output))
+
+    outbox.start(generate(context, work, deadline, deliver))
+    first = await first_pieces(outbox, min(_FIRST, settings.sse_keep_alive_interval))
+    return EventStream(
+        outbox,
+        first,
+        write,
+        lambda: last() + DONE,
+        keep_alive=settings.sse_keep_alive_interval,
+        write_timeout=settings.write_timeout,
+    )

@@ -1,0 +1,84 @@
+"""The application: routes over one `AsyncLLM`, behind the layer that asks for keys."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo import __version__
+from octavo.server.access import Access
+from octavo.server.context import make_context
+from octavo.server.errors import ApiError
+from octavo.server.openapi import page_of
+from octavo.server.routes import ask, beam_search, cache, chat, completions, health, margins, models, prometheus, tokens
+from octavo.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+    from octavo.server.metrics import Metrics
+
+_THREADS = 32  # that tokenise, write templates and compile grammars; most of them wait for processes
+_ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
+_ROUTERS += [one.router for one in (cache, beam_search, margins, ask)]
+
+
+def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
+    `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
+    settings = ServerSettings() if settings is None else settings
+    app = FastAPI(
+        title="Octavo",
+        version=__version__,
+        description="An OpenAI-compatible server for work that branches.",
+        redirect_slashes=False,
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.draining = False
+    app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()), metrics)
+    for router in _ROUTERS:
+        app.include_router(router)
+    if settings.enable_debug_routes:
+        app.include_router(health.debug_router)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.openapi = partial(page_of, app, settings.root_path)  # type: ignore[method-assign]
+    app.add_middleware(Access, context=context)
+    if settings.allowed_origins:
+        # Outside: a browser asks what it may before it sends a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    del app
+    threads = ThreadPoolExecutor(_THREADS, "octavo-http")
+    asyncio.get_running_loop().set_default_executor(threads)
+    yield
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        return ApiError(405, f"{request.method} is not for this route", None, headers).response()
+    if error.status_code == 404:
+        return ApiError(404, "there is no such route").response()
+    return ApiError(error.status_code, str(error.detail), None, headers).response()

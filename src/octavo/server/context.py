@@ -1,0 +1,89 @@
+"""What all routes of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import State
+from starlette.requests import Request
+
+from octavo.core.errors import shown
+from octavo.server.admission import Admission
+from octavo.server.errors import ApiError
+from octavo.server.json_body import BodyBuffer
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+    from octavo.server.metrics import Metrics
+    from octavo.server.settings import ServerSettings
+
+_CONTEXTS_QUEUED = 64  # default of max_num_queued_tokens, in contexts of the model
+
+
+@dataclass(slots=True)
+class ServerContext:
+    """Of one application: `context_of(request)`."""
+
+    llm: AsyncLLM
+    settings: ServerSettings
+    models: tuple[str, ...]  # names that clients may give; the first is the one that answers carry without
+    created: int  # seconds since 1970
+    admission: Admission
+    bodies: BodyBuffer
+    defaults: dict[str, Any]  # fields of SamplingParams that the model's files recommend
+    state: State  # the application's
+    metrics: Metrics | None  # None: none are kept
+    num_open: int = 0  # requests that are being answered, of any kind
+    runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
+
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken; those that there are go on. Set by whoever runs the server."""
+        return bool(self.state.draining)
+
+    def model_named(self, name: object) -> str:
+        """The name to answer with. Raises ApiError (400, 404)."""
+        if name is None:
+            return self.models[0]
+        if not isinstance(name, str):
+            raise ApiError(400, f"model: must be a string, not {shown(name)}", "model")
+        if name not in self.models:
+            raise ApiError(404, f"the model {shown(name)} does not exist here", "model")
+        return name
+
+
+def make_context(
+    llm: AsyncLLM, settings: ServerSettings, state: State, created: int, metrics: Metrics | None
+) -> ServerContext:
+    limits, most = llm._frontend.limits, settings.max_num_queued_tokens
+    admission = Admission(
+        limits.max_num_seqs,
+        limits.num_blocks * limits.block_size,
+        settings.max_num_queued_reqs,
+        _CONTEXTS_QUEUED * llm.max_model_len if most is None else most,
+        refused=None if metrics is None else partial(metrics.count, "admission_rejections", 1),
+    )
+    return ServerContext(
+        llm=llm,
+        settings=settings,
+        models=settings.served_model_name or (_public_name(llm.config.model),),
+        created=created,
+        admission=admission,
+        bodies=BodyBuffer(settings.limits.max_buffered_bytes),
+        defaults=llm.generation_config if settings.generation_config == "auto" else {},
+        state=state,
+        metrics=metrics,
+    )
+
+
+def _public_name(model: str) -> str:
+    """Of a path its end: where models lie on this machine is nobody's business."""
+    return Path(model).name.removesuffix(".gguf") or model if model.startswith(("/", ".", "~")) else model
+
+
+def context_of(request: Request) -> ServerContext:
+    context: ServerContext = request.app.state.octavo
+    return context

@@ -1,0 +1,128 @@
+"""Errors as clients get them: OpenAI's envelope, whatever went wrong and wherever.
+
+``{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}``; types and codes, which repeat the status, are
+vLLM's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError, shortened
+
+log = logging.getLogger(__name__)
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "PayloadTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    431: "HeaderFieldsTooLargeError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+RETRY_CLOSED = 5  # seconds after which an engine that was closed may be there again
+# How the sampler's error begins where a request's own constraints leave no token: known when one is to be drawn, and
+# the client's to mend.
+_NOTHING_LEFT = "no token can be drawn"
+
+# Absolute paths of two parts or more, as messages of the system and of libraries hold them.
+_PATH = re.compile(r"(?<![\w/.])(?:/[\w.@+~-]+){2,}/?|\b[A-Za-z]:\\[^\s'\"]+")
+
+
+class ApiError(Exception):
+    """A request that is answered with an error status.
+
+    Attributes:
+        status: of HTTP.
+        param: the field at fault.
+        headers: to send with it.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The envelope."""
+        kind = TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def response(self) -> Response:
+        return JSONBytes(self.body, self.status, self.headers)
+
+
+class JSONBytes(Response):
+    """A JSON answer. Numbers that are not finite become null."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(encode(content), status, headers)
+
+    def render(self, content: bytes) -> bytes:
+        return content
+
+
+encode = msgspec.json.Encoder().encode
+
+
+def invalid(field: str, problem: str) -> ApiError:
+    """400, naming the field."""
+    return as_api_error(InvalidRequestError(field, problem))
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, round(seconds)))}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error: of its own mistakes all, of ours what is fit for strangers."""
+    if isinstance(error, BaseExceptionGroup):
+        return as_api_error(error.exceptions[0])
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, printable(str(error)), error.field)
+    if isinstance(error, EngineClosedError):
+        message = "the engine is not running"
+        return ApiError(503, message, headers=retry_after(RETRY_CLOSED))
+    if isinstance(error, RequestFailedError) and str(error).startswith(_NOTHING_LEFT):
+        return ApiError(400, printable(str(error)))
+    if isinstance(error, RequestFailedError):
+        log.warning("a request failed: %s", printable(str(error)))
+        return ApiError(500, f"the request failed: {scrubbed(str(error))}")
+    if isinstance(error, OctavoError):  # of documents, for one
+        return ApiError(400, scrubbed(str(error)))
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the request was not answered in time")
+    log.error("a request raised", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more")
+
+
+def printable(text: str) -> str:
+    """One line, without what could drive a terminal or end a line of a log."""
+    return "".join(c if c.isprintable() else " " for c in shortened(text))
+
+
+def scrubbed(text: str) -> str:
+    """The same without paths of this machine, and only the first line: a traceback has more."""
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return _PATH.sub("(path)", printable(first))

@@ -1,0 +1,49 @@
+"""HTTP/1.1 by uvicorn, with a limit of time for the head of a request: a client that sends a byte of it now and then
+would else keep its connection for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+class TimedProtocol(H11Protocol):
+    """One connection. `head_timeout`: seconds from its beginning, or from the first byte of another request on it, to
+    the end of the request's head."""
+
+    head_timeout = 60.0
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type] # uvicorn narrows it
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        if self._is_answering:
+            self._forget()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.head_timeout, self._too_late)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_late(self) -> None:
+        self._timer = None
+        if not self._is_answering:
+            self.timeout_keep_alive_handler()

@@ -1,0 +1,218 @@
+"""/v1/chat/completions: the next message of a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo.server.answers import UsageCount, body_of, route, stream, usage_of
+from octavo.server.chat_output import MessageReader, reader_for
+from octavo.server.context import ServerContext
+from octavo.server.errors import JSONBytes, invalid
+from octavo.server.fields import Body, SamplingFields, documented, integer
+from octavo.server.generation import (
+    Deadline,
+    Generation,
+    Piece,
+    PromptTokens,
+    answer_id,
+    answered,
+    check_outputs,
+    engine_ids,
+    names_of,
+)
+from octavo.server.logprobs import chat_logprobs, prompt_logprobs
+from octavo.server.messages import conversation, tools_for, tools_of
+from octavo.server.openapi import describes
+from octavo.server.sampling import Params, params_of, written_as
+from octavo.server.streams import event, unless_gone
+
+router = APIRouter()
+
+_OBJECTS = {"type": "array", "items": {"type": "object"}}
+
+
+class ConversationFields(Body):
+    """A conversation, and how the chat template writes it."""
+
+    messages: Any = documented(
+        "objects with role and content, which is a text or a list of text parts; of assistants also tool_calls, of "
+        "tools tool_call_id",
+        _OBJECTS,
+    )
+    tools: Any = documented("functions that the chat template tells the model of", _OBJECTS)
+    tool_choice: Any = documented('"auto" or "none"', {"type": "string", "enum": ["auto", "none"]})
+    add_generation_prompt: bool | None = Field(None, description="end with the opening of the assistant's turn")
+    continue_final_message: bool | None = Field(None, description="go on in the final message")
+    chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
+
+
+class ChatCompletionRequest(SamplingFields, ConversationFields):
+    """Answer a conversation."""
+
+    messages: Any = documented(ConversationFields.model_fields["messages"].description or "", _OBJECTS, ...)
+    max_tokens: Any = integer("most tokens to generate; up to the model's context without", minimum=1)
+    max_completion_tokens: Any = integer("the same", minimum=1)
+    logprobs: bool | None = Field(None, description="tell log-probabilities of tokens")
+    top_logprobs: Any = integer("and of so many best ones in their place", minimum=0)
+
+
+@router.post("/v1/chat/completions", **describes(ChatCompletionRequest, "Answer a conversation"))
+@route
+async def chat_completions(request: Request, context: ServerContext) -> Response:
+    deadline = Deadline(request, context)
+    body = await body_of(request, context, ChatCompletionRequest)
+    return await unless_gone(request, _answer(request, context, body, deadline))
+
+
+async def _answer(
+    request: Request, context: ServerContext, body: ChatCompletionRequest, deadline: Deadline
+) -> Response:
+    limits = context.settings.limits
+    model = context.model_named(body.model)
+    params = _params(body, context)
+    check_outputs(params, 1, limits.max_outputs)
+    identity, chosen = answer_id(request, body.request_id, "chatcmpl", limits.max_request_id)
+    async with deadline.hold():
+        prompt, tools = await written(context, body)
+    work = Generation(
+        identity,
+        engine_ids(identity, chosen, 1),
+        (prompt,),
+        params,
+        0 if body.priority is None else body.priority,
+        body.cache_salt,
+        names_of(body, written_as(body)),
+    )
+    writer = _Writer(context, work, body, model, tools)
+    if body.stream:
+        return await stream(context, work, deadline, writer.chunks, writer.last)
+    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+
+
+async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, list[dict[str, Any]] | None]:
+    """The conversation as the chat template writes it, tokenised; and the tools that it was told of. Raises ApiError,
+    InvalidRequestError."""
+    limits = context.settings.limits
+    messages = conversation(body.messages, limits)
+    tools = tools_for(tools_of(body.tools, limits), body.tool_choice)
+    more: dict[str, Any] = {} if tools is None else {"tools": tools}
+    going_on = bool(body.continue_final_message)
+    opening = body.add_generation_prompt
+    write = partial(
+        context.llm.chat_prompt,
+        messages,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=not going_on if opening is None else opening,
+        continue_final_message=going_on,
+        **more,
+    )
+    prompt = await asyncio.to_thread(write)
+    return PromptTokens(prompt["prompt"], prompt["prompt_token_ids"], "messages"), tools
+
+
+def _params(body: ChatCompletionRequest, context: ServerContext) -> Params:
+    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.max_tokens is not None and body.max_tokens != most:
+        raise invalid("max_completion_tokens", "and max_tokens are two names of one thing, and differ")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs", "has no effect without logprobs")
+    top = (0 if body.top_logprobs is None else body.top_logprobs) if body.logprobs else None
+    return params_of(body, context, {"logprobs": top, "max_tokens": most})  # None: up to the end of the context
+
+
+class _Writer:
+    """Outputs in the form of this route, as a whole or piece by piece."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        work: Generation,
+        body: ChatCompletionRequest,
+        model: str,
+        tools: list[dict[str, Any]] | None,
+    ) -> None:
+        self._work = work
+        self._body = body
+        self._tools = tools
+        self._head = {
+            "id": work.id,
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": context.llm.system_fingerprint,
+        }
+        self._top = 0 if body.top_logprobs is None else body.top_logprobs
+        self._readers: dict[int, MessageReader] = {}  # by choice
+        self._usage = UsageCount(work.num_prompt_tokens)
+        self._tells_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        (output,) = outputs
+        answer: dict[str, Any] = {
+            **self._head,
+            "choices": [self._choice(one) for one in output.outputs],
+            "usage": usage_of(self._work.num_prompt_tokens, outputs),
+        }
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = self._work.prompts[0].token_ids
+        return answer
+
+    def _choice(self, one: CompletionOutput) -> dict[str, Any]:
+        reader = reader_for(self._tools)
+        reader.read(one.text, last=True)
+        return {
+            "index": one.index,
+            "message": {"role": "assistant", **reader.message()},
+            **self._end(one, reader),
+        }
+
+    def _end(self, one: CompletionOutput, reader: MessageReader) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "logprobs": None if one.logprobs is None else chat_logprobs(one.token_ids, one.logprobs, self._top),
+            "finish_reason": reader.finish_reason(one.finish_reason),
+            "stop_reason": one.stop_reason,
+        }
+        if self._body.return_token_ids:
+            fields["token_ids"] = one.token_ids
+        return fields
+
+    def chunks(self, pieces: list[Piece]) -> bytes:
+        self._usage.note(pieces)
+        return b"".join(self._chunk(one) for _, output in pieces for one in output.outputs)
+
+    def _chunk(self, one: CompletionOutput) -> bytes:
+        begun = b""
+        reader = self._readers.get(one.index)
+        if reader is None:
+            reader = self._readers[one.index] = reader_for(self._tools)
+            begun = self._begin(one.index)
+        delta = reader.read(one.text, last=one.finished)
+        choice = {"index": one.index, "delta": delta, **self._end(one, reader)}
+        told = delta or one.finished or choice["logprobs"] or choice.get("token_ids")
+        return begun + self._event([choice]) if told else begun
+
+    def _begin(self, index: int) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        more = {}
+        if self._body.return_token_ids and len(self._readers) == 1:
+            more["prompt_token_ids"] = self._work.prompts[0].token_ids
+        return self._event([choice], **more)
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        head = {**self._head, "usage": None} if self._tells_usage else self._head
+        return event({**head, **more, "choices": choices})
+
+    def last(self) -> bytes:
+        return event({**self._head, "choices": [], "usage": self._usage.as_dict()}) if self._tells_usage else b""

@@ -1,0 +1,164 @@
+"""From fields of a request to the parameters of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from octavo.core.beam_params import BeamSearchParams
+from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.params import OutputKind, SamplingParams
+from octavo.server.context import ServerContext
+from octavo.server.errors import ApiError, invalid
+from octavo.server.fields import SamplingFields, sampling_fields
+from octavo.server.settings import Limits
+
+_BEAM_FIELDS = frozenset(one.name for one in fields(BeamSearchParams) if one.init)
+_OF_SEARCHES = {"n"}  # fields of sampling that a search takes under another name
+
+Params = SamplingParams | BeamSearchParams
+
+
+def params_of(body: SamplingFields, context: ServerContext, more: dict[str, Any]) -> Params:
+    """What a request asks for. `more`: fields of SamplingParams that its route makes of others. Raises ApiError,
+    InvalidRequestError naming the field at fault."""
+    given = sampling_fields(body)
+    structured, name = _structured(body)
+    if structured is not None:
+        given["structured_outputs"] = structured
+    given |= more
+    streamed = bool(body.stream)
+    kind = OutputKind.DELTA if streamed else OutputKind.FINAL_ONLY
+    if body.stream_options is not None and not streamed:
+        raise invalid("stream_options", "has no effect without stream")
+    check_lengths(given, context.settings.limits)
+    with renamed({"structured_outputs": name}):
+        if body.use_beam_search:
+            return _beams(given, body, context.settings.limits)
+        if body.length_penalty not in (None, 1, 1.0):
+            raise invalid("length_penalty", "has no effect without use_beam_search")
+        if streamed and given.get("prompt_logprobs") is not None:
+            raise invalid("prompt_logprobs", "is not for streams")
+        defaults = {name: value for name, value in context.defaults.items() if name not in given}
+        params = SamplingParams(**defaults, **given, output_kind=kind)
+    if params.n > context.settings.limits.max_n:
+        raise invalid("n", f"must be at most {context.settings.limits.max_n}, not {params.n}")
+    return params
+
+
+def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamSearchParams:
+    if body.stream:
+        raise invalid("stream", "is not for beam search, whose outputs are known at its end")
+    for name in [name for name, value in given.items() if value is not None]:
+        if name not in _BEAM_FIELDS and name not in _OF_SEARCHES:
+            raise invalid(name, "has no effect with use_beam_search")
+    width = given.pop("n", 1)
+    penalty = {} if body.length_penalty is None else {"length_penalty": body.length_penalty}
+    with renamed({"beam_width": "n"}):
+        params = BeamSearchParams(**given, **penalty, beam_width=width, output_kind=OutputKind.FINAL_ONLY)
+    if params.width > limits.max_n:
+        raise invalid("n", f"must be at most {limits.max_n}, not {params.width}")
+    return params
+
+
+def beam_params(given: dict[str, Any], limits: Limits) -> BeamSearchParams:
+    """Of a request that has the library's names. Raises InvalidRequestError, ApiError."""
+    check_lengths(given, limits)
+    params = BeamSearchParams(**given, output_kind=OutputKind.FINAL_ONLY)
+    if params.width > limits.max_n:
+        raise invalid("beam_width", f"must be at most {limits.max_n}, not {params.width}")
+    return params
+
+
+def changed(name: str, given: object, default: SamplingParams | None, limits: Limits) -> SamplingParams:
+    """Parameters of one text, such as a margin: those of `default` but for what is given. Raises ApiError."""
+    default = SamplingParams() if default is None else default
+    allowed = [one.name for one in fields(SamplingParams) if one.name not in ("output_kind", "n", "detokenize")]
+    if not isinstance(given, dict):
+        raise invalid(name, f"must be an object, not {shown(given)}")
+    for field in given:
+        if field not in allowed:
+            raise invalid(f"{name}.{field}" if field.isidentifier() and len(field) <= 40 else name, "is not known here")
+    with inside(name):
+        check_lengths(given, limits)
+        return default.but(**{field: value for field, value in given.items() if value is not None})
+
+
+def check_lengths(given: Mapping[str, Any], limits: Limits) -> None:
+    """Of lists, whose items are checked later. Raises ApiError."""
+    for name, most in (
+        ("stop", limits.max_stop_strings),
+        ("bad_words", limits.max_bad_words),
+        ("logit_bias", limits.max_logit_bias),
+    ):
+        value = given.get(name)
+        if isinstance(value, list | dict) and len(value) > most:
+            raise invalid(name, f"may have at most {most} entries, not {len(value)}")
+
+
+def written_as(body: SamplingFields) -> str:
+    """What a request calls its structured outputs."""
+    return _structured(body)[1]
+
+
+def _structured(body: SamplingFields) -> tuple[Any, str]:
+    """`structured_outputs`, and what the request calls it."""
+    given = body.response_format
+    if given is None:
+        return body.structured_outputs, "structured_outputs"
+    name = "response_format"
+    if not isinstance(given, dict):
+        raise invalid(name, f"must be an object with a type, not {shown(given)}")
+    kind = given.get("type")
+    if unknown := given.keys() - {"type", *(["json_schema"] if kind == "json_schema" else [])}:
+        raise invalid(name, f"{shown(min(unknown))} is not known here")
+    if kind == "text":
+        return body.structured_outputs, "structured_outputs"
+    if body.structured_outputs is not None:
+        raise invalid(name, "cannot be given beside structured_outputs")
+    if kind == "json_object":
+        return {"json_object": True}, name
+    if kind != "json_schema":
+        raise invalid(f"{name}.type", f"must be text, json_object or json_schema, not {shown(kind)}")
+    return {"json": _schema(given.get("json_schema"))}, f"{name}.json_schema"
+
+
+def _schema(given: object) -> Any:
+    name = "response_format.json_schema"
+    if not isinstance(given, dict):
+        raise invalid(name, 'must be {"name": ..., "schema": ...}')
+    if unknown := given.keys() - {"name", "schema", "strict", "description"}:
+        raise invalid(name, f"{shown(min(unknown))} is not known here")
+    for part, kind in (("name", str), ("description", str), ("strict", bool)):
+        if given.get(part) is not None and not isinstance(given[part], kind):
+            raise invalid(f"{name}.{part}", f"must be {'a string' if kind is str else 'true or false'}")
+    schema = given.get("schema")
+    return {} if schema is None else schema
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """The library's names of fields become those that the request has for them."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        for name, other in names.items():
+            rest = error.field.removeprefix(name)
+            if name != other and rest != error.field and rest[:1] in ("", ".", "["):
+                raise InvalidRequestError(other, error.problem) from None
+        raise
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """What is at fault is a field of the field `name`."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{name}.{error.field}", error.problem) from None
+    except ApiError as error:
+        if error.param is None:
+            raise
+        raise ApiError(error.status, f"{name}.{error.message}", f"{name}.{error.param}") from None

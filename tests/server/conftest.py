@@ -1,0 +1,129 @@
+"""Servers for tests: the real application on uvicorn, on 127.0.0.1, over a real engine with the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from octavo import LLM
+from octavo.async_llm import AsyncLLM
+from octavo.server.app import make_app
+from octavo.server.metrics import Metrics
+from octavo.server.served_llm import ServedLLM
+from octavo.server.serving import Server, open_socket, url_of
+from octavo.server.settings import ServerSettings
+
+MODEL = "tiny"
+ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
+
+
+class Running:
+    """A server that runs in a thread of this process."""
+
+    def __init__(self, llm: AsyncLLM, url: str, server: Server) -> None:
+        self.llm = llm
+        self.url = url
+        self.server = server
+
+    @property
+    def engine(self) -> Any:
+        """Where it is in this process."""
+        return self.llm._loop.engine  # type: ignore[attr-defined]
+
+    @property
+    def context(self) -> Any:
+        return self.server._context
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def until_idle(self) -> None:
+        """Until no request is left and all blocks are home."""
+        kv, until = self.engine.kv, time.monotonic() + 30
+        while self.llm.num_unfinished_requests or kv.num_available < kv.num_blocks or self.context.num_open:
+            assert time.monotonic() < until, "requests or blocks were left behind"
+            time.sleep(0.002)
+        assert self.context.admission.num_requests == self.context.admission.num_tokens == 0
+        assert self.context.bodies.held == 0
+        assert self.context.runs == {}
+
+
+@contextmanager
+def serving(
+    model: Path, settings: ServerSettings | None = None, kind: type[AsyncLLM] = AsyncLLM, **engine: Any
+) -> Iterator[Running]:
+    settings = settings or ServerSettings(port=0, served_model_name=(MODEL,))
+    llm = kind(str(model), **{**ENGINE, **engine})
+    with open_socket(settings) as listener:
+        metrics = None
+        if isinstance(llm, ServedLLM):
+            metrics = llm.metrics = Metrics(llm.figures, MODEL)
+        server = Server(make_app(llm, settings, metrics), settings, llm.close)
+        url = url_of(settings, listener)
+        thread = threading.Thread(target=asyncio.run, args=(server.serve([listener]),), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.005)
+        try:
+            yield Running(llm, url, server)
+        finally:
+            assert server._loop is not None
+            server._loop.call_soon_threadsafe(server.stop)
+            thread.join(30)
+            llm.close()
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def shared_server(tiny_llama_dir: Path) -> Iterator[Running]:
+    with serving(tiny_llama_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: Running) -> Iterator[Running]:
+    """One for all tests that change nothing of it. After each, the engine lives, and nothing was left behind."""
+    yield shared_server
+    shared_server.until_idle()
+    assert shared_server.get("/health").status_code == 200
+
+
+@pytest.fixture(scope="session")
+def llm(tiny_llama_dir: Path) -> Iterator[LLM]:
+    """The library on the same model: what answers must be."""
+    with LLM(str(tiny_llama_dir), **ENGINE) as library:
+        yield library
+
+
+@pytest.fixture
+def client(server: Running) -> OpenAI:
+    """OpenAI's own client."""
+    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def error_of(response: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    """The error in the one envelope, checked."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"], body
+    error: dict[str, Any] = body["error"]
+    assert sorted(error) == ["code", "message", "param", "type"]
+    assert error["code"] == status and isinstance(error["message"], str) and error["message"]
+    assert error["type"].endswith("Error")
+    assert "Traceback" not in error["message"] and "/tmp" not in error["message"] and "\n" not in error["message"]
+    assert response.headers["x-request-id"]
+    if param is not None:
+        assert error["param"] == param, error
+    return error
