@@ -319,6 +319,20 @@ class AsyncLLM(BaseLLM):
             run.stop()
         self._loop.abort([request_id])
 
+    def figures(self) -> dict[str, Any]:
+        """What the engine does now: requests running and waiting, steps, KV blocks, counters of KV (`cache_stats`)."""
+        engine = self._engine
+        return {
+            "steps": engine.num_steps,
+            "requests": engine.num_requests,
+            "running": engine.scheduler.num_running,
+            "waiting": engine.scheduler.num_waiting,
+            "blocks": engine.kv.num_blocks,
+            "available_blocks": engine.kv.num_available,
+            "cached_blocks": engine.kv.num_cached,
+            "stats": self.cache_stats,
+        }
+
     @property
     def num_unfinished_requests(self) -> int:
         return self._engine.num_requests

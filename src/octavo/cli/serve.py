@@ -20,6 +20,7 @@ from octavo.core.errors import ConfigError, shown
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
+    from octavo.server.served_llm import ServedLLM
     from octavo.server.settings import ServerSettings
 
 EXIT_FORCED = 130
@@ -33,6 +34,7 @@ _NUMBERS = {
     "body_timeout": float,
     "write_timeout": float,
     "shutdown_timeout": float,
+    "hang_timeout": float,
     "sse_keep_alive_interval": float,
 }
 _LISTS = "served_model_name", "api_key", "allowed_origins"
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     check_tls(settings)
     with open_socket(settings) as listener:
-        llm = open_llm(config)
+        llm = open_llm(config, settings)
         try:
             forced = run_server(llm, settings, listener, lambda url: _tell(url, llm, settings))
         finally:
@@ -88,13 +90,18 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FORCED if forced else 0
 
 
-def open_llm(config: EngineConfig) -> AsyncLLM:
-    """The engine to serve, in this process."""
-    from octavo.async_llm import AsyncLLM
+def open_llm(config: EngineConfig, settings: ServerSettings) -> ServedLLM:
+    """The engine to serve, in a process of its own, and what is counted of it."""
     from octavo.hub import resolve_model
+    from octavo.server.context import public_name
+    from octavo.server.metrics import Metrics
+    from octavo.server.served_llm import ServedLLM
 
     resolve_model(config.model)  # with its own progress bars, when it has to be fetched
-    return AsyncLLM(**asdict(config))
+    llm = ServedLLM(hang_seconds=settings.hang_timeout, **asdict(config))
+    name = (settings.served_model_name or (public_name(config.model),))[0]
+    llm.metrics = Metrics(llm.figures, name, vllm_names=settings.vllm_metric_names)
+    return llm
 
 
 def server_settings(args: argparse.Namespace, environ: Any) -> ServerSettings:

@@ -18,6 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.errors import ApiError, as_api_error, retry_after
+from octavo.server.routes import page
 from octavo.server.settings import MAX_KEY
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPEN = frozenset(["/live"])  # to everybody
-PROBES = OPEN | {"/health", "/ready"}  # also answered while the server drains
+# To everybody: a browser sends no key for the page, which asks for one; its files are the same everywhere.
+OPEN = frozenset(["/live"]) | page.PATHS
+PROBES = frozenset(["/live", "/health", "/ready"])  # also answered while the server drains
 _ID = re.compile(rb"[A-Za-z0-9._:-]+")
 
 

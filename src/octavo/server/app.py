@@ -21,7 +21,20 @@ from octavo.server.access import Access
 from octavo.server.context import make_context
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
-from octavo.server.routes import ask, beam_search, cache, chat, completions, health, margins, models, prometheus, tokens
+from octavo.server.routes import (
+    ask,
+    beam_search,
+    cache,
+    chat,
+    completions,
+    embeddings,
+    health,
+    margins,
+    models,
+    page,
+    prometheus,
+    tokens,
+)
 from octavo.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -30,7 +43,7 @@ if TYPE_CHECKING:
 
 _THREADS = 32  # that tokenise, write templates and compile grammars; most of them wait for processes
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (cache, beam_search, margins, ask)]
+_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:

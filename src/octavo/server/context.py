@@ -69,7 +69,7 @@ def make_context(
     return ServerContext(
         llm=llm,
         settings=settings,
-        models=settings.served_model_name or (_public_name(llm.config.model),),
+        models=settings.served_model_name or (public_name(llm.config.model),),
         created=created,
         admission=admission,
         bodies=BodyBuffer(settings.limits.max_buffered_bytes),
@@ -79,7 +79,7 @@ def make_context(
     )
 
 
-def _public_name(model: str) -> str:
+def public_name(model: str) -> str:
     """Of a path its end: where models lie on this machine is nobody's business."""
     return Path(model).name.removesuffix(".gguf") or model if model.startswith(("/", ".", "~")) else model
 

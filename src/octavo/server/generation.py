@@ -129,24 +129,24 @@ async def tokenised(
     return tuple(found)
 
 
-def prompts_of(value: object, most: int) -> tuple[list[Any], list[str]]:
-    """The four forms of OpenAI's field `prompt`, as a list of texts and of lists of token ids; and what errors call
-    each. Raises ApiError."""
+def prompts_of(value: object, most: int, name: str = "prompt") -> tuple[list[Any], list[str]]:
+    """The four forms of OpenAI's fields `prompt` and `input`, as a list of texts and of lists of token ids; and what
+    errors call each. Raises ApiError."""
     if isinstance(value, str):
-        return [value], ["prompt"]
+        return [value], [name]
     if not isinstance(value, list):
         problem = "must be a string, a list of strings, a list of token ids, or a list of such lists"
-        raise invalid("prompt", f"{problem}, not {shown(value)}")
+        raise invalid(name, f"{problem}, not {shown(value)}")
     if not value:
-        raise invalid("prompt", "is empty")
+        raise invalid(name, "is empty")
     if isinstance(value[0], int | float):
-        return [value], ["prompt"]
+        return [value], [name]
     if len(value) > most:
-        raise invalid("prompt", f"may have at most {most} prompts, not {len(value)}")
+        raise invalid(name, f"may have at most {most} prompts, not {len(value)}")
     for number, one in enumerate(value):
         if not isinstance(one, str | list):
-            raise invalid(f"prompt[{number}]", f"must be a string or a list of token ids, not {shown(one)}")
-    return value, [f"prompt[{number}]" for number in range(len(value))]
+            raise invalid(f"{name}[{number}]", f"must be a string or a list of token ids, not {shown(one)}")
+    return value, [f"{name}[{number}]" for number in range(len(value))]
 
 
 # --- answers ---

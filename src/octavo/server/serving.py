@@ -23,7 +23,7 @@ from octavo.server.protocol import TimedProtocol
 from octavo.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
+    from octavo.server.served_llm import ServedLLM
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(llm: AsyncLLM, settings: ServerSettings, listener: socket.socket, ready: Callable[[str], None]) -> bool:
+def run_server(llm: ServedLLM, settings: ServerSettings, listener: socket.socket, ready: Callable[[str], None]) -> bool:
     """Serve until a signal ends it; whether it was forced to. `ready` gets the address when requests are taken."""
     _raise_file_limit()
-    server = Server(make_app(llm, settings), settings, llm.close)
+    server = Server(make_app(llm, settings, llm.metrics), settings, llm.close)
     for name in ("uvicorn.error", "uvicorn"):
         # What clients do is no warning of ours; what is wrong with the application is told by itself.
         logging.getLogger(name).setLevel(logging.CRITICAL)

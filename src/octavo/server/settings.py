@@ -54,6 +54,16 @@ class Limits:
         return cls(**given)
 
 
+_SECONDS = (
+    "request_timeout",
+    "body_timeout",
+    "write_timeout",
+    "shutdown_timeout",
+    "hang_timeout",
+    "sse_keep_alive_interval",
+)
+
+
 def _setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - argparse's word
     return field(default=default, metadata={"help": help, **more})
 
@@ -90,6 +100,10 @@ class ServerSettings:
     generation_config: str = _setting(
         "auto", "sampling where a request says nothing: as the model's files recommend (auto), or neutral (vllm)"
     )
+    hang_timeout: float = _setting(
+        60.0, "seconds without a step, or a sign of life, after which the engine's process is started again"
+    )
+    vllm_metric_names: bool = _setting(False, "tell metrics by vLLM's names as well")
     enable_debug_routes: bool = _setting(False, "offer /server_info")
     limits: Limits = field(
         default_factory=Limits, metadata={"help": "limits of requests, as JSON: '{\"max_n\": 16}'; see docs/server.md"}
@@ -110,14 +124,15 @@ class ServerSettings:
                 _integer(name, getattr(self, name), 1, 2**63 - 1)
         if self.max_concurrent_per_key is not None and not self.api_key:
             raise ConfigError("max_concurrent_per_key: has no effect without api_key")
-        for name in ("request_timeout", "body_timeout", "write_timeout", "shutdown_timeout", "sse_keep_alive_interval"):
+        for name in _SECONDS:
             value = getattr(self, name)
             if value is not None or name != "request_timeout":
                 object.__setattr__(self, name, _seconds(name, value, name == "shutdown_timeout"))
         if self.generation_config not in ("auto", "vllm"):
             raise ConfigError(f"generation_config: must be auto or vllm, not {shown(self.generation_config)}")
-        if not isinstance(self.enable_debug_routes, bool):
-            raise ConfigError(f"enable_debug_routes: must be true or false, not {shown(self.enable_debug_routes)}")
+        for name in ("enable_debug_routes", "vllm_metric_names"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: must be true or false, not {shown(getattr(self, name))}")
         object.__setattr__(self, "limits", Limits.of(self.limits))
 
     def _check_paths(self) -> None:
