@@ -58,7 +58,7 @@ def test_every_route_but_one_needs_a_key(guarded: Running) -> None:
         for method in ("GET", "POST", "OPTIONS", "DELETE", "HEAD"):
             if path in OPEN and method in ("GET", "HEAD"):
                 continue
-            status = httpx.request(method, guarded.url + path.replace("{", "").replace("}", "")).status_code
+            status = guarded.client.request(method, guarded.url + path.replace("{", "").replace("}", "")).status_code
             assert status == 401, (method, path)
     assert guarded.get("/live").status_code == guarded.get("/llm/live").status_code == 200
 
@@ -155,7 +155,9 @@ def test_a_review_is_for_who_began_it(guarded: Running) -> None:
     body = {"document": document, "question": "Who?", "segment_tokens": 50, "stream": True, "request_id": "x"}
     with (
         held(guarded.engine, lambda: False, after=4),
-        httpx.stream("POST", guarded.url + "/v1/octavo/margins", json=body, headers=GOOD, timeout=30) as response,
+        guarded.client.stream(
+            "POST", guarded.url + "/v1/octavo/margins", json=body, headers=GOOD, timeout=30
+        ) as response,
     ):
         assert response.status_code == 200, response.read()
         lines = response.iter_lines()  # kept: the connection is closed with it
