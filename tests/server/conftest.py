@@ -33,6 +33,7 @@ class Running:
         self.llm = llm
         self.url = url
         self.server = server
+        self.client = httpx.Client(timeout=60)  # one, since each reads all certificates of the system
 
     @property
     def engine(self) -> Any:
@@ -44,10 +45,10 @@ class Running:
         return self.server._context
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return self.client.post(self.url + path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return self.client.get(self.url + path, **options)
 
     def until_idle(self) -> None:
         """Until no request is left and all blocks are home."""

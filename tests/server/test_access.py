@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from openai import AuthenticationError, OpenAI
 
 from octavo.core.errors import ConfigError
 from octavo.server.access import OPEN
 from octavo.server.admission import Admission
 from octavo.server.errors import ApiError, scrubbed
+from octavo.server.serving import check_tls
 from octavo.server.settings import Limits, ServerSettings, read_keys
 from tests.pace import held
 from tests.server.conftest import MODEL, Running, error_of, serving
@@ -58,7 +65,7 @@ def test_every_route_needs_a_key_but_for_live_and_the_page(guarded: Running) -> 
         for method in ("GET", "POST", "OPTIONS", "DELETE", "HEAD"):
             if (path or "/") in OPEN and method in ("GET", "HEAD"):
                 continue
-            status = httpx.request(method, guarded.url + path.replace("{", "").replace("}", "")).status_code
+            status = guarded.client.request(method, guarded.url + path.replace("{", "").replace("}", "")).status_code
             assert status == 401, (method, path)
     assert guarded.get("/live").status_code == guarded.get("/llm/live").status_code == 200
 
@@ -155,7 +162,9 @@ def test_a_review_is_for_who_began_it(guarded: Running) -> None:
     body = {"document": document, "question": "Who?", "segment_tokens": 50, "stream": True, "request_id": "x"}
     with (
         held(guarded.engine, lambda: False, after=4),
-        httpx.stream("POST", guarded.url + "/v1/octavo/margins", json=body, headers=GOOD, timeout=30) as response,
+        guarded.client.stream(
+            "POST", guarded.url + "/v1/octavo/margins", json=body, headers=GOOD, timeout=30
+        ) as response,
     ):
         assert response.status_code == 200, response.read()
         lines = response.iter_lines()  # kept: the connection is closed with it
@@ -283,3 +292,39 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
     for path in (file, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="api_key_file"):
             read_keys(str(path))
+
+
+# --- TLS ---
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """Key and certificate of 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "octavo")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).add_extension(address, critical=False)
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    files = folder / "key.pem", folder / "certificate.pem"
+    encoding = serialization.Encoding.PEM
+    plain = serialization.NoEncryption()
+    files[0].write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    files[1].write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(encoding))
+    return files
+
+
+def test_tls(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    key, certificate = self_signed(tmp_path)
+    settings = ServerSettings(port=0, ssl_keyfile=str(key), ssl_certfile=str(certificate))
+    check_tls(settings)
+    with serving(tiny_llama_dir, settings) as running:
+        assert running.url.startswith("https://127.0.0.1:")
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(certificate)))
+        body = {"prompt": "x", "max_tokens": 2, "stream": True}
+        with trusting.stream("POST", running.url + PATH, json=body) as response:
+            assert list(response.iter_lines())[-2] == "data: [DONE]"
+        with pytest.raises(httpx.TransportError):
+            httpx.get(running.url.replace("https", "http") + "/live").raise_for_status()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(running.url + "/live")

@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def post(server: Running, content: Any, headers: dict[str, str] | None = None, path: str = PATH) -> httpx.Response:
-    return httpx.post(server.url + path, content=content, headers={**JSON, **(headers or {})}, timeout=60)
+    return server.client.post(server.url + path, content=content, headers={**JSON, **(headers or {})})
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_model_names(server: Running) -> None:
 def test_ids_that_are_in_use(server: Running) -> None:
     """The first goes on."""
     body = {"prompt": "x", "request_id": "same", "stream": True, "ignore_eos": True, "max_tokens": 500}
-    with httpx.stream("POST", server.url + PATH, json=body, timeout=60) as response:
+    with server.client.stream("POST", server.url + PATH, json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         error_of(server.post(PATH, {**body, "stream": False}), 400, "request_id")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.server.errors import ApiError
-from octavo.server.json_body import parse_json
+from octavo.server.json_body import BodyBuffer, parse_json
 from octavo.server.settings import Limits
 
 LIMITS = Limits(max_json_depth=8, max_json_values=50)
@@ -77,3 +77,20 @@ def test_half_of_a_surrogate_pair(text: str) -> None:
     with pytest.raises(ApiError, match="surrogate"):
         parse_json(text.encode(), LIMITS)
     assert parse_json(b'"\\ud83d\\ude00 \\\\ud800"', LIMITS) == "\U0001f600 \\ud800"
+
+
+def test_room_for_bodies() -> None:
+    """Of all together; one alone has what it needs, and all of it comes back."""
+    buffer = BodyBuffer(100)
+    with buffer.room() as first:
+        first.take(150)
+        with buffer.room() as second, pytest.raises(ApiError) as refused:
+            second.take(1)
+        assert refused.value.status == 429
+    assert buffer.held == 0
+    with buffer.room() as first, buffer.room() as second:
+        first.take(50)
+        second.take(50)
+        with pytest.raises(ApiError):
+            first.take(1)
+    assert buffer.held == 0

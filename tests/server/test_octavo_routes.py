@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from octavo import LLM, AskParams, BeamSearchParams, MarginsParams, SamplingParams
@@ -26,7 +25,7 @@ ASKING = {
 
 def events(server: Running, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a stream, each under its name."""
-    with httpx.stream("POST", server.url + path, json={**body, "stream": True}, timeout=60) as response:
+    with server.client.stream("POST", server.url + path, json={**body, "stream": True}, timeout=60) as response:
         assert response.status_code == 200, response.read()
         found = []
         for block in response.read().decode().split("\n\n"):
@@ -120,7 +119,7 @@ def test_a_review(server: Running) -> None:
     """Notes are rejected, edited and accepted while the document is read; the answer waits for it."""
     body = {**READING, "review": True, "stream": True, "request_id": "r1"}
     path = "/v1/octavo/margins"
-    with httpx.stream("POST", server.url + path, json=body, timeout=60) as response:
+    with server.client.stream("POST", server.url + path, json=body, timeout=60) as response:
         blocks = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
         begun = json.loads(next(blocks))
         assert begun["id"] == "margins-r1"
@@ -149,7 +148,7 @@ def test_reading_is_stopped(server: Running) -> None:
     body = {**READING, "stream": True, "request_id": "r2"}
     with (
         held(server.engine, lambda: False, after=6),
-        httpx.stream("POST", server.url + "/v1/octavo/margins", json=body, timeout=60) as response,
+        server.client.stream("POST", server.url + "/v1/octavo/margins", json=body, timeout=60) as response,
     ):
         blocks = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
         next(blocks)

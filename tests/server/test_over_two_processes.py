@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from octavo import LLM, SamplingParams
@@ -57,7 +56,7 @@ def test_a_client_that_goes_away(apart: Running, kind: str) -> None:
 
 def test_an_engine_that_is_killed(apart: Running) -> None:
     """Who was being answered is told, and later ones are answered again."""
-    with httpx.stream(
+    with apart.client.stream(
         "POST", apart.url + PATH, json={**LONG, "max_tokens": 1900, "stream": True}, timeout=60
     ) as response:
         lines = response.iter_lines()

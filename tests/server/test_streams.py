@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from octavo import LLM, SamplingParams
@@ -235,6 +234,16 @@ def test_a_reader_that_does_not_read_holds_up_nobody(small: Running) -> None:
     small.until_idle()
 
 
+def test_pieces_do_not_wait_for_acknowledgements(server: Running) -> None:
+    """Guards 40 ms for each write: Nagle's algorithm is off."""
+    with server.client.stream("POST", server.url + PATH, json={**LONG, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for connection in list(server.server.server_state.connections):
+            own = connection.transport.get_extra_info("socket")
+            assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def unchunked(received: bytes) -> bytes:
     body, rest = b"", received.partition(b"\r\n\r\n")[2]
     while rest:
@@ -248,7 +257,9 @@ def test_keep_alive_comments(small: Running) -> None:
     comments = threading.Event()
     with (
         held(small.engine, comments.is_set, after=0),
-        httpx.stream("POST", small.url + PATH, json={**LONG, "max_tokens": 5, "stream": True}, timeout=30) as response,
+        small.client.stream(
+            "POST", small.url + PATH, json={**LONG, "max_tokens": 5, "stream": True}, timeout=30
+        ) as response,
     ):
         assert response.status_code == 200
         lines = response.iter_lines()
@@ -303,7 +314,7 @@ def test_an_error_in_the_middle_of_a_stream(server: Running, monkeypatch: pytest
 
     monkeypatch.setattr(ops, "sample", failing)
     body = {**LONG, "seed": 666, "stream": True}
-    with httpx.stream("POST", server.url + PATH, json=body, timeout=60) as response:
+    with server.client.stream("POST", server.url + PATH, json=body, timeout=60) as response:
         assert response.status_code == 200
         lines = [line for line in response.iter_lines() if line.startswith("data")]
     error = json.loads(lines[-1][6:])["error"]
@@ -320,7 +331,9 @@ def test_a_deadline(server: Running) -> None:
         error_of(server.post(PATH, LONG, headers={"X-Request-Timeout": "0.2"}), 504)
     with held(server.engine, lambda: server.llm.num_unfinished_requests == 0, after=6):
         headers = {"X-Request-Timeout": "0.5"}
-        with httpx.stream("POST", server.url + PATH, json={**LONG, "stream": True}, headers=headers) as response:
+        with server.client.stream(
+            "POST", server.url + PATH, json={**LONG, "stream": True}, headers=headers
+        ) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data")]
     assert json.loads(lines[-1][6:])["error"]["code"] == 504
     for wrong in ("soon", "-1", "0", "nan", "1e9"):

@@ -66,10 +66,8 @@ class Access:
 
         try:
             self._check_size(scope)
-            given = self._request_id(scope)
-            request_id = given or request_id
+            request_id = self._request_id(scope) or request_id
             scope["octavo.request_id"] = request_id
-            scope["octavo.named"] = given is not None
             key = self._check(scope)
             scope["octavo.key"] = key
             counted = key is not None and scope["method"] == "POST"

@@ -26,8 +26,11 @@ def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]
 
     @wraps(handler)
     async def endpoint(request: Request) -> Response:
+        context = context_of(request)
         try:
-            return await handler(request, context_of(request))
+            with context.bodies.room() as room:
+                request.scope["octavo.room"] = room
+                return await handler(request, context)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
@@ -41,7 +44,8 @@ def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]
 async def body_of(request: Request, context: ServerContext, kind: type[Parsed]) -> Parsed:
     """The body as its fields. Raises ApiError, ClientGoneError."""
     settings = context.settings
-    return parsed(kind, await read_json(request, context.bodies, settings.limits, settings.body_timeout))
+    room = request.scope["octavo.room"]
+    return parsed(kind, await read_json(request, room, settings.limits, settings.body_timeout))
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

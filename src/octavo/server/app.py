@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.metrics import Metrics
 
-_THREADS = 32  # that tokenise, write templates and compile grammars; most of them wait for processes
+_THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
 _ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
 
@@ -81,10 +81,10 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    del app
     threads = ThreadPoolExecutor(_THREADS, "octavo-http")
     asyncio.get_running_loop().set_default_executor(threads)
     yield
+    app.state.octavo.templates.shutdown(wait=False, cancel_futures=True)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

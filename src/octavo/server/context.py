@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.server.metrics import Metrics
     from octavo.server.settings import ServerSettings
 
+_TEMPLATES = 16  # that are written at once, or wait for their turn
 _CONTEXTS_QUEUED = 64  # default of max_num_queued_tokens, in contexts of the model
 
 
@@ -36,6 +38,8 @@ class ServerContext:
     defaults: dict[str, Any]  # fields of SamplingParams that the model's files recommend
     state: State  # the application's
     metrics: Metrics | None  # None: none are kept
+    # Threads that wait for chat templates, which may take a while: others are not to stand behind them.
+    templates: ThreadPoolExecutor
     num_open: int = 0  # requests that are being answered, of any kind
     runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
 
@@ -76,6 +80,7 @@ def make_context(
         defaults=llm.generation_config if settings.generation_config == "auto" else {},
         state=state,
         metrics=metrics,
+        templates=ThreadPoolExecutor(_TEMPLATES, "octavo-http-templates"),
     )
 
 

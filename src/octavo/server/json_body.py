@@ -31,44 +31,48 @@ class ClientGoneError(Exception):
 
 
 class BodyBuffer:
-    """How many bytes of bodies are held, of all requests that are being received. Of one event loop."""
+    """How many bytes of bodies are held, of all requests that are being received, or worked on before their answer
+    begins: what was read of them lives on until then. Of one event loop."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
 
     @contextmanager
-    def room(self) -> Iterator[_Room]:
-        room = _Room(self)
+    def room(self) -> Iterator[BodyRoom]:
+        """For one request's body, until the block ends."""
+        room = BodyRoom(self)
         try:
             yield room
         finally:
             self.held -= room.taken
 
 
-class _Room:
+class BodyRoom:
+    """What one request's body takes of it."""
+
     def __init__(self, buffer: BodyBuffer) -> None:
         self._buffer = buffer
         self.taken = 0
 
     def take(self, count: int) -> None:
+        """Raises ApiError (429) if there is no room; a body that is the only one has as much as it may be long."""
         if self._buffer.held + count > self._buffer.most and self._buffer.held > self.taken:
             raise ApiError(429, "too many bodies are being received: try it again", headers={"Retry-After": "1"})
         self._buffer.held += count
         self.taken += count
 
 
-async def read_json(request: Request, buffer: BodyBuffer, limits: Limits, timeout: float) -> dict[str, Any]:
+async def read_json(request: Request, room: BodyRoom, limits: Limits, timeout: float) -> dict[str, Any]:
     """The body, which must be an object. Raises ApiError (400, 408, 413, 415, 429), ClientGoneError."""
     _check_headers(request, limits)
-    with buffer.room() as room:
-        try:
-            async with asyncio.timeout(timeout):
-                body = await _receive(request, room, limits.max_body_bytes)
-        except TimeoutError:
-            problem = f"the body did not arrive within {timeout:g} s"
-            raise ApiError(408, problem, headers={"Connection": "close"}) from None
-        value = await asyncio.to_thread(parse_json, body, limits) if len(body) > _LONG else parse_json(body, limits)
+    try:
+        async with asyncio.timeout(timeout):
+            body = await _receive(request, room, limits.max_body_bytes)
+    except TimeoutError:
+        problem = f"the body did not arrive within {timeout:g} s"
+        raise ApiError(408, problem, headers={"Connection": "close"}) from None
+    value = await asyncio.to_thread(parse_json, body, limits) if len(body) > _LONG else parse_json(body, limits)
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object, not {_kind(value)}")
     return value
@@ -95,7 +99,7 @@ def _too_large(most: int) -> ApiError:
     return ApiError(413, f"a body may have at most {most} bytes", None, {"Connection": "close"})
 
 
-async def _receive(request: Request, room: _Room, most: int) -> bytes:
+async def _receive(request: Request, room: BodyRoom, most: int) -> bytes:
     parts = []
     while True:
         message = await request.receive()

@@ -35,7 +35,9 @@ _POLL = 0.05  # seconds between looks at what is still under way while the serve
 def open_socket(settings: ServerSettings) -> socket.socket:
     """Bound to host and port. Raises ConfigError naming them, for a port that is in use for one."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named since asyncio turns Nagle's algorithm off only where it is: else each piece of an answer
+    # would wait for the client's system to acknowledge the one before, which may take 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -20,7 +20,7 @@ class Limits:
     """What one request may hold, and what all of them together. Every one is an integer of at least 1."""
 
     max_body_bytes: int = 32 << 20
-    max_buffered_bytes: int = 256 << 20  # bodies of all requests that are being received
+    max_buffered_bytes: int = 256 << 20  # bodies of all requests whose answer has not begun
     max_json_depth: int = 64
     max_json_values: int = 1 << 21  # of one body
     max_prompts: int = 1024

@@ -115,7 +115,7 @@ async def written(context: ServerContext, body: ConversationFields) -> tuple[Pro
         continue_final_message=going_on,
         **more,
     )
-    prompt = await asyncio.to_thread(write)
+    prompt = await asyncio.get_running_loop().run_in_executor(context.templates, write)
     return PromptTokens(prompt["prompt"], prompt["prompt_token_ids"], "messages"), tools
 
 
