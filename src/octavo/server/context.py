@@ -15,6 +15,7 @@ from octavo.core.errors import shown
 from octavo.server.admission import Admission
 from octavo.server.errors import ApiError
 from octavo.server.json_body import BodyBuffer
+from octavo.text.tool_calls import format_of
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
@@ -42,6 +43,12 @@ class ServerContext:
     templates: ThreadPoolExecutor
     num_open: int = 0  # requests that are being answered, of any kind
     runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
+
+    @property
+    def tool_format(self) -> str | None:
+        """In which the chat template teaches the model to call tools; None: in none that is known."""
+        templates = self.llm.tokenizer.chat_templates
+        return format_of(templates.get("tool_use") or templates.get("default") or "")
 
     @property
     def draining(self) -> bool:

@@ -21,7 +21,6 @@ NOT_SUPPORTED = {
     "suffix": "is not supported: these models continue texts, and fill no gaps",
     "functions": "is not supported: give tools",
     "function_call": "is not supported: give tools",
-    "parallel_tool_calls": "is not supported yet",
     "chat_template": "is not accepted from requests: the model's own is used",
     "store": "is not supported: nothing is kept",
     "service_tier": "is not supported",

@@ -114,8 +114,25 @@ def _tool(field: str, value: object) -> dict[str, Any]:
 
 def tools_for(tools: Sequence[dict[str, Any]] | None, choice: object) -> list[dict[str, Any]] | None:
     """Those that the template is told of: none with tool_choice "none". Raises ApiError."""
-    if choice not in (None, "none", "auto") or isinstance(choice, bool):
-        raise invalid("tool_choice", f'must be "none" or "auto": others are not supported yet; not {shown(choice)}')
-    if choice == "auto" and not tools:
+    if choice not in (None, "none") and not tools:
         raise invalid("tool_choice", "has no effect without tools")
     return None if not tools or choice == "none" else list(tools)
+
+
+def tools_demanded(tools: Sequence[dict[str, Any]] | None, choice: object) -> list[dict[str, Any]]:
+    """Those of which one must be called; none: the model may choose. Raises ApiError."""
+    if choice in (None, "none", "auto") and not isinstance(choice, bool):
+        return []
+    if choice == "required":
+        return list(tools or ())
+    name = None
+    if isinstance(choice, dict) and choice.keys() == {"type", "function"} and choice["type"] == "function":
+        function = choice["function"]
+        name = function["name"] if isinstance(function, dict) and function.keys() == {"name"} else None
+    if not isinstance(name, str):
+        allowed = 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+        raise invalid("tool_choice", f"{allowed}, not {shown(choice)}")
+    found = [tool for tool in tools or () if tool["function"]["name"] == name]
+    if not found:
+        raise invalid("tool_choice", f"{shown(name)} is none of the tools")
+    return found

@@ -30,10 +30,11 @@ from octavo.server.generation import (
     names_of,
 )
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.messages import conversation, tools_for, tools_of
+from octavo.server.messages import conversation, tools_demanded, tools_for, tools_of
 from octavo.server.openapi import describes
 from octavo.server.sampling import Params, params_of, written_as
 from octavo.server.streams import event, unless_gone
+from octavo.text.tool_calls import call_grammar
 
 router = APIRouter()
 
@@ -49,7 +50,11 @@ class ConversationFields(Body):
         _OBJECTS,
     )
     tools: Any = documented("functions that the chat template tells the model of", _OBJECTS)
-    tool_choice: Any = documented('"auto" or "none"', {"type": "string", "enum": ["auto", "none"]})
+    tool_choice: Any = documented(
+        '"auto", "none", "required", or {"type": "function", "function": {"name": ...}}: the tool to call',
+        {"anyOf": [{"type": "string", "enum": ["auto", "none", "required"]}, {"type": "object"}]},
+    )
+    parallel_tool_calls: bool | None = Field(None, description="with a demanded call: several may follow; on without")
     add_generation_prompt: bool | None = Field(None, description="end with the opening of the assistant's turn")
     continue_final_message: bool | None = Field(None, description="go on in the final message")
     chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
@@ -83,6 +88,7 @@ async def _answer(
     identity, chosen = answer_id(request, body.request_id, "chatcmpl", limits.max_request_id)
     async with deadline.hold():
         prompt, tools = await written(context, body)
+    params = _with_calls(body, context, params, tools)
     work = Generation(
         identity,
         engine_ids(identity, chosen, 1),
@@ -119,6 +125,27 @@ async def written(context: ServerContext, body: ConversationFields) -> tuple[Pro
     return PromptTokens(prompt["prompt"], prompt["prompt_token_ids"], "messages"), tools
 
 
+def _with_calls(
+    body: ChatCompletionRequest, context: ServerContext, params: Params, tools: list[dict[str, Any]] | None
+) -> Params:
+    """The same parameters, under a grammar of the calls that are demanded. Raises ApiError."""
+    demanded = tools_demanded(tools, body.tool_choice)
+    if body.parallel_tool_calls is not None and not tools:
+        raise invalid("parallel_tool_calls", "has no effect without tools")
+    if not demanded:
+        if body.parallel_tool_calls is False and tools:
+            raise invalid("parallel_tool_calls", "false is for tool_choice 'required' or a tool's name")
+        return params
+    form = context.tool_format
+    if form is None:
+        raise invalid("tool_choice", "this model's chat template teaches no form of calls that is known")
+    if params.structured_outputs is not None:
+        raise invalid("tool_choice", "and response_format or structured_outputs cannot both be demanded")
+    functions = [tool["function"] for tool in demanded]
+    grammar = call_grammar(form, functions, several=body.parallel_tool_calls is not False and len(functions) > 0)
+    return params.but(structured_outputs={"grammar": grammar})
+
+
 def _params(body: ChatCompletionRequest, context: ServerContext) -> Params:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens is not None and body.max_tokens != most:
@@ -143,6 +170,7 @@ class _Writer:
         self._work = work
         self._body = body
         self._tools = tools
+        self._form = context.tool_format
         self._head = {
             "id": work.id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -169,7 +197,7 @@ class _Writer:
         return answer
 
     def _choice(self, one: CompletionOutput) -> dict[str, Any]:
-        reader = reader_for(self._tools)
+        reader = reader_for(self._form, self._tools)
         reader.read(one.text, last=True)
         return {
             "index": one.index,
@@ -195,7 +223,7 @@ class _Writer:
         begun = b""
         reader = self._readers.get(one.index)
         if reader is None:
-            reader = self._readers[one.index] = reader_for(self._tools)
+            reader = self._readers[one.index] = reader_for(self._form, self._tools)
             begun = self._begin(one.index)
         delta = reader.read(one.text, last=one.finished)
         choice = {"index": one.index, "delta": delta, **self._end(one, reader)}
