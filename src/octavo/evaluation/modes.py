@@ -101,9 +101,9 @@ def _cue(llm: LLM) -> str:
 
 
 def _prompts(llm: LLM) -> MarginsPrompts:
-    """The words around document and question, with margins and in full."""
+    """The words around document and question, with margins and in full. The verdict's have a cue of their own."""
     prompts, cue = MarginsPrompts(), _cue(llm)
-    names = ("extract", "classify", "answer", "answer_without", "answer_alone", "answer_alone_without")
+    names = ("extract", "answer", "answer_without", "answer_alone", "answer_alone_without")
     return replace(prompts, **{name: getattr(prompts, name) + cue for name in names})
 
 
