@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -96,6 +97,29 @@ def test_a_client_that_goes_away_while_it_waits(server: Running, stream: bool) -
         for connection in running:
             connection.close()
         until(server, 0)
+
+
+def test_a_client_that_goes_away_with_another_request_sent(server: Running) -> None:
+    """On the same connection, before the first was answered: that it has gone is noticed behind it."""
+    with held(server.engine, lambda: server.llm.num_unfinished_requests == 0, after=4):
+        connection = connect(server, LONG)
+        until(server, 1)
+        connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.05)  # for it to be read by itself
+        connection.close()
+        until(server, 0)
+
+
+def test_requests_that_come_early_are_answered_in_turn(server: Running) -> None:
+    with connect(server, {**LONG, "max_tokens": 200}) as connection:
+        until(server, 1)
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + b"x" * 1000000)
+        received = b""
+        with suppress(ConnectionResetError):  # of what came behind the last request nobody reads the rest
+            while part := connection.recv(1 << 16):
+                received += part
+    first, _, second = received.partition(b'"usage"')
+    assert first.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 200 " in second and b'"version"' in second
 
 
 def test_a_client_that_goes_away_before_its_body(server: Running) -> None:

@@ -1,11 +1,13 @@
 """HTTP/1.1 by uvicorn, with a limit of time for the head of a request: a client that sends a byte of it now and then
-would else keep its connection for ever."""
+would else keep its connection for ever. And a client that goes away is noticed whatever else it has sent."""
 
 from __future__ import annotations
 
 import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_AHEAD = 1 << 16  # bytes of further requests that are taken while one is answered
 
 
 class TimedProtocol(H11Protocol):
@@ -35,6 +37,9 @@ class TimedProtocol(H11Protocol):
     def _watch(self) -> None:
         if self._is_answering:
             self._forget()
+            if self.flow.read_paused and not self.cycle.more_body and len(self.conn.trailing_data[0]) < _AHEAD:
+                # Another request has come early, so reading was paused; but only who reads notices that a client goes.
+                self.flow.resume_reading()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.head_timeout, self._too_late)
 
