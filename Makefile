@@ -80,7 +80,8 @@ wheel: dist/.wheel ## Make a wheel for any Linux with glibc 2.28 and Python 3.11
 test-wheel: dist/.wheel ## Try the wheel in an environment without a compiler; compare with .venv's Octavo if there is one
 	$(PYTHON) -I tests/wheel/try_wheel.py dist/*.whl $(if $(wildcard $(VENV)/.install),--compare-with $(BIN)/python)
 
-lint: $(VENV)/.lint ## Check style and types
+# With what the tests need, since types are checked against the libraries that they bring.
+lint: $(VENV)/.lint $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
