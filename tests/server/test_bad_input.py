@@ -262,6 +262,20 @@ def test_parameters(server: Running, fields: dict[str, Any], stream: bool) -> No
 
 
 @pytest.mark.parametrize(
+    ("fields", "param", "told"),
+    [
+        ({"max_tokns": 4}, "max_tokns", "did you mean max_tokens?"),
+        ({"qqq": 4}, "qqq", "allowed are allowed_token_ids, "),
+        ({"stream_options": {"usage": True}}, "stream_options.usage", "is not known here"),
+        ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format", "did you mean json_schema?"),
+    ],
+)
+def test_names_that_are_not_known(server: Running, fields: dict[str, Any], param: str, told: str) -> None:
+    body = {"prompt": "A", **fields}
+    assert told in error_of(server.client.post(server.url + PATH, json=body), 400, param)["message"]
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "object", "properties": {"next": {"$ref": "#"}}},

@@ -6,14 +6,16 @@ vLLM's.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
-from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError, shortened
+from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError, shortened, shown
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,19 @@ encode = msgspec.json.Encoder().encode
 def invalid(field: str, problem: str) -> ApiError:
     """400, naming the field."""
     return as_api_error(InvalidRequestError(field, problem))
+
+
+def unknown_field(field: str, names: Iterable[str], allowed: Iterable[str]) -> ApiError:
+    """400 for an object with `names` that are not allowed in it, of which the first is told with what was meant."""
+    name = min(names)
+    return invalid(field, f"{shown(name)} is not known here; {instead(name, allowed)}")
+
+
+def instead(name: str, allowed: Iterable[str]) -> str:
+    """What to write instead of a name that is not known."""
+    known = sorted(allowed)
+    close = difflib.get_close_matches(name[:80], known, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
 
 
 def retry_after(seconds: float) -> dict[str, str]:

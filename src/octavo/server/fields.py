@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from octavo.core.errors import shown
 from octavo.core.params import SamplingParams
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, instead
 
 # Fields that clients of OpenAI's or vLLM's know, and why they are refused.
 NOT_SUPPORTED = {
@@ -149,6 +149,8 @@ def _as_api_error(loc: tuple[int | str, ...], kind: str, message: str, value: ob
     name = path_of(loc)
     if kind == "extra_forbidden":
         problem = "is not known here" if name.isprintable() and len(name) <= 80 else "a field is not known here"
+        if len(loc) == 1:
+            problem += f"; {instead(name, body.model_fields)}"
         name = name if len(name) <= 80 and name.isprintable() else shown(name)
     elif kind == "missing":
         problem = "is missing"

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.core.errors import shown
-from octavo.server.errors import ApiError, invalid
+from octavo.server.errors import ApiError, invalid, unknown_field
 from octavo.server.json_body import parse_json
 from octavo.server.settings import Limits
 
 # "developer" is OpenAI's newer word for "system", which templates know.
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 _KEYS = frozenset(["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"])
+_TOOL_KEYS = frozenset(["type", "function"])
+_FUNCTION_KEYS = frozenset(["name", "description", "parameters", "strict"])
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -37,7 +39,7 @@ def _message(field: str, value: object, limits: Limits) -> dict[str, Any]:
         raise invalid(f"{field}.role", problem)
     message["role"] = ROLES[role]
     if unknown := message.keys() - _KEYS:
-        raise invalid(field, f"{shown(min(unknown))} is not known here")
+        raise unknown_field(field, unknown, _KEYS)
     for key in ("name", "tool_call_id", "reasoning_content"):
         if key in message and not isinstance(message[key], str):
             raise invalid(f"{field}.{key}", f"must be a string, not {shown(message[key])}")
@@ -95,11 +97,11 @@ def tools_of(value: object, limits: Limits) -> list[dict[str, Any]] | None:
 def _tool(field: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise invalid(field, 'must be {"type": "function", "function": {"name": ..., "parameters": ...}}')
-    if unknown := value.keys() - {"type", "function"}:
-        raise invalid(field, f"{shown(min(unknown))} is not known here")
+    if unknown := value.keys() - _TOOL_KEYS:
+        raise unknown_field(field, unknown, _TOOL_KEYS)
     function = {key: item for key, item in value["function"].items() if item is not None}
-    if unknown := function.keys() - {"name", "description", "parameters", "strict"}:
-        raise invalid(f"{field}.function", f"{shown(min(unknown))} is not known here")
+    if unknown := function.keys() - _FUNCTION_KEYS:
+        raise unknown_field(f"{field}.function", unknown, _FUNCTION_KEYS)
     name = function.get("name")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise invalid(f"{field}.function.name", f"must be 1 to 64 of A-Z a-z 0-9 _ -, not {shown(name)}")

@@ -11,7 +11,7 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.server.context import ServerContext
-from octavo.server.errors import ApiError, invalid
+from octavo.server.errors import ApiError, instead, invalid, unknown_field
 from octavo.server.fields import SamplingFields, sampling_fields
 from octavo.server.settings import Limits
 
@@ -75,12 +75,13 @@ def beam_params(given: dict[str, Any], limits: Limits) -> BeamSearchParams:
 def changed(name: str, given: object, default: SamplingParams | None, limits: Limits) -> SamplingParams:
     """Parameters of one text, such as a margin: those of `default` but for what is given. Raises ApiError."""
     default = SamplingParams() if default is None else default
-    allowed = [one.name for one in fields(SamplingParams) if one.name not in ("output_kind", "n", "detokenize")]
+    allowed = {one.name for one in fields(SamplingParams)} - {"output_kind", "n", "detokenize"}
     if not isinstance(given, dict):
         raise invalid(name, f"must be an object, not {shown(given)}")
     for field in given:
         if field not in allowed:
-            raise invalid(f"{name}.{field}" if field.isidentifier() and len(field) <= 40 else name, "is not known here")
+            path = f"{name}.{field}" if field.isidentifier() and len(field) <= 40 else name
+            raise invalid(path, f"is not known here; {instead(field, allowed)}")
     with inside(name):
         check_lengths(given, limits)
         return default.but(**{field: value for field, value in given.items() if value is not None})
@@ -112,8 +113,9 @@ def _structured(body: SamplingFields) -> tuple[Any, str]:
     if not isinstance(given, dict):
         raise invalid(name, f"must be an object with a type, not {shown(given)}")
     kind = given.get("type")
-    if unknown := given.keys() - {"type", *(["json_schema"] if kind == "json_schema" else [])}:
-        raise invalid(name, f"{shown(min(unknown))} is not known here")
+    allowed = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    if unknown := given.keys() - allowed:
+        raise unknown_field(name, unknown, allowed)
     if kind == "text":
         return body.structured_outputs, "structured_outputs"
     if body.structured_outputs is not None:
@@ -129,8 +131,9 @@ def _schema(given: object) -> Any:
     name = "response_format.json_schema"
     if not isinstance(given, dict):
         raise invalid(name, 'must be {"name": ..., "schema": ...}')
-    if unknown := given.keys() - {"name", "schema", "strict", "description"}:
-        raise invalid(name, f"{shown(min(unknown))} is not known here")
+    allowed = {"name", "schema", "strict", "description"}
+    if unknown := given.keys() - allowed:
+        raise unknown_field(name, unknown, allowed)
     for part, kind in (("name", str), ("description", str), ("strict", bool)):
         if given.get(part) is not None and not isinstance(given[part], kind):
             raise invalid(f"{name}.{part}", f"must be {'a string' if kind is str else 'true or false'}")
