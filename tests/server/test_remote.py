@@ -176,7 +176,7 @@ async def test_killed_under_load(tiny_dir: Path) -> None:
 
 
 async def test_an_engine_that_stands_still_is_ended(tiny_dir: Path) -> None:
-    llm = ServedLLM(str(tiny_dir), hang_seconds=2.0, **SETTINGS)
+    llm = ServedLLM(str(tiny_dir), hang_seconds=5.0, **SETTINGS)
     try:
         running = llm.generate("A", LONG)
         await anext(running)
