@@ -99,6 +99,19 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of sizes that the cpu backend takes, whose answers are the same bit for bit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    vocab_size = _save_tokenizer(folder)
+    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_gemma3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Gemma 3 of six layers, the last with full attention, the others with a window of 16."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

@@ -35,26 +35,12 @@ from octavo import (
 from octavo.ask import NOTHING_FOUND, citations_in
 from octavo.documents import readers
 from octavo.documents.index import NAME
-from tests.conftest import _save_model, _save_tokenizer, _special_ids
 from tests.test_margins import a_document
 
 SETTINGS: dict[str, Any] = {"backend": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
 QUESTION = "Where is the white whale?"
 DRAWN = SamplingParams(temperature=0.8, max_tokens=9)
 NOTES = MarginsParams(segment_tokens=90, margin=DRAWN, threshold=-1e6, windows=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that the cpu backend takes, whose answers are the same bit for bit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-ask")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    vocab_size = _save_tokenizer(folder)
-    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,10 @@ import pytest
 from octavo import LLM, AsyncLLM, InvalidRequestError, PoolingParams, SamplingParams
 from octavo.core.pooling import pooled
 from octavo.server.served_llm import ServedLLM
-from tests.conftest import _save_model, _save_tokenizer, _special_ids
 
 SETTINGS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 1024}
 PROMPTS = ["A", "The whale is white.", "The sea is old. " * 30, "A captain far under the sails " * 9]
 PLAIN = PoolingParams(normalize=False)
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-embed")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    vocab_size = _save_tokenizer(folder)
-    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ from octavo.core.margins import AnswerDelta, MarginWritten
 from octavo.core.namespace import SHARED
 from octavo.core.plan import StepPlan
 from octavo.margins_request import make_margins
-from tests.conftest import _save_model, _save_tokenizer, _special_ids
 
 WORDS = "the a whale fish sea ship white sails wind harpoon captain is was of and old new far under over".split()
 SETTINGS: dict[str, Any] = {"backend": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
@@ -66,19 +65,6 @@ def facts(result: MarginsResult) -> list[Any]:
         )
         for answer in result.answers
     ]
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that the cpu backend takes, whose answers are the same bit for bit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-cpu")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    vocab_size = _save_tokenizer(folder)
-    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

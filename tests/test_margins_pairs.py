@@ -15,9 +15,7 @@ import pytest
 from octavo import LLM, BeamSearchParams, EngineClosedError, ReviewBegun, SamplingParams
 from octavo.core.events import EventKind
 from tests.pace import held
-from tests.test_margins import SETTINGS, a_document, facts, reading, tiny_dir
-
-__all__ = ["tiny_dir"]  # a fixture
+from tests.test_margins import SETTINGS, a_document, facts, reading
 
 DOCUMENTS = [a_document(seed, 14) for seed in range(3)]
 QUESTIONS: list[Any] = ["What is the whale?", ["Who is old?", "Where is the sea?"], "Is it far?"]

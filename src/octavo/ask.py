@@ -16,7 +16,7 @@ from octavo.core.ask import Citation, DocumentEvent, IndexProgress, Retrieved, S
 from octavo.core.ask_params import AskParams
 from octavo.core.errors import InvalidRequestError, RequestFailedError
 from octavo.core.margins import AnswerBegun, AnswerDelta
-from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.core.outputs import CompletionOutput, RequestMetrics, RequestOutput, joined_outputs
 from octavo.core.values import exact_record, is_a
 from octavo.margins import BaseMarginsRun, MarginsDone, MarginsResult
 
@@ -44,8 +44,8 @@ NOTHING_FOUND = "nothing_found"
 class AskResult:
     """The answer to a question over documents.
 
-    Its `output` has the finish_reason "nothing_found", and no text, where no passage has a word of the question, or no
-    note of several documents was kept: the model was not asked then.
+    Its `output` has the finish_reason "nothing_found", and no text, where no passage of a folder has a word of the
+    question, or no note of several documents was kept: the model was not asked then.
     """
 
     request_id: str
@@ -387,7 +387,7 @@ class BaseAskRun:
             if output.error is not None:
                 raise RequestFailedError(output.error)
             new = read(output).outputs[0]
-            self._append(new)
+            result.output = joined_outputs(result.output, new)
             yield AnswerDelta(0, new)
             if output.finished:
                 self._add_metrics(output.metrics)
@@ -403,15 +403,6 @@ class BaseAskRun:
                 return asked.result()
 
         return self._maker.answer(found, order, self.request_id)
-
-    def _append(self, new: CompletionOutput) -> None:
-        output = self._result.output
-        output.text += new.text
-        output.token_ids = output.token_ids + new.token_ids
-        if new.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + new.logprobs
-        output.cumulative_logprob = new.cumulative_logprob
-        output.finish_reason, output.stop_reason = new.finish_reason, new.stop_reason
 
 
 def _path(field_name: str, value: Any) -> Path:

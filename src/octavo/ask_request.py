@@ -12,10 +12,10 @@ from octavo.core.errors import InvalidRequestError
 from octavo.core.margins_params import MarginsParams, MarginsPrompts
 from octavo.core.params import OutputKind
 from octavo.core.prompts import filled
-from octavo.core.values import exact_fields, exact_list, exact_str
+from octavo.core.values import check_unicode, exact_fields, exact_list, exact_str
 from octavo.framing import Framing, check_no_marks, hole, naming
 from octavo.frontend import Frontend, Request, checked_salt
-from octavo.margins_request import MarginsRequest, make_margins
+from octavo.margins_request import MarginsRequest, checked_question, make_margins
 
 MAX_DOCUMENTS = 1 << 16
 _SOURCES = hole("the sources")
@@ -65,7 +65,7 @@ def given_documents(value: Any) -> list[GivenDocument]:
         id_ = exact_str(f"{field}.id", given.get("id", str(number + 1)))
         title = exact_str(f"{field}.title", given.get("title", ""))
         for name, part in (("id", id_), ("title", title), ("text", text)):
-            _check_unicode(f"{field}.{name}", part)
+            check_unicode(f"{field}.{name}", part)
         if not id_.strip():
             raise InvalidRequestError(f"{field}.id", "is empty")
         if id_ in found:
@@ -74,13 +74,6 @@ def given_documents(value: Any) -> list[GivenDocument]:
             raise InvalidRequestError(f"{field}.text", "is empty")
         found[id_] = GivenDocument(id_, title, text)
     return list(found.values())
-
-
-def _check_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(field, f"has a lone surrogate at character {error.start}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +101,9 @@ class AskMaker:
 
     def __init__(self, frontend: Frontend, question: Any, params: AskParams, options: AskOptions) -> None:
         self.frontend = frontend
-        self.question = exact_str("question", question)
-        if not self.question.strip():
-            raise InvalidRequestError("question", "is empty")
+        self.question = checked_question("question", question)
         check_no_marks("question", self.question)
-        _check_unicode("question", self.question)
+        check_unicode("question", self.question)
         self.params = params
         self.options = options
         self.seed = frontend.seed(params.seed)

@@ -181,21 +181,24 @@ class AsyncLLM(BaseLLM):
         **variables: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation through a chat template; see `generate`, and for the rest `LLM.chat`."""
-        import asyncio
-
         options = chat_options(add_generation_prompt, continue_final_message, tools, documents, variables)
         write = partial(self._frontend.chat_prompt, messages, chat_template, options, chat_template_kwargs)
-        if self._frontend.is_own_template(chat_template):
-            prompt = await asyncio.to_thread(write)
-        else:
-            loop = asyncio.get_running_loop()
-            prompt = await loop.run_in_executor(self._guest_threads(), _unless_late, write, monotonic())
+        prompt = await self._written(chat_template, write)
         answer = self.generate(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in answer:
                 yield output
         finally:
             await answer.aclose()
+
+    async def _written(self, chat_template: str | None, write: Callable[[], _Written]) -> _Written:
+        """What a function gives that renders a chat template: beside the event loop."""
+        import asyncio
+
+        if self._frontend.is_own_template(chat_template):
+            return await asyncio.to_thread(write)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._guest_threads(), _unless_late, write, monotonic())
 
     def _guest_threads(self) -> ThreadPoolExecutor:
         """A template that comes with a request may take all the time that one has: nobody else is to stand behind it.
@@ -222,8 +225,6 @@ class AsyncLLM(BaseLLM):
             run = await llm.margins(document, question)
             async for event in run: ...
         """
-        import asyncio
-
         from octavo.margins import AsyncMarginsRun
 
         make = partial(
@@ -237,11 +238,7 @@ class AsyncLLM(BaseLLM):
             priority=priority,
             cache_salt=cache_salt,
         )
-        if self._frontend.is_own_template(chat_template):
-            request = await asyncio.to_thread(make)
-        else:
-            executor = self._guest_threads()
-            request = await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
+        request = await self._written(chat_template, make)
         return AsyncMarginsRun(self._loop, self._frontend, request, self._outputs_of(request.spec))
 
     async def ask(
@@ -264,8 +261,6 @@ class AsyncLLM(BaseLLM):
         run = await llm.ask(question, "folder")
         async for event in run: ...
         """
-        import asyncio
-
         from octavo.ask import AsyncAskRun
         from octavo.ask_request import AskOptions
 
@@ -284,11 +279,7 @@ class AsyncLLM(BaseLLM):
             options=AskOptions(chat_template, chat_template_kwargs, priority, cache_salt),
             outputs_of=self._outputs_of,
         )
-        if self._frontend.is_own_template(chat_template):
-            run = await asyncio.to_thread(make)
-        else:
-            executor = self._guest_threads()
-            run = await asyncio.get_running_loop().run_in_executor(executor, _unless_late, make, monotonic())
+        run = await self._written(chat_template, make)
         self._asked[run.request_id] = run
         return run
 
@@ -321,17 +312,7 @@ class AsyncLLM(BaseLLM):
 
     def figures(self) -> dict[str, Any]:
         """What the engine does now: requests running and waiting, steps, KV blocks, counters of KV (`cache_stats`)."""
-        engine = self._engine
-        return {
-            "steps": engine.num_steps,
-            "requests": engine.num_requests,
-            "running": engine.scheduler.num_running,
-            "waiting": engine.scheduler.num_waiting,
-            "blocks": engine.kv.num_blocks,
-            "available_blocks": engine.kv.num_available,
-            "cached_blocks": engine.kv.num_cached,
-            "stats": self.cache_stats,
-        }
+        return self._engine.figures()
 
     @property
     def num_unfinished_requests(self) -> int:

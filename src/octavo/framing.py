@@ -90,12 +90,3 @@ def naming(name: str) -> Iterator[None]:
         yield
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{name}.{error.field}", error.problem) from None
-
-
-@contextmanager
-def renaming(name: str) -> Iterator[None]:
-    """The tokenizer knows only that a text is at fault, not which."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise InvalidRequestError(name, error.problem) from None

@@ -17,6 +17,7 @@ from octavo.core.protocols import Clock
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.values import (
     MAX_CHARACTERS,
+    check_unicode,
     exact_bool,
     exact_dict,
     exact_fields,
@@ -213,7 +214,7 @@ class Frontend:
         if given.token_ids is not None:
             token_ids = self._checked_ids(given.token_ids, field) if given.token_ids else []
         elif text:
-            with _naming(field):
+            with renaming(field):
                 self.tokens.check_beginning(field, text, self.limits.max_model_len)
                 token_ids = self.codec.encode_following(before, text) if before else self.codec.encode_open(text)
             self.tokens.check_spelt(field, token_ids)
@@ -306,7 +307,7 @@ class Frontend:
             if part == error.field:
                 raise
             raise InvalidRequestError(name + part, error.problem) from None
-        with _naming(name):
+        with renaming(name):
             self.tokens.check_beginning(name, text, self.limits.max_model_len)
             token_ids = self.codec.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         self.tokens.check_spelt(name, token_ids)
@@ -369,7 +370,7 @@ class Frontend:
         text = given.text
         if given.token_ids is not None:
             return text, self._checked_ids(given.token_ids, name, room)
-        with _naming(name):
+        with renaming(name):
             self.tokens.check_beginning(name, text or "", self.limits.max_model_len)
             token_ids = self.codec.encode(text or "")
         if not text or not token_ids:  # some tokenizers make a BOS token of an empty text
@@ -410,7 +411,7 @@ class Frontend:
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
             for text in getattr(params, name):
-                _check_unicode(name, text)
+                check_unicode(name, text)
         if params.skip_special_tokens:
             for text in params.stop or ():
                 self.tokens.check_stop(text)
@@ -443,8 +444,8 @@ def _key(key: str, name: str) -> str:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """The tokenizer knows only that a prompt is at fault, not which."""
+def renaming(name: str) -> Iterator[None]:
+    """The tokenizer knows only that a text is at fault, not which."""
     try:
         yield
     except InvalidRequestError as error:
@@ -516,11 +517,3 @@ def _filled(field: str, value: Any) -> str:
     if len(text) > _MAX_NAME:
         raise InvalidRequestError(field, f"may have at most {_MAX_NAME} characters, not {len(text)}")
     return text
-
-
-def _check_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise InvalidRequestError(field, f"lone surrogate U+{code:04X} at character {error.start}") from None

@@ -141,22 +141,18 @@ class LLM(BaseLLM):
             self._pooling_spec(prompt, one, order, name)
             for prompt, one, order, name in zip(listed, each, priorities, names, strict=True)
         ]
-        shown = len(specs) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
         found = {}
-        with _progress(len(specs), shown) as advance:
+        with _progress(len(specs), use_tqdm) as advance:
             for output in self._loop.run(specs):
                 found[output.request_id] = output
                 advance()
         return [self._embedding(spec, found[spec.request_id]) for spec in specs]
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool | None) -> list[RequestOutput]:
-        if use_tqdm is not None:
-            exact_bool("use_tqdm", use_tqdm, "must be true, false or None")
         ids = [request.spec.request_id for request in requests]
         readers = {request.spec.request_id: self._frontend.reader(request) for request in requests}
-        shown = len(ids) > 1 and sys.stderr is not None and sys.stderr.isatty() if use_tqdm is None else use_tqdm
         finished: dict[str, RequestOutput] = {}
-        with _progress(len(ids), shown) as advance:
+        with _progress(len(ids), use_tqdm) as advance:
             for output in self._loop.run([request.spec for request in requests]):
                 if output.finished:
                     finished[output.request_id] = readers[output.request_id](output)
@@ -447,11 +443,13 @@ def _naming_element(name: str, given: Any, number: int, kind: type) -> Iterator[
 
 
 class _progress:  # noqa: N801 - used like a function
-    """A bar of finished prompts on stderr, or nothing."""
+    """A bar of finished prompts on stderr, or nothing; None: a bar if there are several and stderr is a terminal."""
 
-    def __init__(self, total: int, shown: bool) -> None:
+    def __init__(self, total: int, use_tqdm: bool | None) -> None:
         self._bar: Any = None
-        if shown:
+        if use_tqdm is None:
+            use_tqdm = total > 1 and sys.stderr is not None and sys.stderr.isatty()
+        if exact_bool("use_tqdm", use_tqdm, "must be true, false or None"):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -19,7 +19,7 @@ from octavo.core.margins import (
     Segment,
     StopReading,
 )
-from octavo.core.outputs import CompletionOutput, RequestMetrics
+from octavo.core.outputs import CompletionOutput, RequestMetrics, joined_outputs
 from octavo.core.params import integer
 from octavo.core.prompts import MAX_PROMPT
 from octavo.core.values import exact_bool, exact_str
@@ -135,13 +135,8 @@ class BaseMarginsRun:
             answers[event.question].prompt_token_ids = list(event.prompt_token_ids)
             answers[event.question].num_segments = event.num_segments
         elif isinstance(event, AnswerDelta):
-            new, output = self._frontend.name_completion(event.output), answers[event.question].output
-            output.text += new.text
-            output.token_ids = output.token_ids + new.token_ids
-            if new.logprobs is not None:
-                output.logprobs = (output.logprobs or []) + new.logprobs
-            output.cumulative_logprob = new.cumulative_logprob
-            output.finish_reason, output.stop_reason = new.finish_reason, new.stop_reason
+            new, answer = self._frontend.name_completion(event.output), answers[event.question]
+            answer.output = joined_outputs(answer.output, new)
 
     # --- what is said to it ---
 

@@ -12,12 +12,13 @@ from octavo.core.params import SamplingParams
 from octavo.core.prompts import filled
 from octavo.core.request import RequestSpec
 from octavo.core.values import exact_list, exact_record, exact_str, is_a
-from octavo.framing import Framing, check_no_marks, hole, naming, renaming
-from octavo.frontend import Frontend, checked_salt
+from octavo.framing import Framing, check_no_marks, hole, naming
+from octavo.frontend import Frontend, checked_salt, renaming
 from octavo.text.segments import split
 
 MAX_QUESTIONS = 64
 _MAX_BRANCHES = 16  # more would evict each other
+_CONTEXT = 64  # tokens before a text that decide how it is tokenised
 _VERDICT_TOKENS = 10
 _VERDICT = SamplingParams(temperature=0.0, max_tokens=_VERDICT_TOKENS)
 _WORDS = ("YES", "Yes", "yes"), ("NO", "No", "no")
@@ -107,15 +108,16 @@ def make_margins(
 
 def _questions(given: Any) -> tuple[str, ...]:
     if is_a(given, str):
-        return (_question("question", given),)
+        return (checked_question("question", given),)
     what = "must be a question, or a list of them"
     listed = exact_list("question", given, what)
     if not 1 <= len(listed) <= MAX_QUESTIONS:
         raise InvalidRequestError("question", f"from 1 to {MAX_QUESTIONS} may be asked at once, not {len(listed)}")
-    return tuple(_question(f"question[{number}]", one) for number, one in enumerate(listed))
+    return tuple(checked_question(f"question[{number}]", one) for number, one in enumerate(listed))
 
 
-def _question(field: str, value: Any) -> str:
+def checked_question(field: str, value: Any) -> str:
+    """Raises InvalidRequestError."""
     text = exact_str(field, value)
     if not text.strip():
         raise InvalidRequestError(field, "is empty")
@@ -125,7 +127,6 @@ def _question(field: str, value: Any) -> str:
 class _Frames(NamedTuple):
     """The texts around a document, its margins and a question, as the model sees them."""
 
-    field: str  # what errors call the question
     before: str  # the document
     extract: str  # behind a segment
     classify: tuple[str, str]  # around a margin; empty if that is not asked so
@@ -147,8 +148,8 @@ class _Maker:
     # --- texts ---
 
     def frames(self, question: str) -> _Frames:
-        field, texts = "question", self.prompts
-        check_no_marks(field, question)
+        texts = self.prompts
+        check_no_marks("question", question)
         opening, _, closing = texts.document.partition("{document}")
         merged = self.params.classification == "merged"
         extract = filled(texts.extract_merged if merged else texts.extract, question=question)
@@ -171,7 +172,6 @@ class _Maker:
                 self._framing.written(filled(texts.classify, question=question, margin=_MARGINS)), _MARGINS
             )
         return _Frames(
-            field,
             heads[0],
             parts[0],
             classify,
@@ -220,7 +220,7 @@ class _Maker:
             last = segment.last_token
             before = [*prefix[-_CONTEXT:], *document[max(last - _CONTEXT, 0) : last]]
             token_ids = self.frontend.codec.encode_following(before, frames.extract)
-            self.frontend.tokens.check_spelt(frames.field, token_ids)
+            self.frontend.tokens.check_spelt("question", token_ids)
             found.append(tuple(token_ids))
         return tuple(found)
 
@@ -318,6 +318,3 @@ class _Maker:
             problem = "'score' needs tokens that tell YES from NO, and this model has none: choose 'text' or 'merged'"
             raise InvalidRequestError("classification", problem)
         return tuple(sorted(yes)), tuple(sorted(no))
-
-
-_CONTEXT = 64  # tokens before a text that decide how it is tokenised

@@ -12,13 +12,13 @@ from octavo import MarginsParams, SamplingParams
 from octavo.server.metrics import Metrics
 from octavo.server.served_llm import ServedLLM
 
-from .test_remote import LONG, SETTINGS, last, tiny_dir, until  # noqa: F401 # a fixture
+from .test_remote import LONG, SETTINGS, last, until
 
 DRAWN = SamplingParams(temperature=0.8, max_tokens=9, seed=3, ignore_eos=True)
 
 
 @pytest.fixture
-def served(tiny_dir: Path) -> Iterator[ServedLLM]:  # noqa: F811
+def served(tiny_dir: Path) -> Iterator[ServedLLM]:
     llm = ServedLLM(str(tiny_dir), **SETTINGS)
     llm.metrics = Metrics(llm.figures, "tiny", vllm_names=True)
     yield llm

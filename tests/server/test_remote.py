@@ -27,24 +27,11 @@ from octavo import (
     SamplingParams,
 )
 from octavo.server.served_llm import ServedLLM
-from tests.conftest import _save_model, _save_tokenizer, _special_ids
 from tests.test_margins import a_document
 
 SETTINGS: dict[str, Any] = {"backend": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
 DRAWN = SamplingParams(temperature=0.8, max_tokens=9, seed=3, logprobs=2)
 LONG = SamplingParams(temperature=0.8, max_tokens=1500, seed=3, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-remote")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    vocab_size = _save_tokenizer(folder)
-    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **_special_ids()), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),
     "doctor": ("octavo.cli.doctor", "say what is found on this machine, and how fast it can be"),
-    "bench": ("octavo.cli.bench", "measure latency, throughput or start-up"),
+    "bench": ("octavo.cli.bench", "measure latency, throughput, start-up or a server"),
     "eval": ("octavo.cli.eval", "score a model on long documents, in several ways of reading them"),
     "cache": ("octavo.cli.cache", "explain what of a prompt the prefix cache has, and why not more"),
     "verify": ("octavo.cli.verify", "check a model against transformers and against itself"),

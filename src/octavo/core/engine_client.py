@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,3 +63,24 @@ class EngineClient(Protocol):
     ) -> Future[list[int]]: ...
 
     def close(self) -> None: ...
+
+
+def run(
+    client: EngineClient, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]
+) -> Generator[Any, None, None]:
+    """`EngineClient.run`, by means of `add` and `abort`. Raises InvalidRequestError if a request is refused."""
+    outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    deliver = outputs.put
+    left = {request.request_id for request in requests}
+    try:
+        client.add(requests, deliver)
+        while left:
+            output = outputs.get()
+            if isinstance(output, Exception):
+                raise output
+            if output.finished:
+                left.discard(output.request_id)
+            yield output
+    finally:
+        if left:
+            client.abort(left, deliver)

@@ -63,6 +63,15 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
 
 
+def joined_outputs(before: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+    """What was new of one output, and what was new of it after that, as one."""
+    logprobs = new.logprobs
+    if before.logprobs is not None:
+        logprobs = [*before.logprobs, *(logprobs or ())]
+    text, token_ids = before.text + new.text, before.token_ids + new.token_ids
+    return replace(new, text=text, token_ids=token_ids, logprobs=logprobs)
+
+
 class OutputSoFar:
     """All of a request's outputs up to now, put together from what comes from the engine: what is new since the last.
 
@@ -77,12 +86,7 @@ class OutputSoFar:
         """Everything so far. It is the caller's: it is not changed later."""
         for output in new.outputs:
             before = self._outputs.get(output.index)
-            if before is not None:
-                output.text = before.text + output.text
-                output.token_ids = before.token_ids + output.token_ids
-                if before.logprobs is not None:
-                    output.logprobs = before.logprobs + (output.logprobs or [])
-            self._outputs[output.index] = output
+            self._outputs[output.index] = output if before is None else joined_outputs(before, output)
         if new.prompt_logprobs is not None:
             self._prompt_logprobs = new.prompt_logprobs
         outputs = [

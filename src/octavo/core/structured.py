@@ -8,7 +8,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from octavo.core.errors import InvalidRequestError, shown
-from octavo.core.values import exact_bool, exact_fields, exact_json, exact_list, exact_record, exact_str, is_a
+from octavo.core.values import (
+    check_unicode,
+    exact_bool,
+    exact_fields,
+    exact_json,
+    exact_list,
+    exact_record,
+    exact_str,
+    is_a,
+)
 
 MAX_GRAMMAR = 1 << 20  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of a schema
@@ -76,10 +85,7 @@ def _text(field: str, value: object) -> str:
         raise InvalidRequestError(field, "is empty")
     if len(text) > MAX_GRAMMAR:
         raise InvalidRequestError(field, f"may have at most {MAX_GRAMMAR} characters, not {len(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(field, f"has a lone surrogate at character {error.start}") from None
+    check_unicode(field, text)
     return text
 
 

@@ -70,6 +70,15 @@ def exact_str(field: str, value: object, allowed: str = "must be a string") -> s
     return str.__str__(value)
 
 
+def check_unicode(field: str, text: str) -> None:
+    """Raises InvalidRequestError for half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InvalidRequestError(field, f"lone surrogate U+{code:04X} at character {error.start}") from None
+
+
 def exact_list(field: str, value: object, allowed: str = "must be a list") -> list[Any]:
     """The items of any iterable but strings and mappings, at most `MAX_ITEMS`."""
     try:

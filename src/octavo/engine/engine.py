@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 StepListener = Callable[[StepPlan, StepResult], None]
-Output = Any  # RequestOutput, or of Writing in the Margins MarginsOutput
+Output = Any  # RequestOutput, MarginsOutput or PoolingOutput
 
 _WAIT_FOR_LOADS = 0.02  # seconds that a step waits when nothing else can be done: commands wait as long
 
@@ -191,6 +191,19 @@ class Engine:
     @property
     def num_requests(self) -> int:
         return len(self._coordinators)
+
+    def figures(self) -> dict[str, Any]:
+        """What it does now, for whoever watches, from any thread."""
+        return {
+            "steps": self.num_steps,
+            "requests": self.num_requests,
+            "running": self.scheduler.num_running,
+            "waiting": self.scheduler.num_waiting,
+            "blocks": self.kv.num_blocks,
+            "available_blocks": self.kv.num_available,
+            "cached_blocks": self.kv.num_cached,
+            "stats": replace(self.kv.stats),
+        }
 
     def step(self) -> list[Output]:
         """Run one step; what is new for users, in the order in which the requests were added. While all that is left

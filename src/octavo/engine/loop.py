@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from octavo.core import engine_client
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.engine.engine import Engine, Output
@@ -117,21 +118,7 @@ class EngineLoop:
         """Add requests and yield their outputs as they come, until all are finished. Closing the generator ends those
         that are not. Raises EngineClosedError, or InvalidRequestError if one is refused."""
         self._check_caller()
-        outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        deliver = outputs.put
-        left = {request.request_id for request in requests}
-        try:
-            self.add(requests, deliver)
-            while left:
-                output = outputs.get()
-                if isinstance(output, Exception):
-                    raise output
-                if output.finished:
-                    left.discard(output.request_id)
-                yield output
-        finally:
-            if left:
-                self.abort(left, deliver)
+        yield from engine_client.run(self, requests)
 
     # --- commands ---
 

@@ -1,4 +1,4 @@
-"""What answers of all kinds share: usage, and the fields that vLLM adds."""
+"""What routes of all kinds share: from a request to its answer, whatever goes wrong, usage of tokens, and streams."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from octavo.server.errors import as_api_error
 from octavo.server.fields import Parsed, parsed
 from octavo.server.generation import Deadline, Generation, Piece, generate, merged
 from octavo.server.json_body import ClientGoneError, read_json
-from octavo.server.streams import DONE, EventStream, Outbox, first_pieces
+from octavo.server.streams import DONE, EventStream, Outbox, first_pieces, unless_gone
 
 Handler = Callable[[Request, ServerContext], Coroutine[Any, Any, Response]]
+Answerer = Callable[[Request, ServerContext, Parsed, Deadline], Coroutine[Any, Any, Response]]
 _FIRST = 10.0  # seconds to wait, at most, for the first token before a stream is begun without
 
 
@@ -39,6 +40,22 @@ def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]
     # FastAPI reads parameters off the signature, and wraps() lends it the handler's.
     del endpoint.__wrapped__
     return endpoint
+
+
+def answering(kind: type[Parsed]) -> Callable[[Answerer[Parsed]], Callable[[Request], Coroutine[Any, Any, Response]]]:
+    """A `route` with a body of this kind; its work ends when the client goes away."""
+
+    def decorated(handler: Answerer[Parsed]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        @route
+        @wraps(handler)
+        async def endpoint(request: Request, context: ServerContext) -> Response:
+            deadline = Deadline(request, context)
+            body = await body_of(request, context, kind)
+            return await unless_gone(request, handler(request, context, body, deadline))
+
+        return endpoint
+
+    return decorated
 
 
 async def body_of(request: Request, context: ServerContext, kind: type[Parsed]) -> Parsed:

@@ -1,5 +1,5 @@
-"""From the text of an answer to a message: here it becomes content. A reader of tool calls or of reasoning is another
-`MessageReader`, made in `reader_for`."""
+"""From the text of an answer to a message: content, and calls of tools. A reader of something else in it, such as
+reasoning, is another `MessageReader`, made in `reader_for`."""
 
 from __future__ import annotations
 

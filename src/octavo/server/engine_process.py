@@ -105,14 +105,10 @@ class _Process:
         self._loop.forget(request_id, call)
 
     def _ask(self, number: int, name: str, arguments: Sequence[Any]) -> None:
-        if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order", "stats"):
+        if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order"):
             raise ConnectionEndedError(f"no such question: {name}")
         try:
-            answer: Future[Any] = (
-                self._loop.ask(lambda _: self._built.engine.kv.stats)
-                if name == "stats"
-                else getattr(self._loop, name)(*arguments)
-            )
+            answer: Future[Any] = getattr(self._loop, name)(*arguments)
         except EngineClosedError as error:
             self._connection.send(("answer", number, error))
             return
@@ -151,19 +147,7 @@ class _Process:
     def _beat(self) -> None:
         engine = self._built.engine
         while not self._done.wait(BEAT_SECONDS):
-            scheduler, kv = engine.scheduler, engine.kv
-            figures = {
-                "steps": engine.num_steps,
-                "requests": engine.num_requests,
-                "busy": engine.has_unfinished_requests,
-                "running": scheduler.num_running,
-                "waiting": scheduler.num_waiting,
-                "blocks": kv.num_blocks,
-                "available_blocks": kv.num_available,
-                "cached_blocks": kv.num_cached,
-                "stats": kv.stats,
-            }
-            self._connection.send(("beat", figures))
+            self._connection.send(("beat", {**engine.figures(), "busy": engine.has_unfinished_requests}))
 
 
 def _result(future: Future[Any]) -> Any:

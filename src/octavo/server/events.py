@@ -3,27 +3,72 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import msgspec
+from starlette.responses import Response
 
 from octavo.ask import AskDone, AskResult
 from octavo.core.ask import DocumentEvent
 from octavo.core.margins import AnswerDelta
-from octavo.core.outputs import CompletionOutput, RequestMetrics
+from octavo.core.outputs import CompletionOutput, RequestMetrics, joined_outputs
 from octavo.margins import MarginsAnswer, MarginsDone, MarginsResult
 from octavo.server.answers import usage
-from octavo.server.generation import joined_outputs
+from octavo.server.context import ServerContext
+from octavo.server.errors import JSONBytes
 from octavo.server.logprobs import plain_logprobs
-from octavo.server.streams import event
+from octavo.server.streams import EventStream, Outbox, event, first_pieces
 
+Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]  # puts what a run tells
 _CAPITAL = re.compile(r"(?<!^)([A-Z])")
+
+
+async def typed_answer(
+    context: ServerContext,
+    head: dict[str, Any],
+    work: Work,
+    result_json: Callable[[Any], dict[str, Any]],
+    *,
+    streams: bool,
+    begun: bytes = b"",
+) -> Response:
+    """What a run gives: its result, or a stream of events with types, of which the last is ``done`` or ``error``."""
+    if not streams:
+        told: list[Any] = []
+        await work(told.append)
+        return JSONBytes({**head, **result_json(told[-1].result)})
+    settings = context.settings
+    outbox: Outbox[Any] = Outbox(settings.limits.stream_buffer, merged_events)
+    outbox.start(work(outbox.put))
+    first = await first_pieces(outbox, settings.sse_keep_alive_interval)
+    opening = [begun]
+
+    def written(piece: Any) -> bytes:
+        if isinstance(piece, MarginsDone | AskDone):
+            return event({"type": "done", **head, "result": result_json(piece.result)}, "done")
+        return event(as_json(piece), type_of(piece))
+
+    def write(pieces: list[Any]) -> bytes:
+        parts = opening + [written(piece) for piece in pieces]
+        opening.clear()
+        return b"".join(parts)
+
+    return EventStream(
+        outbox,
+        first,
+        write,
+        lambda: b"",
+        keep_alive=settings.sse_keep_alive_interval,
+        write_timeout=settings.write_timeout,
+        error=lambda body: event({"type": "error", **body}, "error"),
+    )
 
 
 def type_of(told: Any) -> str:
     """``MarginWritten`` -> ``margin_written``"""
-    return "done" if isinstance(told, MarginsDone | AskDone) else _CAPITAL.sub(r"_\1", type(told).__name__).lower()
+    return _CAPITAL.sub(r"_\1", type(told).__name__).lower()
 
 
 def as_json(told: Any) -> dict[str, Any]:
@@ -93,7 +138,3 @@ def merged_events(earlier: Any, new: Any) -> Any | None:
     if isinstance(earlier, AnswerDelta) and isinstance(new, AnswerDelta) and earlier.question == new.question:
         return replace(new, output=joined_outputs(earlier.output, new.output))
     return None
-
-
-def written_error(body: dict[str, Any]) -> bytes:
-    return event({"type": "error", **body}, "error")

@@ -77,21 +77,21 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="end with a chunk that tells the usage of tokens")
 
 
-class SamplingFields(Body):
-    """What requests for text have in common."""
+class RequestFields(Body):
+    """What requests to the engine have in common."""
 
     model: Any = text("name of the model, as /v1/models lists it; the one that is served without")
-    stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
-    stream_options: StreamOptions | None = Field(None, description="of a stream")
-    n: Any = integer("outputs of each prompt; with use_beam_search the width of the search as well", minimum=1)
-    temperature: Any = number("0 takes the most probable token always", minimum=0)
-    top_p: Any = number("the most probable tokens that reach this probability together are kept", maximum=1)
-    top_k: Any = integer("so many of the most probable tokens are kept; 0 and -1: all", minimum=-1)
-    min_p: Any = number("tokens at least this probable relative to the most probable are kept", minimum=0, maximum=1)
+    priority: Any = documented("less is served first; needs --scheduling-policy priority", {"type": "integer"}, 0)
+    cache_salt: Any = text("KV is shared with requests of the same salt alone")
+    request_id: Any = text("the answer's id will hold it; not that of another request that is under way")
+
+
+class TextFields(RequestFields):
+    """What requests for text have in common, drawn or searched for."""
+
     presence_penalty: Any = number("subtracted once for tokens that were generated", minimum=-2, maximum=2)
     frequency_penalty: Any = number("subtracted for each time that a token was generated", minimum=-2, maximum=2)
     repetition_penalty: Any = number("divides logits of tokens in prompt and output", minimum=0.001, maximum=1000)
-    seed: Any = integer("of all draws; the same request with the same seed has the same answer", minimum=0)
     stop: Any = documented(
         "strings that end an output", {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     )
@@ -108,22 +108,32 @@ class SamplingFields(Body):
     )
     skip_special_tokens: Any = flag("leave special tokens out of the text; the default")
     spaces_between_special_tokens: Any = flag("without effect on tokenizers that are supported; both give the same")
-    prompt_logprobs: Any = integer("log-probabilities of the prompt's tokens, and of so many best ones", minimum=0)
     repetition_detection: Any = documented(
         "end an output that repeats itself: max_pattern_size, min_pattern_size, min_count", {"type": "object"}
     )
     structured_outputs: Any = documented(
         "what outputs must look like: one of json, regex, choice, grammar, json_object", {"type": "object"}
     )
+    skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
+
+
+class SamplingFields(TextFields):
+    """What requests for text have in common on OpenAI's routes."""
+
+    stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
+    stream_options: StreamOptions | None = Field(None, description="of a stream")
+    n: Any = integer("outputs of each prompt; with use_beam_search the width of the search as well", minimum=1)
+    temperature: Any = number("0 takes the most probable token always", minimum=0)
+    top_p: Any = number("the most probable tokens that reach this probability together are kept", maximum=1)
+    top_k: Any = integer("so many of the most probable tokens are kept; 0 and -1: all", minimum=-1)
+    min_p: Any = number("tokens at least this probable relative to the most probable are kept", minimum=0, maximum=1)
+    seed: Any = integer("of all draws; the same request with the same seed has the same answer", minimum=0)
+    prompt_logprobs: Any = integer("log-probabilities of the prompt's tokens, and of so many best ones", minimum=0)
     response_format: Any = documented(
         'OpenAI\'s form of it: {"type": "text"}, "json_object", or "json_schema" with a json_schema', {"type": "object"}
     )
     use_beam_search: bool | None = Field(None, description="search for the n most probable outputs")
     length_penalty: Any = number("of a beam search: above 0 favours long outputs")
-    priority: Any = integer("less is served first; needs --scheduling-policy priority")
-    cache_salt: Any = text("KV is shared with requests of the same salt alone")
-    request_id: Any = text("the answer's id will hold it; not that of another request that is under way")
-    skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
     return_token_ids: bool | None = Field(None, description="tell token ids of prompt and outputs as well")
     user: Any = text("without effect, for compatibility")
     metadata: Any = documented("without effect, for compatibility", {"type": "object"})

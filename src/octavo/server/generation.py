@@ -15,11 +15,11 @@ from starlette.requests import Request
 
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import shown
-from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo.core.outputs import RequestOutput, joined_outputs
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, invalid
 from octavo.server.fields import SamplingFields
-from octavo.server.sampling import Params, renamed
+from octavo.server.sampling import Params, renamed, written_as
 
 _ID = re.compile(r"[A-Za-z0-9._:-]+")
 _LONGEST_TIMEOUT = 86400.0  # seconds that a request may ask for
@@ -199,9 +199,9 @@ def check_outputs(work_params: Params, prompts: int, most: int) -> None:
         raise invalid("n", problem)
 
 
-def names_of(body: SamplingFields, written_as: str) -> dict[str, str]:
+def names_of(body: SamplingFields) -> dict[str, str]:
     """What a request calls fields of the library's."""
-    names = {} if written_as == "structured_outputs" else {"structured_outputs": written_as}
+    names = {"structured_outputs": written_as(body)}
     return {**names, "beam_width": "n"} if body.use_beam_search else names
 
 
@@ -219,13 +219,3 @@ def merged(earlier: Piece, new: Piece) -> Piece | None:
         before = outputs.get(one.index)
         outputs[one.index] = one if before is None else joined_outputs(before, one)
     return new[0], replace(new[1], outputs=[outputs[index] for index in sorted(outputs)])
-
-
-def joined_outputs(before: CompletionOutput, after: CompletionOutput) -> CompletionOutput:
-    """Two pieces of one output, each what was new, as one."""
-    return replace(
-        after,
-        text=before.text + after.text,
-        token_ids=before.token_ids + after.token_ids,
-        logprobs=None if after.logprobs is None else [*(before.logprobs or []), *after.logprobs],
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from octavo.core import engine_client
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
 from octavo.core.request import SessionSpec
 from octavo.server.connection import Connection, ConnectionEndedError
@@ -29,7 +29,7 @@ from octavo.server.connection import Connection, ConnectionEndedError
 if TYPE_CHECKING:
     from octavo.core.engine_client import Deliver
     from octavo.core.margins import MarginsSpec
-    from octavo.core.outputs import CacheExplanation, CacheStats
+    from octavo.core.outputs import CacheExplanation
     from octavo.core.pooling import PoolingSpec
     from octavo.core.request import RequestSpec
     from octavo.frontend import Limits
@@ -290,21 +290,7 @@ class RemoteEngine:
             _tell(deliver, InvalidRequestError("request_id", f"{one.request_id!r} is in use"))
 
     def run(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Any, None, None]:
-        outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        deliver = outputs.put
-        left = {request.request_id for request in requests}
-        try:
-            self.add(requests, deliver)
-            while left:
-                output = outputs.get()
-                if isinstance(output, Exception):
-                    raise output
-                if output.finished:
-                    left.discard(output.request_id)
-                yield output
-        finally:
-            if left:
-                self.abort(left, deliver)
+        return engine_client.run(self, requests)
 
     def abort(self, request_ids: Iterable[str], owner: Deliver | None = None) -> None:
         with self._lock:
@@ -334,9 +320,6 @@ class RemoteEngine:
 
     def cache_order(self, prefix: Sequence[int], parts: Sequence[Sequence[int]], salt: str | None) -> Future[list[int]]:
         return self._ask("cache_order", list(prefix), [list(part) for part in parts], salt)
-
-    def stats(self) -> Future[CacheStats]:
-        return self._ask("stats")
 
     def _ask(self, name: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()

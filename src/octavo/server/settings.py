@@ -33,7 +33,7 @@ class Limits:
     max_tools: int = 128
     max_tool_calls: int = 128  # of one message
     max_request_id: int = 128  # characters
-    max_header_bytes: int = 64 << 10  # of all headers of a request
+    max_header_bytes: int = 64 << 10  # of a request's path and headers together
     stream_buffer: int = 64  # pieces that wait for a slow reader; beyond, they are merged
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ class Outbox(Generic[Piece]):
 
 class EventStream(Response):
     """A stream of server-sent events: one write for all that is there, a comment now and then where there is nothing,
-    and at the end `last` (by default ``[DONE]``), or an error.
+    and at the end `last`, or an error.
 
     Args:
         first: pieces that were taken already.

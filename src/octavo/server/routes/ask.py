@@ -10,21 +10,20 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.ask import AskDone, AsyncAskRun
+from octavo.ask import AsyncAskRun
 from octavo.core.ask_params import AskParams
 from octavo.core.errors import shown
 from octavo.core.margins_params import MarginsParams
-from octavo.server.answers import body_of, route
+from octavo.server.answers import answering
 from octavo.server.context import ServerContext
-from octavo.server.errors import JSONBytes, invalid
-from octavo.server.events import as_json, ask_json, merged_events, type_of
-from octavo.server.fields import Body, documented, flag, integer, parsed, text
+from octavo.server.errors import invalid
+from octavo.server.events import Work, ask_json, typed_answer
+from octavo.server.fields import RequestFields, documented, flag, integer, parsed
 from octavo.server.generation import Deadline
 from octavo.server.openapi import describes
-from octavo.server.routes.margins import MarginsFields, margins_params, typed_stream, unique_id
+from octavo.server.routes.margins import MarginsFields, margins_params, unique_id
 from octavo.server.sampling import changed, inside
 from octavo.server.settings import Limits
-from octavo.server.streams import Outbox, event, first_pieces, unless_gone
 
 router = APIRouter()
 
@@ -44,10 +43,9 @@ _DOCUMENT = {
 }
 
 
-class AskRequest(Body):
+class AskRequest(RequestFields):
     """Answer a question from documents."""
 
-    model: Any = text("name of the model")
     question: Any = documented("what to answer", {"type": "string"}, ...)
     documents: Any = documented("what the answer may rest on", {"type": "array", "items": _DOCUMENT}, ...)
     num_passages: Any = integer("most passages in the prompt, 8 without", minimum=1)
@@ -64,17 +62,6 @@ class AskRequest(Body):
     prompts: Any = documented("texts around passages and question: fields of AskPrompts", {"type": "object"})
     seed: Any = integer("of all draws", minimum=0)
     stream: bool | None = Field(None, description="tell what happens as server-sent events with types")
-    priority: Any = integer("less is served first; needs --scheduling-policy priority")
-    cache_salt: Any = text("KV is shared with requests of the same salt alone")
-    request_id: Any = text("the answer's id will hold it")
-
-
-@router.post("/v1/octavo/ask", **describes(AskRequest, "Answer a question from documents"))
-@route
-async def ask(request: Request, context: ServerContext) -> Response:
-    deadline = Deadline(request, context)
-    body = await body_of(request, context, AskRequest)
-    return await unless_gone(request, _answer(request, context, body, deadline))
 
 
 def _params(body: AskRequest, limits: Limits) -> AskParams:
@@ -89,7 +76,9 @@ def _params(body: AskRequest, limits: Limits) -> AskParams:
     return AskParams(**given)
 
 
-async def _answer(request: Request, context: ServerContext, body: AskRequest, deadline: Deadline) -> Response:
+@router.post("/v1/octavo/ask", **describes(AskRequest, "Answer a question from documents"))
+@answering(AskRequest)
+async def ask(request: Request, context: ServerContext, body: AskRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
     model = context.model_named(body.model)
     params = _params(body, limits)
@@ -102,28 +91,14 @@ async def _answer(request: Request, context: ServerContext, body: AskRequest, de
             identity,
             documents=body.documents,
             chat_template_kwargs=body.chat_template_kwargs,
-            priority=0 if body.priority is None else body.priority,
+            priority=body.priority,
             cache_salt=body.cache_salt,
         )
     head = {"id": identity, "object": "octavo.ask", "model": model}
-    work = _run(context, run, deadline)
-    if not body.stream:
-        last: list[Any] = []
-        await work(last.append)
-        return JSONBytes({**head, **ask_json(last[-1].result)})
-    outbox: Outbox[Any] = Outbox(limits.stream_buffer, merged_events)
-    outbox.start(work(outbox.put))
-    first = await first_pieces(outbox, context.settings.sse_keep_alive_interval)
-    return typed_stream(context, outbox, first, lambda pieces: b"".join(_written(head, piece) for piece in pieces))
+    return await typed_answer(context, head, _run(context, run, deadline), ask_json, streams=bool(body.stream))
 
 
-def _written(head: dict[str, Any], told: Any) -> bytes:
-    if isinstance(told, AskDone):
-        return event({"type": "done", **head, "result": ask_json(told.result)}, "done")
-    return event(as_json(told), type_of(told))
-
-
-def _run(context: ServerContext, run: AsyncAskRun, deadline: Deadline) -> Callable[[Callable[[Any], None]], Any]:
+def _run(context: ServerContext, run: AsyncAskRun, deadline: Deadline) -> Work:
     async def work(put: Callable[[Any], None]) -> None:
         # How many tokens it takes is known when passages were found: it counts as one context, which is the most.
         async with deadline.hold():

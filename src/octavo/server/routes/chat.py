@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.outputs import CompletionOutput, RequestOutput
-from octavo.server.answers import UsageCount, body_of, route, stream, usage_of
+from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -32,8 +32,8 @@ from octavo.server.generation import (
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.messages import conversation, tools_demanded, tools_for, tools_of
 from octavo.server.openapi import describes
-from octavo.server.sampling import Params, params_of, written_as
-from octavo.server.streams import event, unless_gone
+from octavo.server.sampling import Params, params_of
+from octavo.server.streams import event
 from octavo.text.tool_calls import call_grammar
 
 router = APIRouter()
@@ -71,14 +71,8 @@ class ChatCompletionRequest(SamplingFields, ConversationFields):
 
 
 @router.post("/v1/chat/completions", **describes(ChatCompletionRequest, "Answer a conversation"))
-@route
-async def chat_completions(request: Request, context: ServerContext) -> Response:
-    deadline = Deadline(request, context)
-    body = await body_of(request, context, ChatCompletionRequest)
-    return await unless_gone(request, _answer(request, context, body, deadline))
-
-
-async def _answer(
+@answering(ChatCompletionRequest)
+async def chat_completions(
     request: Request, context: ServerContext, body: ChatCompletionRequest, deadline: Deadline
 ) -> Response:
     limits = context.settings.limits
@@ -94,14 +88,23 @@ async def _answer(
         engine_ids(identity, chosen, 1),
         (prompt,),
         params,
-        0 if body.priority is None else body.priority,
+        body.priority,
         body.cache_salt,
-        names_of(body, written_as(body)),
+        names_of(body),
     )
     writer = _Writer(context, work, body, model, tools)
     if body.stream:
         return await stream(context, work, deadline, writer.chunks, writer.last)
     return JSONBytes(writer.whole(await answered(context, work, deadline)))
+
+
+def check_either(body: ConversationFields, prompt: object) -> None:
+    """Of a route that takes a prompt or a conversation. Raises ApiError."""
+    if (prompt is None) == (body.messages is None):
+        raise invalid("prompt", "give either prompt or messages")
+    if body.messages is None:
+        for name in body.model_fields_set & set(ConversationFields.model_fields):
+            raise invalid(name, "has no effect without messages")
 
 
 async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, list[dict[str, Any]] | None]:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.outputs import CompletionOutput, RequestOutput
 from octavo.core.params import SamplingParams
-from octavo.server.answers import UsageCount, body_of, route, stream, usage_of
+from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
 from octavo.server.fields import SamplingFields, documented, integer
@@ -32,8 +32,8 @@ from octavo.server.generation import (
 )
 from octavo.server.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from octavo.server.openapi import describes
-from octavo.server.sampling import Params, params_of, written_as
-from octavo.server.streams import event, unless_gone
+from octavo.server.sampling import Params, params_of
+from octavo.server.streams import event
 
 router = APIRouter()
 
@@ -58,14 +58,10 @@ class CompletionRequest(SamplingFields):
 
 
 @router.post("/v1/completions", **describes(CompletionRequest, "Continue prompts"))
-@route
-async def completions(request: Request, context: ServerContext) -> Response:
-    deadline = Deadline(request, context)
-    body = await body_of(request, context, CompletionRequest)
-    return await unless_gone(request, _answer(request, context, body, deadline))
-
-
-async def _answer(request: Request, context: ServerContext, body: CompletionRequest, deadline: Deadline) -> Response:
+@answering(CompletionRequest)
+async def completions(
+    request: Request, context: ServerContext, body: CompletionRequest, deadline: Deadline
+) -> Response:
     limits = context.settings.limits
     model = context.model_named(body.model)
     params, nothing = _params(body, context)
@@ -79,9 +75,9 @@ async def _answer(request: Request, context: ServerContext, body: CompletionRequ
         engine_ids(identity, chosen, len(prompts)),
         tokens,
         params,
-        0 if body.priority is None else body.priority,
+        body.priority,
         body.cache_salt,
-        names_of(body, written_as(body)),
+        names_of(body),
     )
     writer = _Writer(context, work, body, model, nothing)
     if body.stream:

@@ -13,21 +13,19 @@ from starlette.responses import Response
 
 from octavo.core.errors import shown
 from octavo.core.pooling import EmbeddingRequestOutput, PoolingParams
-from octavo.server.answers import body_of, route, usage
+from octavo.server.answers import answering, usage
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
-from octavo.server.fields import Body, documented, flag, integer, text
+from octavo.server.fields import RequestFields, documented, flag, integer, text
 from octavo.server.generation import Deadline, answer_id, engine_ids, prompts_of, tokenised
 from octavo.server.openapi import describes
-from octavo.server.streams import unless_gone
 
 router = APIRouter()
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestFields):
     """Turn texts into vectors."""
 
-    model: Any = text("name of the model")
     input: Any = documented(
         "a text, token ids, or a list of these",
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {}}]},
@@ -38,20 +36,11 @@ class EmbeddingRequest(Body):
     pooling: Any = documented("mean (default) or last", {"type": "string", "enum": ["mean", "last"]})
     normalize: Any = flag("to length 1; on without")
     user: Any = text("has no effect")
-    priority: Any = integer("less is served first; needs --scheduling-policy priority")
-    cache_salt: Any = text("KV is shared with requests of the same salt alone")
-    request_id: Any = text("the answer's id will hold it")
 
 
 @router.post("/v1/embeddings", **describes(EmbeddingRequest, "Turn texts into vectors", streams=False))
-@route
-async def embeddings(request: Request, context: ServerContext) -> Response:
-    deadline = Deadline(request, context)
-    body = await body_of(request, context, EmbeddingRequest)
-    return await unless_gone(request, _answer(request, context, body, deadline))
-
-
-async def _answer(request: Request, context: ServerContext, body: EmbeddingRequest, deadline: Deadline) -> Response:
+@answering(EmbeddingRequest)
+async def embeddings(request: Request, context: ServerContext, body: EmbeddingRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
     model = context.model_named(body.model)
     if body.encoding_format not in (None, "float", "base64"):
@@ -63,13 +52,12 @@ async def _answer(request: Request, context: ServerContext, body: EmbeddingReque
     async with deadline.hold():
         tokens = await tokenised(context, prompts, names, body.cache_salt)
         ids = engine_ids(identity, chosen, len(tokens))
-        priority = 0 if body.priority is None else body.priority
 
         async def one(number: int) -> EmbeddingRequestOutput:
             prompt: dict[str, Any] = {"prompt_token_ids": tokens[number].token_ids}
             if body.cache_salt is not None:
                 prompt["cache_salt"] = body.cache_salt
-            return await context.llm.embed(prompt, params, ids[number], priority=priority)
+            return await context.llm.embed(prompt, params, ids[number], priority=body.priority)
 
         total = sum(len(one_prompt.token_ids) for one_prompt in tokens)
         with context.admission.admit(len(tokens), total):

@@ -13,17 +13,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.margins_params import MarginsParams
-from octavo.margins import AsyncMarginsRun, MarginsDone
-from octavo.server.answers import body_of, route
+from octavo.margins import AsyncMarginsRun
+from octavo.server.answers import answering, body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, invalid
-from octavo.server.events import as_json, margins_json, merged_events, type_of, written_error
-from octavo.server.fields import Body, documented, flag, integer, number, text
+from octavo.server.events import Work, margins_json, typed_answer
+from octavo.server.fields import Body, RequestFields, documented, flag, integer, number
 from octavo.server.generation import Deadline, answer_id
 from octavo.server.openapi import describes
 from octavo.server.sampling import changed
 from octavo.server.settings import Limits
-from octavo.server.streams import EventStream, Outbox, event, first_pieces, unless_gone
+from octavo.server.streams import event, unless_gone
 
 router = APIRouter()
 
@@ -59,12 +59,11 @@ class MarginsFields(Body):
     prompts: Any = documented("texts around document, notes and question: fields of MarginsPrompts", {"type": "object"})
 
 
-class MarginsRequest(MarginsFields):
+class MarginsRequest(MarginsFields, RequestFields):
     """Read a document with notes in its margins."""
 
     null_is_a_value: ClassVar[frozenset[str]] = frozenset(["answer"])
 
-    model: Any = text("name of the model")
     document: Any = documented("what to read", {"type": "string"}, ...)
     question: Any = documented(
         "what to answer, or a list of several",
@@ -79,9 +78,6 @@ class MarginsRequest(MarginsFields):
     chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
     seed: Any = integer("of all draws", minimum=0)
     stream: bool | None = Field(None, description="tell what happens as server-sent events with types")
-    priority: Any = integer("less is served first; needs --scheduling-policy priority")
-    cache_salt: Any = text("KV is shared with requests of the same salt alone")
-    request_id: Any = text("the answer's id will hold it")
 
 
 class VerdictRequest(Body):
@@ -108,14 +104,6 @@ class _Review(NamedTuple):
     key: bytes | None
 
 
-@router.post("/v1/octavo/margins", **describes(MarginsRequest, "Read a document with notes in its margins"))
-@route
-async def margins(request: Request, context: ServerContext) -> Response:
-    deadline = Deadline(request, context)
-    body = await body_of(request, context, MarginsRequest)
-    return await unless_gone(request, _answer(request, context, body, deadline))
-
-
 def margins_params(body: MarginsFields, limits: Limits) -> dict[str, Any]:
     """Fields of MarginsParams. Raises ApiError, InvalidRequestError."""
     given = {name: getattr(body, name) for name in body.model_fields_set if name in _DIRECT}
@@ -124,8 +112,10 @@ def margins_params(body: MarginsFields, limits: Limits) -> dict[str, Any]:
     return given
 
 
-async def _answer(request: Request, context: ServerContext, body: MarginsRequest, deadline: Deadline) -> Response:
-    limits, settings = context.settings.limits, context.settings
+@router.post("/v1/octavo/margins", **describes(MarginsRequest, "Read a document with notes in its margins"))
+@answering(MarginsRequest)
+async def margins(request: Request, context: ServerContext, body: MarginsRequest, deadline: Deadline) -> Response:
+    limits = context.settings.limits
     model = context.model_named(body.model)
     given = margins_params(body, limits)
     if "answer" in body.model_fields_set:
@@ -142,37 +132,16 @@ async def _answer(request: Request, context: ServerContext, body: MarginsRequest
             params,
             identity,
             chat_template_kwargs=body.chat_template_kwargs,
-            priority=0 if body.priority is None else body.priority,
+            priority=body.priority,
             cache_salt=body.cache_salt,
         )
     head = {"id": identity, "object": "octavo.margins", "model": model}
     work = _read(context, run, deadline, request.scope["octavo.key"])
-    if not body.stream:
-        last: list[Any] = []
-        await work(last.append)
-        return JSONBytes({**head, **margins_json(last[-1].result)})
-    outbox: Outbox[Any] = Outbox(limits.stream_buffer, merged_events)
-    outbox.start(work(outbox.put))
-    first = await first_pieces(outbox, settings.sse_keep_alive_interval)
-    begun = [event({"type": "begun", **head, "segments": run.segments}, "begun")]
-
-    def write(pieces: list[Any]) -> bytes:
-        told = begun + [_written(head, piece) for piece in pieces]
-        begun.clear()
-        return b"".join(told)
-
-    return typed_stream(context, outbox, first, write)
+    begun = event({"type": "begun", **head, "segments": run.segments}, "begun")
+    return await typed_answer(context, head, work, margins_json, streams=bool(body.stream), begun=begun)
 
 
-def _written(head: dict[str, Any], told: Any) -> bytes:
-    if isinstance(told, MarginsDone):
-        return event({"type": "done", **head, "result": margins_json(told.result)}, "done")
-    return event(as_json(told), type_of(told))
-
-
-def _read(
-    context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key: bytes | None
-) -> Callable[[Callable[[Any], None]], Any]:
+def _read(context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key: bytes | None) -> Work:
     async def work(put: Callable[[Any], None]) -> None:
         async with deadline.hold():
             with context.admission.admit(1, run.segments[-1].last_token):
@@ -193,22 +162,6 @@ def unique_id(request: Request, given: object, kind: str, limits: Limits) -> str
     """The id of a run, which routes name and no other run has."""
     identity, chosen = answer_id(request, given, kind, limits.max_request_id)
     return identity if chosen else f"{identity}-{secrets.token_hex(4)}"
-
-
-def typed_stream(
-    context: ServerContext, outbox: Outbox[Any], first: list[Any] | None, write: Callable[[list[Any]], bytes]
-) -> EventStream:
-    """Events with types: the last is ``done`` or ``error``."""
-    settings = context.settings
-    return EventStream(
-        outbox,
-        first,
-        write,
-        lambda: b"",
-        keep_alive=settings.sse_keep_alive_interval,
-        write_timeout=settings.write_timeout,
-        error=written_error,
-    )
 
 
 # --- what a reviewer says ---

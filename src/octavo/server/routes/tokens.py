@@ -17,7 +17,7 @@ from octavo.server.errors import JSONBytes, invalid
 from octavo.server.fields import Body, text, token_ids
 from octavo.server.generation import Deadline
 from octavo.server.openapi import describes
-from octavo.server.routes.chat import ConversationFields, written
+from octavo.server.routes.chat import ConversationFields, check_either, written
 from octavo.server.streams import unless_gone
 
 router = APIRouter()
@@ -47,8 +47,7 @@ async def tokenize(request: Request, context: ServerContext) -> Response:
     deadline = Deadline(request, context)
     body = await body_of(request, context, TokenizeRequest)
     context.model_named(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("prompt", "give either prompt or messages")
+    check_either(body, body.prompt)
     async with deadline.hold():
         ids = await unless_gone(request, _ids_of(context, body))
     spelling = context.llm.tokenizer.spelling
@@ -63,8 +62,6 @@ async def _ids_of(context: ServerContext, body: TokenizeRequest) -> list[int]:
             raise invalid("add_special_tokens", "is not for messages: the chat template writes these itself")
         prompt, _ = await written(context, body)
         return prompt.token_ids
-    for name in body.model_fields_set & set(ConversationFields.model_fields):
-        raise invalid(name, "has no effect without messages")
     if not isinstance(body.prompt, str):
         raise invalid("prompt", f"must be a string, not {shown(body.prompt)}")
     return await asyncio.to_thread(_encode, context, body.prompt, body.add_special_tokens is not False)
