@@ -297,6 +297,46 @@ def test_after_a_fork(tiny: LLM) -> None:
     assert facts(tiny.generate("A", params_of(COMPACT), use_tqdm=False)[0]) == expected
 
 
+def test_a_grammar_that_is_new_after_a_fork(tiny: LLM) -> None:
+    """The threads that compile are the parent's."""
+    import os
+
+    assert tiny.generate("A", params_of({"regex": "x{3}"}), use_tqdm=False)[0].outputs[0].text == "xxx"
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            (output,) = tiny.generate("A", params_of({"regex": "y{3}"}), use_tqdm=False)
+            status = int(output.outputs[0].text != "yyy")
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_mask_that_is_computed_while_the_process_forks() -> None:
+    import os
+    import signal
+
+    class Slow:
+        """Does not get on before the fork waits for it."""
+
+        def compute_bitmask(self) -> bytes:
+            begun.set()
+            assert go_on.wait(30)
+            return b"\x01"
+
+    begun, go_on = threading.Event(), threading.Event()
+    state = GrammarState(Slow())  # type: ignore[arg-type]
+    mask = state.mask()
+    assert begun.wait(30)
+    threading.Timer(0.05, go_on.set).start()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if mask.bits() == b"\x01" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_margins_with_an_answer_that_looks_like_something(tiny: LLM) -> None:
     params = MarginsParams(
         answer=params_of({"choice": ["Yes", "No"]}, seed=None),

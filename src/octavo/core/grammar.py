@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -102,8 +103,17 @@ def _first_line(text: str) -> str:
 
 
 _executors: list[ThreadPoolExecutor] = []  # none before the first is needed, and none of a parent's
+
+
+def _before_fork() -> None:
+    """Finish what was begun: in the child there is no thread to do it, and whoever needs a mask would wait for ever."""
+    for executor in tuple(_executors):
+        with suppress(RuntimeError):  # the interpreter is going
+            executor.submit(int).result()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_executors.clear)
+    os.register_at_fork(before=_before_fork, after_in_child=_executors.clear)
 
 
 def _beside() -> ThreadPoolExecutor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _MAX_CACHED = 128
 _DEADLINE = 5.0  # seconds that a grammar may take to compile
 _MAX_COMPILING = 4  # at once; one that is late goes on until its limits end it
+
+_all: weakref.WeakSet[Grammars] = weakref.WeakSet()
 
 
 class _Vocabulary:
@@ -53,9 +57,14 @@ class Grammars:
         self._codec = codec
         self._eos_token_ids = eos_token_ids
         self._rows = rows
-        self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._cached: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """Also after a fork, in the child: the threads that compile are the parent's, and so is who holds the lock."""
+        self._lock = threading.Lock()
         self._compiling: ThreadPoolExecutor | None = None
         self._num_compiling = 0
 
@@ -157,3 +166,12 @@ def _problem(told: str) -> str:
     """The first lines of what the library says, which may go on with its state."""
     lines = [line.strip() for line in told.split("<state>", maxsplit=1)[0].strip().split("\n") if line.strip()]
     return "; ".join(lines[:3])[:500] or "cannot be used"
+
+
+def _after_fork_in_child() -> None:
+    for grammars in tuple(_all):
+        grammars._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
