@@ -244,6 +244,66 @@ def test_a_grammar_that_meets_a_limit_ends_its_request_alone(tiny: LLM, monkeypa
     assert bad.error == "structured_outputs: Parser Error: too complex" and good.outputs[0].text == "ab"
 
 
+class Panic(BaseException):
+    """As PyO3 raises it: no Exception."""
+
+
+class Panics:
+    """A matcher that panics at its third token."""
+
+    def __init__(self, matcher: Any, num_tokens: int = 0) -> None:
+        self.matcher = matcher
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.matcher, name)
+
+    def deep_copy(self) -> Panics:
+        return Panics(self.matcher.deep_copy(), self.num_tokens)
+
+    def consume_tokens(self, token_ids: list[int]) -> bool:
+        self.num_tokens += len(token_ids)
+        return self.matcher.consume_tokens(token_ids)
+
+    def compute_bitmask(self) -> bytes:
+        if self.num_tokens >= 2:
+            raise Panic("index out of bounds")
+        return self.matcher.compute_bitmask()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_panic_ends_its_request_alone(tiny_dir: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = grammars.Grammars.state
+
+    def spoilt(self: Any, params: Any) -> GrammarState:
+        state = made(self, params)
+        if params.regex == "[xyz]{9}":
+            state._matcher = Panics(state._matcher)
+        return state
+
+    monkeypatch.setattr(grammars.Grammars, "state", spoilt)
+    broken, fine = {"regex": "[xyz]{9}"}, {"regex": "[abc]{9}"}
+    with LLM(str(tiny_dir), backend=backend, **SETTINGS) as llm:
+        given = [params_of(broken, n=2), params_of(fine), SamplingParams(max_tokens=20, ignore_eos=True)]
+        bad, *good = llm.generate(["A"] * 3, given, use_tqdm=False)
+        assert bad.error == "structured_outputs: Panic: index out of bounds"
+        assert [one.error for one in good] == [None, None] and re.fullmatch("[abc]{9}", good[0].outputs[0].text)
+        assert len(good[1].outputs[0].token_ids) == 20
+        (searched,) = llm.beam_search("A", BeamSearchParams(beam_width=3, max_tokens=9, structured_outputs=broken))
+        assert searched.error is None or "no beam can go on" in searched.error
+        assert llm._loop.ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available).result() == 0
+
+
+def test_a_grammar_that_panics_is_refused(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(params: Any) -> str:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(grammars, "_source", panics)
+    with pytest.raises(InvalidRequestError) as caught:
+        tiny.generate("A", params_of({"regex": "q{3}"}), use_tqdm=False)
+    assert caught.value.field == "structured_outputs.regex"
+
+
 # --- sessions, asyncio, threads, forks ---
 
 

@@ -121,6 +121,8 @@ class Grammars:
             if isinstance(error, InvalidRequestError):
                 raise
             raise InvalidRequestError(field, _problem(str(error))) from None
+        except BaseException as error:  # a panic of Rust code is no Exception
+            raise InvalidRequestError(field, _problem(f"{type(error).__name__}: {error}")) from None
         finally:
             with self._lock:
                 self._num_compiling -= 1
