@@ -201,6 +201,27 @@ def test_stop_strings_and_limits(tiny: LLM) -> None:
     assert output.outputs[0].text == "ab"
 
 
+def test_a_model_with_rows_behind_its_tokens_and_no_end_token(tmp_path: Path) -> None:
+    """An output ends where nothing can follow; no row that has no token is drawn in place of an end."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    num_tokens = _save_tokenizer(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=num_tokens + 48, **sizes, **heads, **_special_ids()), tmp_path)
+    for path in tmp_path.glob("*.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in told.items() if not name.startswith("eos_token")}))
+    with LLM(str(tmp_path), **SETTINGS | {"max_model_len": 256}) as llm:
+        assert llm.tokenizer.eos_token_ids == () and llm.model_config.vocab_size > llm.tokenizer.vocab_size
+        given = [params_of({"regex": "a+b*"}, seed=seed, max_tokens=30) for seed in range(8)]
+        for output in llm.generate(["A"] * 8, given, use_tqdm=False):
+            assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 30
+            assert max(output.outputs[0].token_ids) < num_tokens
+        (ends,) = llm.generate("A", params_of({"regex": "a{3}b"}), use_tqdm=False)
+        assert (ends.outputs[0].text, ends.outputs[0].finish_reason) == ("aaab", "stop")
+
+
 def test_nothing_is_left_with_other_parameters(tiny: LLM) -> None:
     """The request ends with an error that says so; others go on."""
     never = params_of({"choice": ["ab"]}, allowed_token_ids=tiny.tokenizer.encode_inside("z"))

@@ -38,6 +38,7 @@ class _Vocabulary:
         if eos_token_ids:
             self.eos_token_id = eos_token_ids[0]
         else:  # a token that no text has and nobody can draw: the output ends where the grammar does
+            self.tokens += [b""] * (rows - len(self.tokens))  # a model may have more rows than there are tokens
             self.eos_token_id = len(self.tokens)
             self.tokens.append(b"\xff<end>")
             self.special_token_ids.append(self.eos_token_id)
