@@ -220,6 +220,10 @@ def test_a_model_with_rows_behind_its_tokens_and_no_end_token(tmp_path: Path) ->
             assert max(output.outputs[0].token_ids) < num_tokens
         (ends,) = llm.generate("A", params_of({"regex": "a{3}b"}), use_tqdm=False)
         assert (ends.outputs[0].text, ends.outputs[0].finish_reason) == ("aaab", "stop")
+        params = BeamSearchParams(beam_width=4, max_tokens=30, structured_outputs={"choice": ["ab", "ac", "d"]})
+        (found,) = llm.beam_search("A", params)
+        assert found.error is None and {one.finish_reason for one in found.outputs} == {"stop"}
+        assert {one.text for one in found.outputs} == {"ab", "ac", "d"}
 
 
 def test_nothing_is_left_with_other_parameters(tiny: LLM) -> None:
