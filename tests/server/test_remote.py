@@ -210,6 +210,23 @@ async def test_a_request_that_breaks_engines_is_not_asked_for_ever(tiny_dir: Pat
         llm.close()
 
 
+async def test_killed_while_callers_have_gone_away(tiny_dir: Path) -> None:
+    """Who has cancelled a question hears nothing of the engine's end, and it is started again all the same."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS)
+    try:
+        os.kill(llm.engine.pid, signal.SIGSTOP)
+        gone, waits = asyncio.ensure_future(llm.explain_cache("A")), asyncio.ensure_future(llm.reset_prefix_cache())
+        await until(lambda: len(llm.engine._answers) == 2)
+        gone.cancel()
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineClosedError, match="SIGKILL"):
+            await waits
+        await until(lambda: llm.engine.num_restarts == 1)
+        assert (await last(llm, "A", DRAWN)).finished
+    finally:
+        llm.close()
+
+
 async def test_closed_in_the_middle(tiny_dir: Path) -> None:
     llm = ServedLLM(str(tiny_dir), **SETTINGS)
     running = llm.generate("A", LONG)

@@ -187,7 +187,7 @@ class RemoteEngine:
         for one in ended:
             _tell(one.deliver, RequestFailedError(problem))
         for answer in answers:
-            answer.set_exception(EngineClosedError(problem))
+            _settle(answer, EngineClosedError(problem))
 
     def _begin_again(self, started: tuple[subprocess.Popen[bytes], Connection, Ready]) -> None:
         with self._lock:
@@ -378,7 +378,7 @@ class RemoteEngine:
         for one in left:
             _tell(one.deliver, error)
         for answer in answers:
-            answer.set_exception(error)
+            _settle(answer, error)
 
 
 def _settle(future: Future[Any], value: Any) -> None:
