@@ -227,6 +227,46 @@ async def test_killed_while_callers_have_gone_away(tiny_dir: Path) -> None:
         llm.close()
 
 
+async def test_what_is_aborted_before_a_new_start_does_not_begin(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a new engine that cannot be started at first, whatever the reason, stay the last."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS | {"max_num_seqs": 1})
+    try:
+        started = llm.generate("A", LONG)
+        await anext(started)
+        tasks = [asyncio.ensure_future(last(llm, "A", LONG.but(max_tokens=n))) for n in (1700, 1800)]
+        await until(lambda: llm.num_unfinished_requests == 3)
+        start, go_on, states = llm.engine._start, threading.Event(), []
+
+        def late() -> Any:
+            states.append(llm.engine.state)
+            if len(states) == 1:
+                raise OSError("no process is left")
+            assert go_on.wait(30)
+            made = start()
+            states.append(llm.engine.state)  # the new one is not to be asked yet
+            return made
+
+        monkeypatch.setattr(llm.engine, "_start", late)
+        os.kill(llm.engine.pid, signal.SIGSTOP)
+        tasks[0].cancel()  # the engine does not hear of it
+        await until(lambda: sum(one.aborted for one in llm.engine._requests.values()) == 1)
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        await until(lambda: len(states) == 2)
+        assert llm.num_unfinished_requests == 1
+        tasks[1].cancel()
+        await until(lambda: llm.num_unfinished_requests == 0)
+        go_on.set()
+        await until(lambda: llm.engine.num_restarts == 1)
+        assert states == ["restarting"] * 3 and llm.engine.state == "running"
+        assert (await last(llm, "A", DRAWN)).finished
+        await started.aclose()
+    finally:
+        llm.close()
+    assert llm.engine.state == "closed"
+
+
 async def test_closed_in_the_middle(tiny_dir: Path) -> None:
     llm = ServedLLM(str(tiny_dir), **SETTINGS)
     running = llm.generate("A", LONG)
