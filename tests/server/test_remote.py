@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,29 @@ async def test_refusals_come_through(served: ServedLLM) -> None:
         await session.extend("A")
         with pytest.raises(InvalidRequestError):
             await session.truncate(50)
+
+
+@pytest.mark.parametrize("field", ["request_id", "cache_salt"])
+async def test_text_that_no_message_can_hold_is_refused(served: ServedLLM, field: str) -> None:
+    prompt: Any = {"prompt": "A", "cache_salt": "\ud800"} if field == "cache_salt" else "A"
+    with pytest.raises(InvalidRequestError, match="surrogate") as caught:
+        await anext(served.generate(prompt, DRAWN, "\ud800" if field == "request_id" else None))
+    assert caught.value.field.endswith(field)
+    if field == "cache_salt":
+        with pytest.raises(InvalidRequestError, match="surrogate"):
+            served.session(cache_salt="\ud800")
+
+
+async def test_what_cannot_be_sent_fails_alone(served: ServedLLM) -> None:
+    """Whatever gets past the checks: the thread that sends goes on."""
+    expected = facts(await last(served, "A whale", DRAWN))
+    spec = replace(served._frontend.make("A whale", DRAWN).spec, cache_salt="\ud800")
+    with pytest.raises(RequestFailedError, match="cannot be sent"):
+        list(served._loop.run([spec]))
+    with pytest.raises(RequestFailedError, match="cannot be sent"):
+        served._loop.explain_cache([1], "\ud800").result()
+    assert facts(await last(served, "A whale", DRAWN)) == expected
+    assert served.num_unfinished_requests == 0 and not served.engine._answers
 
 
 async def test_callers_who_go_away(served: ServedLLM) -> None:

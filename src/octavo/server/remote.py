@@ -119,7 +119,8 @@ class RemoteEngine:
                 raise
         connection = Connection(ours, "server-socket")
         try:
-            connection.send(self._settings)
+            with suppress(OSError):  # that it has ended is told where an answer is waited for
+                connection.send_now(self._settings)
             ours.settimeout(_START_SECONDS)
             answer = connection.receive()
             ours.settimeout(None)
@@ -207,8 +208,8 @@ class RemoteEngine:
                 self._state = "running"  # not before: what is asked goes to this connection
             for one in self._requests.values():
                 one.tries += 1
-            if self._requests:
-                self._connection.send(("add", [one.spec for one in self._requests.values()]))
+            for one in self._requests.values():  # each by itself: together they may be too large a message
+                self._send_requests("add", [one.spec])
         if self._closed is not None:  # meanwhile
             self._finish()
 
@@ -296,9 +297,16 @@ class RemoteEngine:
                     self._requests[one.request_id] = _Asked(one, deliver)
             taken = [one for one in requests if one not in refused]
             if taken:
-                self._connection.send((kind, taken if kind == "add" else taken[0]))
+                self._send_requests(kind, taken)
         for one in refused:
             _tell(deliver, InvalidRequestError("request_id", f"{one.request_id!r} is in use"))
+
+    def _send_requests(self, kind: str, specs: Sequence[Any]) -> None:
+        def refused(error: Exception) -> None:
+            for one in specs:
+                self._take_failed(one.request_id, _unsent(error))
+
+        self._connection.send((kind, list(specs) if kind == "add" else specs[0]), refused)
 
     def run(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Any, None, None]:
         outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -364,7 +372,9 @@ class RemoteEngine:
                 raise EngineClosedError("the engine is being started again")
             number = next(self._numbers)
             self._answers[number] = answer
-            self._connection.send(("ask", number, name, list(arguments)))
+            self._connection.send(
+                ("ask", number, name, list(arguments)), lambda error: self._take_answer(number, _unsent(error))
+            )
         return answer
 
     # --- the end ---
@@ -397,6 +407,10 @@ class RemoteEngine:
             _tell(one.deliver, error)
         for answer in answers:
             _settle(answer, error)
+
+
+def _unsent(error: Exception) -> RequestFailedError:
+    return RequestFailedError(f"cannot be sent to the engine: {error}")
 
 
 def _settle(future: Future[Any], value: Any) -> None:
