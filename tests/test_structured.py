@@ -188,6 +188,31 @@ def test_stop_strings_and_limits(tiny: LLM) -> None:
     assert output.outputs[0].text == "ab"
 
 
+def test_a_model_with_rows_behind_its_tokens_and_no_end_token(tmp_path: Path) -> None:
+    """An output ends where nothing can follow; no row that has no token is drawn in place of an end."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    num_tokens = _save_tokenizer(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    _save_model(LlamaForCausalLM, LlamaConfig(vocab_size=num_tokens + 48, **sizes, **heads, **_special_ids()), tmp_path)
+    for path in tmp_path.glob("*.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in told.items() if not name.startswith("eos_token")}))
+    with LLM(str(tmp_path), **SETTINGS | {"max_model_len": 256}) as llm:
+        assert llm.tokenizer.eos_token_ids == () and llm.model_config.vocab_size > llm.tokenizer.vocab_size
+        given = [params_of({"regex": "a+b*"}, seed=seed, max_tokens=30) for seed in range(8)]
+        for output in llm.generate(["A"] * 8, given, use_tqdm=False):
+            assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 30
+            assert max(output.outputs[0].token_ids) < num_tokens
+        (ends,) = llm.generate("A", params_of({"regex": "a{3}b"}), use_tqdm=False)
+        assert (ends.outputs[0].text, ends.outputs[0].finish_reason) == ("aaab", "stop")
+        params = BeamSearchParams(beam_width=4, max_tokens=30, structured_outputs={"choice": ["ab", "ac", "d"]})
+        (found,) = llm.beam_search("A", params)
+        assert found.error is None and {one.finish_reason for one in found.outputs} == {"stop"}
+        assert {one.text for one in found.outputs} == {"ab", "ac", "d"}
+
+
 def test_nothing_is_left_with_other_parameters(tiny: LLM) -> None:
     """The request ends with an error that says so; others go on."""
     never = params_of({"choice": ["ab"]}, allowed_token_ids=tiny.tokenizer.encode_inside("z"))
@@ -229,6 +254,66 @@ def test_a_grammar_that_meets_a_limit_ends_its_request_alone(tiny: LLM, monkeypa
     monkeypatch.setattr(grammars.Grammars, "state", spoilt)
     bad, good = tiny.generate(["A", "A"], [params_of(broken), params_of({"choice": ["ab"]})], use_tqdm=False)
     assert bad.error == "structured_outputs: Parser Error: too complex" and good.outputs[0].text == "ab"
+
+
+class Panic(BaseException):
+    """As PyO3 raises it: no Exception."""
+
+
+class Panics:
+    """A matcher that panics at its third token."""
+
+    def __init__(self, matcher: Any, num_tokens: int = 0) -> None:
+        self.matcher = matcher
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.matcher, name)
+
+    def deep_copy(self) -> Panics:
+        return Panics(self.matcher.deep_copy(), self.num_tokens)
+
+    def consume_tokens(self, token_ids: list[int]) -> bool:
+        self.num_tokens += len(token_ids)
+        return self.matcher.consume_tokens(token_ids)
+
+    def compute_bitmask(self) -> bytes:
+        if self.num_tokens >= 2:
+            raise Panic("index out of bounds")
+        return self.matcher.compute_bitmask()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_panic_ends_its_request_alone(tiny_dir: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = grammars.Grammars.state
+
+    def spoilt(self: Any, params: Any) -> GrammarState:
+        state = made(self, params)
+        if params.regex == "[xyz]{9}":
+            state._matcher = Panics(state._matcher)
+        return state
+
+    monkeypatch.setattr(grammars.Grammars, "state", spoilt)
+    broken, fine = {"regex": "[xyz]{9}"}, {"regex": "[abc]{9}"}
+    with LLM(str(tiny_dir), backend=backend, **SETTINGS) as llm:
+        given = [params_of(broken, n=2), params_of(fine), SamplingParams(max_tokens=20, ignore_eos=True)]
+        bad, *good = llm.generate(["A"] * 3, given, use_tqdm=False)
+        assert bad.error == "structured_outputs: Panic: index out of bounds"
+        assert [one.error for one in good] == [None, None] and re.fullmatch("[abc]{9}", good[0].outputs[0].text)
+        assert len(good[1].outputs[0].token_ids) == 20
+        (searched,) = llm.beam_search("A", BeamSearchParams(beam_width=3, max_tokens=9, structured_outputs=broken))
+        assert searched.error is None or "no beam can go on" in searched.error
+        assert llm._loop.ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available).result() == 0
+
+
+def test_a_grammar_that_panics_is_refused(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(params: Any) -> str:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(grammars, "_source", panics)
+    with pytest.raises(InvalidRequestError) as caught:
+        tiny.generate("A", params_of({"regex": "q{3}"}), use_tqdm=False)
+    assert caught.value.field == "structured_outputs.regex"
 
 
 # --- sessions, asyncio, threads, forks ---
@@ -282,6 +367,46 @@ def test_after_a_fork(tiny: LLM) -> None:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert facts(tiny.generate("A", params_of(COMPACT), use_tqdm=False)[0]) == expected
+
+
+def test_a_grammar_that_is_new_after_a_fork(tiny: LLM) -> None:
+    """The threads that compile are the parent's."""
+    import os
+
+    assert tiny.generate("A", params_of({"regex": "x{3}"}), use_tqdm=False)[0].outputs[0].text == "xxx"
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            (output,) = tiny.generate("A", params_of({"regex": "y{3}"}), use_tqdm=False)
+            status = int(output.outputs[0].text != "yyy")
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_mask_that_is_computed_while_the_process_forks() -> None:
+    import os
+    import signal
+
+    class Slow:
+        """Does not get on before the fork waits for it."""
+
+        def compute_bitmask(self) -> bytes:
+            begun.set()
+            assert go_on.wait(30)
+            return b"\x01"
+
+    begun, go_on = threading.Event(), threading.Event()
+    state = GrammarState(Slow())  # type: ignore[arg-type]
+    mask = state.mask()
+    assert begun.wait(30)
+    threading.Timer(0.05, go_on.set).start()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if mask.bits() == b"\x01" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_margins_with_an_answer_that_looks_like_something(tiny: LLM) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,29 @@ async def test_refusals_come_through(served: ServedLLM) -> None:
             await session.truncate(50)
 
 
+@pytest.mark.parametrize("field", ["request_id", "cache_salt"])
+async def test_text_that_no_message_can_hold_is_refused(served: ServedLLM, field: str) -> None:
+    prompt: Any = {"prompt": "A", "cache_salt": "\ud800"} if field == "cache_salt" else "A"
+    with pytest.raises(InvalidRequestError, match="surrogate") as caught:
+        await anext(served.generate(prompt, DRAWN, "\ud800" if field == "request_id" else None))
+    assert caught.value.field.endswith(field)
+    if field == "cache_salt":
+        with pytest.raises(InvalidRequestError, match="surrogate"):
+            served.session(cache_salt="\ud800")
+
+
+async def test_what_cannot_be_sent_fails_alone(served: ServedLLM) -> None:
+    """Whatever gets past the checks: the thread that sends goes on."""
+    expected = facts(await last(served, "A whale", DRAWN))
+    spec = replace(served._frontend.make("A whale", DRAWN).spec, cache_salt="\ud800")
+    with pytest.raises(RequestFailedError, match="cannot be sent"):
+        list(served._loop.run([spec]))
+    with pytest.raises(RequestFailedError, match="cannot be sent"):
+        served._loop.explain_cache([1], "\ud800").result()
+    assert facts(await last(served, "A whale", DRAWN)) == expected
+    assert served.num_unfinished_requests == 0 and not served.engine._answers
+
+
 async def test_callers_who_go_away(served: ServedLLM) -> None:
     for _ in range(5):
         running = served.generate("A whale", LONG)
@@ -195,6 +219,63 @@ async def test_a_request_that_breaks_engines_is_not_asked_for_ever(tiny_dir: Pat
         await started.aclose()
     finally:
         llm.close()
+
+
+async def test_killed_while_callers_have_gone_away(tiny_dir: Path) -> None:
+    """Who has cancelled a question hears nothing of the engine's end, and it is started again all the same."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS)
+    try:
+        os.kill(llm.engine.pid, signal.SIGSTOP)
+        gone, waits = asyncio.ensure_future(llm.explain_cache("A")), asyncio.ensure_future(llm.reset_prefix_cache())
+        await until(lambda: len(llm.engine._answers) == 2)
+        gone.cancel()
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineClosedError, match="SIGKILL"):
+            await waits
+        await until(lambda: llm.engine.num_restarts == 1)
+        assert (await last(llm, "A", DRAWN)).finished
+    finally:
+        llm.close()
+
+
+async def test_what_is_aborted_before_a_new_start_does_not_begin(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a new engine that cannot be started at first, whatever the reason, stay the last."""
+    llm = ServedLLM(str(tiny_dir), **SETTINGS | {"max_num_seqs": 1})
+    try:
+        started = llm.generate("A", LONG)
+        await anext(started)
+        tasks = [asyncio.ensure_future(last(llm, "A", LONG.but(max_tokens=n))) for n in (1700, 1800)]
+        await until(lambda: llm.num_unfinished_requests == 3)
+        start, go_on, states = llm.engine._start, threading.Event(), []
+
+        def late() -> Any:
+            states.append(llm.engine.state)
+            if len(states) == 1:
+                raise OSError("no process is left")
+            assert go_on.wait(30)
+            made = start()
+            states.append(llm.engine.state)  # the new one is not to be asked yet
+            return made
+
+        monkeypatch.setattr(llm.engine, "_start", late)
+        os.kill(llm.engine.pid, signal.SIGSTOP)
+        tasks[0].cancel()  # the engine does not hear of it
+        await until(lambda: sum(one.aborted for one in llm.engine._requests.values()) == 1)
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        await until(lambda: len(states) == 2)
+        assert llm.num_unfinished_requests == 1
+        tasks[1].cancel()
+        await until(lambda: llm.num_unfinished_requests == 0)
+        go_on.set()
+        await until(lambda: llm.engine.num_restarts == 1)
+        assert states == ["restarting"] * 3 and llm.engine.state == "running"
+        assert (await last(llm, "A", DRAWN)).finished
+        await started.aclose()
+    finally:
+        llm.close()
+    assert llm.engine.state == "closed"
 
 
 async def test_closed_in_the_middle(tiny_dir: Path) -> None:

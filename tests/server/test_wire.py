@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import queue
 import random
+import socket
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from octavo.core.outputs import CompletionOutput, Logprob, RequestMetrics, Reque
 from octavo.core.params import OutputKind
 from octavo.core.request import RequestSpec
 from octavo.core.session_calls import Call, Extend, Generate
-from octavo.server import wire
+from octavo.server import connection, wire
 from octavo.server.wire import dumps, loads
 
 PARAMS = SamplingParams(
@@ -159,3 +161,21 @@ def test_noise() -> None:
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         with suppress(ValueError, RecursionError):
             loads(broken)
+
+
+def test_a_message_that_cannot_be_sent_leaves_the_connection_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_MESSAGE_BYTES", 1000)
+    ours, theirs = socket.socketpair()
+    end, other = connection.Connection(ours, "one"), connection.Connection(theirs, "other")
+    try:
+        told: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        for message in (object(), "\ud800", 1 << 70, "a" * 2000):
+            end.send(message, told.put)
+        end.send(object())
+        end.send(["fine"])
+        assert other.receive() == ["fine"]
+        kinds = [type(told.get(timeout=30)) for _ in range(4)]
+        assert kinds == [TypeError, UnicodeEncodeError, OverflowError, ValueError]
+    finally:
+        end.close()
+        other.close()

@@ -12,6 +12,7 @@ from octavo.coordinators.beam_group import BeamGroup, Candidate, Finished, Row, 
 from octavo.coordinators.completion import Sent, draw_of, grammar_state, text_stream, to_dict
 from octavo.coordinators.generating import RequestCoordinator
 from octavo.core.coordinator import NewSequence, SequenceResult
+from octavo.core.grammar import GrammarState
 from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.core.params import OutputKind
 from octavo.core.plan import RowResult, TokenLogprobs
@@ -130,7 +131,9 @@ class BeamCoordinator(RequestCoordinator):
                 chosen.update(candidate.token_id for candidate in candidates)
                 moves += [(group, group.beams[candidate.beam], candidate) for candidate in candidates]
         if not moves and not self._best():
-            ruled_out = "allowed_token_ids, bad_words, min_tokens, logit_bias and no_repeat_ngram_size"
+            ruled_out = (
+                "structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias and no_repeat_ngram_size"
+            )
             self.finish("error", f"no beam can go on: the request's {ruled_out} together rule out the whole vocabulary")
             return
         self._move(moves, answers)
@@ -169,6 +172,11 @@ class BeamCoordinator(RequestCoordinator):
             text.advance((token_id,))
             if text.stop_reason is not None:
                 return "stop", text.stop_reason
+        if not self.request.eos_token_ids and (grammar := beam.sequence.attached(GrammarState)) is not None:
+            grammar = grammar.fork()  # no end token can follow: it ends where nothing can
+            grammar.advance((token_id,))
+            if grammar.is_complete:
+                return "stop", None
         if length >= self.request.max_tokens:
             return "length", None
         repetition = self.request.params.repetition

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Matcher(Protocol):
-    """Of llguidance: where one text stands in a grammar. It raises nothing; once in error, it stays so."""
+    """Of llguidance: where one text stands in a grammar. Once in error, it stays so. It raises nothing, unless its Rust
+    code panics."""
 
     def deep_copy(self) -> Matcher: ...
 
@@ -51,18 +53,26 @@ class Mask:
 class GrammarState:
     """Where a sequence's output stands in a grammar. Attached to the sequence (SequenceState)."""
 
-    __slots__ = ("_mask", "_matcher", "num_tokens")
+    __slots__ = ("_mask", "_matcher", "_panic", "num_tokens")
 
     def __init__(self, matcher: Matcher, num_tokens: int = 0) -> None:
         self._matcher = matcher
         self._mask: Mask | None = None  # of where it stands
+        self._panic: str | None = None
         self.num_tokens = num_tokens  # taken in
 
     def mask(self) -> Mask:
         """Of the next token. Begins to compute it, once for each place."""
         if self._mask is None:
-            self._mask = Mask(_beside().submit(self._matcher.compute_bitmask), self)
+            self._mask = Mask(_beside().submit(self._bits), self)
         return self._mask
+
+    def _bits(self) -> bytes:
+        try:
+            return self._matcher.compute_bitmask()
+        except BaseException as error:  # or else it is raised where a step looks at the mask, and ends all requests
+            self._panic = f"{type(error).__name__}: {_first_line(str(error))}"
+            return b"\0"
 
     @property
     def is_complete(self) -> bool:
@@ -73,10 +83,14 @@ class GrammarState:
     @property
     def error(self) -> str | None:
         """Of a grammar that met a limit on the way."""
+        if self._panic is not None:
+            return self._panic
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def fork(self) -> GrammarState:
-        return GrammarState(self._settled().deep_copy(), self.num_tokens)
+        copy = GrammarState(self._settled().deep_copy(), self.num_tokens)
+        copy._panic = self._panic
+        return copy
 
     def advance(self, token_ids: Sequence[int]) -> None:
         if token_ids:
@@ -102,8 +116,17 @@ def _first_line(text: str) -> str:
 
 
 _executors: list[ThreadPoolExecutor] = []  # none before the first is needed, and none of a parent's
+
+
+def _before_fork() -> None:
+    """Finish what was begun: in the child there is no thread to do it, and whoever needs a mask would wait for ever."""
+    for executor in tuple(_executors):
+        with suppress(RuntimeError):  # the interpreter is going
+            executor.submit(int).result()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_executors.clear)
+    os.register_at_fork(before=_before_fork, after_in_child=_executors.clear)
 
 
 def _beside() -> ThreadPoolExecutor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from octavo.server.wire import dumps, loads
 
+log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1 << 28
 _LENGTH = struct.Struct("!I")
 
@@ -30,9 +33,10 @@ class Connection:
         self._writer = threading.Thread(target=self._write, name=f"octavo-{name}", daemon=True)
         self._writer.start()
 
-    def send(self, message: Any) -> None:
-        """In the order of the calls. After the end of the connection nothing is sent, and nobody is told."""
-        self._waiting.put(message)
+    def send(self, message: Any, refused: Callable[[Exception], None] | None = None) -> None:
+        """In the order of the calls. After the end of the connection nothing is sent, and nobody is told. `refused` is
+        told, on another thread, of a message that cannot be sent, which leaves the connection as it is."""
+        self._waiting.put((message, refused))
 
     def send_now(self, message: Any) -> None:
         """Ahead of whatever waits, and before it returns. Raises OSError."""
@@ -69,8 +73,16 @@ class Connection:
                     messages.append(self._waiting.get_nowait())
             ends = None in messages
             parts = []
-            for message in messages[: messages.index(None)] if ends else messages:
-                data = dumps(message)
+            for message, refused in messages[: messages.index(None)] if ends else messages:
+                try:
+                    data = dumps(message)
+                    if len(data) > MAX_MESSAGE_BYTES:
+                        raise ValueError(f"a message of {len(data)} bytes")
+                except Exception as error:
+                    log.exception("a message cannot be sent")
+                    if refused is not None:
+                        refused(error)
+                    continue
                 parts += [_LENGTH.pack(len(data)), data]
             with suppress(OSError), self._sending:
                 self._socket.sendall(b"".join(parts))

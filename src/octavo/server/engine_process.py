@@ -72,6 +72,10 @@ class _Process:
                 self._prepare(spec)
             except OctavoError as error:
                 self._connection.send(("failed", spec.request_id, error))
+            except Exception as error:  # or else it ends the process, and the next one that is asked the same
+                log.exception("request %s could not be prepared", spec.request_id)
+                failure = RequestFailedError(f"{type(error).__name__}: {error}")
+                self._connection.send(("failed", spec.request_id, failure))
             else:
                 ready.append(spec)
         for spec in ready:
@@ -94,9 +98,14 @@ class _Process:
             self._connection.send(("failed", request_id, output))
             self._started.discard(request_id)
         else:
-            self._connection.send(("output", output))
+            self._connection.send(("output", output), partial(self._untold, request_id))
             if output.finished:
                 self._started.discard(request_id)
+
+    def _untold(self, request_id: str, error: Exception) -> None:
+        """An output that cannot be sent ends its request."""
+        self._connection.send(("failed", request_id, _unsent(error)))
+        self._loop.abort([request_id])
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         self._loop.abort(request_ids)
@@ -119,7 +128,9 @@ class _Process:
         value = _result(answer)
         if isinstance(value, list):
             value = [self._or_later(part) for part in value]
-        self._connection.send(("answer", number, value))
+        self._connection.send(
+            ("answer", number, value), lambda error: self._connection.send(("answer", number, _unsent(error)))
+        )
 
     def _or_later(self, part: Any) -> Any:
         if not isinstance(part, Future):
@@ -128,7 +139,10 @@ class _Process:
         number = self._later
 
         def settle(future: Future[Any]) -> None:
-            self._connection.send(("settled", number, _result(future)))
+            self._connection.send(
+                ("settled", number, _result(future)),
+                lambda error: self._connection.send(("settled", number, _unsent(error))),
+            )
 
         part.add_done_callback(settle)
         return ("later", number)
@@ -148,6 +162,10 @@ class _Process:
         engine = self._built.engine
         while not self._done.wait(BEAT_SECONDS):
             self._connection.send(("beat", {**engine.figures(), "busy": engine.has_unfinished_requests}))
+
+
+def _unsent(error: Exception) -> RequestFailedError:
+    return RequestFailedError(f"the answer cannot be sent: {error}")
 
 
 def _result(future: Future[Any]) -> Any:

@@ -49,6 +49,7 @@ class _Asked:
     spec: Any
     deliver: Deliver
     started: bool = False
+    aborted: bool = False
     tries: int = 1
 
 
@@ -87,6 +88,7 @@ class RemoteEngine:
         self._beat = (0.0, -1)  # when a step was last seen, and its number
         self._life = 0.0  # when a sign of life came last
         self._process, self._connection, self.ready = self._start()
+        self._state = "running"
         self._watcher = threading.Thread(target=self._watch, name="octavo-supervisor", daemon=True)
         self._watcher.start()
 
@@ -105,20 +107,26 @@ class RemoteEngine:
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection, Ready]:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.server.engine_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is this process's to answer
-            )
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "octavo.server.engine_process", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # a terminal's Ctrl-C is this process's to answer
+                )
+            except BaseException:
+                ours.close()
+                raise
         connection = Connection(ours, "server-socket")
         try:
-            connection.send(self._settings)
+            with suppress(OSError):  # that it has ended is told where an answer is waited for
+                connection.send_now(self._settings)
             ours.settimeout(_START_SECONDS)
             answer = connection.receive()
             ours.settimeout(None)
         except BaseException as error:
             _kill(process)
+            process.wait()
             connection.close()
             if isinstance(error, ConnectionEndedError):
                 raise EngineClosedError(f"the engine's process ended while it started ({error})") from None
@@ -129,7 +137,6 @@ class RemoteEngine:
             raise answer[1]
         self._life = time.monotonic()
         self._beat = (self._life, -1)
-        self._state = "running"
         return process, connection, Ready(*answer[1:])
 
     def _watch(self) -> None:
@@ -161,6 +168,9 @@ class RemoteEngine:
                 except OctavoError as error:
                     log.error("the engine does not start: %s", error)
                     continue
+                except Exception:  # the machine has no process, descriptor or thread left: that passes
+                    log.exception("the engine cannot be started")
+                    continue
                 self._begin_again(started)
                 break
             if self._closed is not None:
@@ -177,7 +187,7 @@ class RemoteEngine:
             ended = [
                 one
                 for one in self._requests.values()
-                if one.started or one.tries > 1 or isinstance(one.spec, SessionSpec)
+                if one.started or one.aborted or one.tries > 1 or isinstance(one.spec, SessionSpec)
             ]
             for one in ended:
                 del self._requests[one.spec.request_id]
@@ -187,17 +197,19 @@ class RemoteEngine:
         for one in ended:
             _tell(one.deliver, RequestFailedError(problem))
         for answer in answers:
-            answer.set_exception(EngineClosedError(problem))
+            _settle(answer, EngineClosedError(problem))
 
     def _begin_again(self, started: tuple[subprocess.Popen[bytes], Connection, Ready]) -> None:
         with self._lock:
             self._process, self._connection, self.ready = started
             self.num_restarts += 1
             self.figures = {}
+            if self._closed is None:
+                self._state = "running"  # not before: what is asked goes to this connection
             for one in self._requests.values():
                 one.tries += 1
-            if self._requests:
-                self._connection.send(("add", [one.spec for one in self._requests.values()]))
+            for one in self._requests.values():  # each by itself: together they may be too large a message
+                self._send_requests("add", [one.spec])
         if self._closed is not None:  # meanwhile
             self._finish()
 
@@ -285,9 +297,16 @@ class RemoteEngine:
                     self._requests[one.request_id] = _Asked(one, deliver)
             taken = [one for one in requests if one not in refused]
             if taken:
-                self._connection.send((kind, taken if kind == "add" else taken[0]))
+                self._send_requests(kind, taken)
         for one in refused:
             _tell(deliver, InvalidRequestError("request_id", f"{one.request_id!r} is in use"))
+
+    def _send_requests(self, kind: str, specs: Sequence[Any]) -> None:
+        def refused(error: Exception) -> None:
+            for one in specs:
+                self._take_failed(one.request_id, _unsent(error))
+
+        self._connection.send((kind, list(specs) if kind == "add" else specs[0]), refused)
 
     def run(self, requests: Sequence[RequestSpec | MarginsSpec | PoolingSpec]) -> Generator[Any, None, None]:
         return engine_client.run(self, requests)
@@ -298,9 +317,16 @@ class RemoteEngine:
             for request_id in request_ids:
                 asked = self._requests.get(request_id)
                 if asked is not None and (owner is None or asked.deliver is owner):
+                    asked.aborted = True
                     ended.append(request_id)
-            if ended:
-                self._connection.send(("abort", ended))
+            if self._state == "restarting":  # it is not to begin
+                left = [self._requests.pop(request_id) for request_id in ended]
+            else:
+                left = []
+                if ended:
+                    self._connection.send(("abort", ended))
+        for one in left:
+            _tell(one.deliver, RequestFailedError("was aborted while the engine was started again"))
 
     def call(self, request_id: str, calls: Sequence[Any]) -> Future[list[Any]]:
         return self._ask("call", request_id, list(calls))
@@ -329,7 +355,9 @@ class RemoteEngine:
                 raise EngineClosedError("the engine is being started again")
             number = next(self._numbers)
             self._answers[number] = answer
-            self._connection.send(("ask", number, name, list(arguments)))
+            self._connection.send(
+                ("ask", number, name, list(arguments)), lambda error: self._take_answer(number, _unsent(error))
+            )
         return answer
 
     # --- the end ---
@@ -361,7 +389,11 @@ class RemoteEngine:
         for one in left:
             _tell(one.deliver, error)
         for answer in answers:
-            answer.set_exception(error)
+            _settle(answer, error)
+
+
+def _unsent(error: Exception) -> RequestFailedError:
+    return RequestFailedError(f"cannot be sent to the engine: {error}")
 
 
 def _settle(future: Future[Any], value: Any) -> None:

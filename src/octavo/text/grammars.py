@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
@@ -21,6 +23,8 @@ _MAX_CACHED = 128
 _DEADLINE = 5.0  # seconds that a grammar may take to compile
 _MAX_COMPILING = 4  # at once; one that is late goes on until its limits end it
 
+_all: weakref.WeakSet[Grammars] = weakref.WeakSet()
+
 
 class _Vocabulary:
     """A model's tokens as llguidance asks for them."""
@@ -34,6 +38,7 @@ class _Vocabulary:
         if eos_token_ids:
             self.eos_token_id = eos_token_ids[0]
         else:  # a token that no text has and nobody can draw: the output ends where the grammar does
+            self.tokens += [b""] * (rows - len(self.tokens))  # a model may have more rows than there are tokens
             self.eos_token_id = len(self.tokens)
             self.tokens.append(b"\xff<end>")
             self.special_token_ids.append(self.eos_token_id)
@@ -53,9 +58,14 @@ class Grammars:
         self._codec = codec
         self._eos_token_ids = eos_token_ids
         self._rows = rows
-        self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._cached: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """Also after a fork, in the child: the threads that compile are the parent's, and so is who holds the lock."""
+        self._lock = threading.Lock()
         self._compiling: ThreadPoolExecutor | None = None
         self._num_compiling = 0
 
@@ -112,6 +122,8 @@ class Grammars:
             if isinstance(error, InvalidRequestError):
                 raise
             raise InvalidRequestError(field, _problem(str(error))) from None
+        except BaseException as error:  # a panic of Rust code is no Exception
+            raise InvalidRequestError(field, _problem(f"{type(error).__name__}: {error}")) from None
         finally:
             with self._lock:
                 self._num_compiling -= 1
@@ -157,3 +169,12 @@ def _problem(told: str) -> str:
     """The first lines of what the library says, which may go on with its state."""
     lines = [line.strip() for line in told.split("<state>", maxsplit=1)[0].strip().split("\n") if line.strip()]
     return "; ".join(lines[:3])[:500] or "cannot be used"
+
+
+def _after_fork_in_child() -> None:
+    for grammars in tuple(_all):
+        grammars._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
