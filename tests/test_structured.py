@@ -25,6 +25,7 @@ from octavo import (
 )
 from octavo.core.grammar import GrammarState
 from octavo.text import grammars
+from tests.conftest import _save_model, _save_tokenizer, _special_ids
 
 SETTINGS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 1024}
 SCHEMA: dict[str, Any] = {

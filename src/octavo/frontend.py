@@ -516,5 +516,5 @@ def _filled(field: str, value: Any) -> str:
         raise InvalidRequestError(field, "must be a string, not empty, not ''")
     if len(text) > _MAX_NAME:
         raise InvalidRequestError(field, f"may have at most {_MAX_NAME} characters, not {len(text)}")
-    _check_unicode(field, text)
+    check_unicode(field, text)
     return text
