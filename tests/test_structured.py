@@ -493,6 +493,32 @@ def test_a_deadline(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     released.set()
 
 
+def test_many_new_grammars_at_once_wait_for_their_turn(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are compiled at once; only where no turn comes in time is one refused."""
+    source, all_in, go_on = grammars._source, threading.Semaphore(0), threading.Event()
+
+    def slow(params: StructuredOutputsParams) -> str:
+        all_in.release()
+        assert go_on.wait(60)
+        return source(params)
+
+    monkeypatch.setattr(grammars, "_source", slow)
+    monkeypatch.setattr(grammars, "_DEADLINE", 60.0)
+    monkeypatch.setattr(grammars, "_TURN", 0.0)
+    texts = [f"new {number % 8}" for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        given = [params_of({"choice": [text]}) for text in texts]
+        answers = [pool.submit(tiny.generate, "A", one, use_tqdm=False) for one in given[:4]]
+        for _ in range(4):
+            assert all_in.acquire(timeout=60)
+        with pytest.raises(InvalidRequestError, match="too many grammars"):
+            tiny.generate("A", params_of({"choice": ["one more"]}), use_tqdm=False)
+        monkeypatch.setattr(grammars, "_TURN", 60.0)
+        answers += [pool.submit(tiny.generate, "A", one, use_tqdm=False) for one in given[4:]]
+        go_on.set()
+        assert [answer.result()[0].outputs[0].text for answer in answers] == texts
+
+
 def test_without_the_package(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

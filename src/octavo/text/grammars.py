@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MAX_CACHED = 128
 _DEADLINE = 5.0  # seconds that a grammar may take to compile
 _MAX_COMPILING = 4  # at once; one that is late goes on until its limits end it
+_TURN = 5.0  # seconds that others wait for one of these to end: most take a few milliseconds
 
 _all: weakref.WeakSet[Grammars] = weakref.WeakSet()
 
@@ -66,8 +67,9 @@ class Grammars:
     def _begin(self) -> None:
         """Also after a fork, in the child: the threads that compile are the parent's, and so is who holds the lock."""
         self._lock = threading.Lock()
+        self._making_vocabulary = threading.Lock()
         self._compiling: ThreadPoolExecutor | None = None
-        self._num_compiling = 0
+        self._turns = threading.Semaphore(_MAX_COMPILING)
 
     def state(self, params: StructuredOutputsParams) -> GrammarState:
         """At the beginning of an output. Raises InvalidRequestError."""
@@ -93,10 +95,13 @@ class Grammars:
 
     def _in_time(self, params: StructuredOutputsParams) -> LLMatcher:
         field = f"structured_outputs.{params.kind}"
+        if not self._turns.acquire(timeout=_TURN):
+            raise InvalidRequestError(field, "too many grammars are being compiled: try it again")
         with self._lock:
-            if self._num_compiling >= _MAX_COMPILING:
-                raise InvalidRequestError(field, "too many grammars are being compiled: try it again")
-            self._num_compiling += 1
+            found = self._cached.get(params)  # somebody else's, meanwhile
+            if found is not None:
+                self._turns.release()
+                return found
             if self._compiling is None:
                 self._compiling = ThreadPoolExecutor(_MAX_COMPILING, "octavo-compile")
             job = self._compiling.submit(self._compile, params, field)
@@ -125,18 +130,18 @@ class Grammars:
         except BaseException as error:  # a panic of Rust code is no Exception
             raise InvalidRequestError(field, _problem(f"{type(error).__name__}: {error}")) from None
         finally:
-            with self._lock:
-                self._num_compiling -= 1
+            self._turns.release()
 
     def _vocabulary(self) -> Any:
         """Some 150 ms, the first time."""
-        if self._tokenizer is None:
-            from llguidance import LLTokenizer, TokenizerWrapper
+        from llguidance import LLTokenizer, TokenizerWrapper
 
-            vocabulary = _Vocabulary(self._codec, self._eos_token_ids, self._rows)
-            ends = list(self._eos_token_ids) or [vocabulary.eos_token_id]
-            self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=len(vocabulary.tokens), eos_token=ends)
-        return self._tokenizer
+        with self._making_vocabulary:
+            if self._tokenizer is None:
+                made = _Vocabulary(self._codec, self._eos_token_ids, self._rows)
+                ends = list(self._eos_token_ids) or [made.eos_token_id]
+                self._tokenizer = LLTokenizer(TokenizerWrapper(made), n_vocab=len(made.tokens), eos_token=ends)
+            return self._tokenizer
 
 
 def _source(params: StructuredOutputsParams) -> str:
