@@ -19,8 +19,9 @@ from octavo.async_llm import AsyncLLM
 from octavo.server.app import make_app
 from octavo.server.metrics import Metrics
 from octavo.server.served_llm import ServedLLM
-from octavo.server.serving import Server, open_socket, url_of
+from octavo.server.serving import Server, url_of
 from octavo.server.settings import ServerSettings
+from octavo.server.sockets import open_socket
 
 MODEL = "tiny"
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}

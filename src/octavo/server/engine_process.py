@@ -1,14 +1,14 @@
 """The process that steps: an engine on its thread, and a socket to the process that asks (`server.remote`).
 
-Started with the number of a socket's descriptor. The first message is the configuration, the answer to it what the
-engine is like, or why there is none. From then on each message is a tuple whose first part is its kind; see `_Process`.
+Started with the number of a socket's descriptor. The first message is the configuration and what else the process is to
+do, the answer to it what the engine is like, or why there is none. From then on each message is a tuple whose first
+part is its kind; see `_Process`.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -23,9 +23,11 @@ from octavo.core.errors import EngineClosedError, OctavoError, RequestFailedErro
 from octavo.core.pooling import PoolingSpec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.server.connection import Connection, ConnectionEndedError
+from octavo.server.logs import LogFormat, logging_to_stderr
 
 if TYPE_CHECKING:
     from octavo.core.plan import StepPlan
+    from octavo.server.timeline import Timeline
     from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,9 @@ class _Process:
     ("output", output), ("failed", request_id, error), ("answer", number, value), whose parts may be ("later", number),
     ("settled", number, value), ("beat", figures)."""
 
-    def __init__(self, built: BuiltEngine, connection: Connection) -> None:
+    def __init__(self, built: BuiltEngine, connection: Connection, timeline: Timeline | None) -> None:
         self._built = built
+        self._timeline = timeline
         self._loop = built.start()
         self._connection = connection
         self._started: set[str] = set()
@@ -114,6 +117,11 @@ class _Process:
         self._loop.forget(request_id, call)
 
     def _ask(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        if name == "timeline":  # the engine's thread may stand still, which is to be seen
+            nothing = RequestFailedError("no timeline is kept")
+            kept = nothing if self._timeline is None else self._timeline.snapshot(*arguments)
+            self._connection.send(("answer", number, kept))
+            return
         if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order"):
             raise ConnectionEndedError(f"no such question: {name}")
         try:
@@ -178,7 +186,7 @@ def _result(future: Future[Any]) -> Any:
     return error if isinstance(error, Exception) else RequestFailedError(f"{type(error).__name__}: {error}")
 
 
-def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
+def _open(connection: Connection, settings: dict[str, Any], keeps_timeline: bool) -> _Process | None:
     from octavo.build import build_engine
 
     gc.disable()  # what comes into being here stays
@@ -194,7 +202,12 @@ def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
     finally:
         gc.freeze()
         gc.enable()
-    process = _Process(built, connection)
+    timeline = None
+    if keeps_timeline:
+        from octavo.server.timeline import Timeline
+
+        timeline = Timeline(built)
+    process = _Process(built, connection, timeline)
     connection.send(
         (
             "ready",
@@ -210,17 +223,17 @@ def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
 def main(arguments: Sequence[str]) -> int:
     """Ctrl-C in a terminal goes to all processes: it is the other one's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(format="octavo engine: %(message)s", level=os.environ.get("OCTAVO_ENGINE_LOG_LEVEL", "WARNING"))
     connection = Connection(socket.socket(fileno=int(arguments[0])), "engine-socket")
     try:
-        settings = connection.receive()
-        process = _open(connection, settings)
+        settings, options = connection.receive()
     except ConnectionEndedError:
         return 0
-    if process is None:
-        connection.close()
-        return 2
-    process.run()
+    with logging_to_stderr(LogFormat(options["log_format"], options["log_level"], "octavo engine")):
+        process = _open(connection, settings, options["timeline"])
+        if process is None:
+            connection.close()
+            return 2
+        process.run()
     return 0
 
 
