@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,23 @@ LONG = {"prompt": "the fox", "max_tokens": 1500, "ignore_eos": True, "stream": T
 
 
 @contextmanager
-def served(model: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(
+    model: Path, *flags: str, place: Sequence[str] = ("--port", "0"), **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The program, and its address once it has told it."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), "--port", "0", *flags]
+    command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), *place, *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, restore_signals=True
     )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("octavo: serving "), (line, process.stderr and process.stderr.read())
-        yield process, line.split()[-1]
+        if line.startswith("{"):
+            yield process, json.loads(line)["url"]
+        else:
+            assert line.startswith("octavo: serving "), (line, process.stderr and process.stderr.read())
+            yield process, line.split()[-1]
     finally:
         process.kill()
         process.communicate()

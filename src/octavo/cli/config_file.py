@@ -65,7 +65,7 @@ def read_config_file(path: str, kinds: Mapping[str, type]) -> dict[str, Given]:
 
 def _settings(name: str, loader: _Loader, kinds: Mapping[str, type]) -> dict[str, Given]:
     node = loader.get_single_node()
-    if node is None:  # it is empty
+    if node is None or node.tag == "tag:yaml.org,2002:null":  # it is empty
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"config: {name} must hold settings, such as max_num_seqs: 16, and no list or text alone")

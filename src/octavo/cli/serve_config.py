@@ -34,22 +34,26 @@ def kinds_of_settings() -> dict[str, type]:
 def serve_config(args: argparse.Namespace, environ: Mapping[str, str]) -> ServeConfig:
     """Raises ConfigError naming the flag, variable or line of a file at fault."""
     environ = _without_service_links(environ)
-    path = args.config if args.config is not None else environ.get(variable("config"))
+    path = args.config if args.config is not None else environ.get(variable("config")) or None
     of_file: dict[str, Given] = {}
-    if path:
+    if path is not None:
         from octavo.cli.config_file import read_config_file
 
         of_file = read_config_file(path, kinds_of_settings())
-    made_of: list[Any] = []
-    given: dict[str, Given] = {}
-    for kind in KINDS:
-        sources = given_flags(args, kind), from_environment(kind, environ), of_file
-        of_kind = {one.name: joined for one in fields(kind) if (joined := _joined(one, kind, sources)) is not None}
-        made_of.append(made(kind, of_kind))
-        given |= of_kind
-    settings, engine = made_of
-    _check_together(engine, given)
-    return ServeConfig(settings, engine, {name: one.source for name, one in given.items()})
+    of_server = _strongest(ServerSettings, args, environ, of_file)
+    of_engine = _strongest(EngineConfig, args, environ, of_file)
+    _check_place(of_server)
+    engine = made(EngineConfig, of_engine)
+    _check_effect(engine, of_engine)
+    sources = {name: one.source for name, one in {**of_server, **of_engine}.items()}
+    return ServeConfig(made(ServerSettings, of_server), engine, sources)
+
+
+def _strongest(
+    kind: type, args: argparse.Namespace, environ: Mapping[str, str], of_file: Mapping[str, Given]
+) -> dict[str, Given]:
+    sources = given_flags(args, kind), from_environment(kind, environ), of_file
+    return {one.name: joined for one in fields(kind) if (joined := _joined(one, kind, sources)) is not None}
 
 
 def _without_service_links(environ: Mapping[str, str]) -> dict[str, str]:
@@ -84,10 +88,13 @@ def _listed(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _check_together(engine: EngineConfig, given: Mapping[str, Given]) -> None:
+def _check_place(given: Mapping[str, Given]) -> None:
     for name in ("host", "port"):
         if "uds" in given and name in given:
             raise ConfigError(f"{given['uds'].source}: is instead of host and port; {given[name].source} is given, too")
+
+
+def _check_effect(engine: EngineConfig, given: Mapping[str, Given]) -> None:
     # A variable may be meant for other commands as well.
     meant = [name for name, one in given.items() if one.source != variable(name)]
     for name in engine.without_effect(meant):
