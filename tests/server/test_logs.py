@@ -29,7 +29,7 @@ from octavo.server import logs
 from octavo.server.logs import JSONFormatter, LogFormat, QueuedHandler, TextFormatter, line_of, logging_to, with_fields
 from octavo.server.records import request_teller
 from octavo.server.served_llm import ServedLLM
-from tests.server.conftest import Running, serving
+from tests.server.conftest import Lines, Running, serving
 from tests.server.test_serve import LONG, SOURCE, ended, served
 from tests.server.test_streams import PATH, connect, until
 
@@ -187,43 +187,10 @@ def test_what_else_is_told(recwarn: pytest.WarningsRecorder, monkeypatch: pytest
 # --- a line for each request ---
 
 
-class Lines(logging.Handler):
-    """Fields of what is told of requests."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-    def of(self, message: str, count: int = 1) -> list[dict[str, Any]]:
-        """The last ones, once there are as many."""
-        limit = time.monotonic() + 60
-        while len(found := [one for one in self.records if one.getMessage() == message]) < count:
-            assert time.monotonic() < limit
-            time.sleep(0.002)
-        return [{**one.octavo_fields, "level": one.levelname} for one in found[-count:]]  # type: ignore[attr-defined]
-
-    def answered(self) -> dict[str, Any]:
-        return self.of("answered")[0]
-
-
 @pytest.fixture(scope="module")
 def apart(tiny_llama_dir: Path) -> Iterator[Running]:
     with serving(tiny_llama_dir, kind=ServedLLM) as running:
         yield running
-
-
-@pytest.fixture
-def lines() -> Iterator[Lines]:
-    handler, logger = Lines(), logging.getLogger("octavo.server.requests")
-    level = logger.level
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("stream", [False, True])
