@@ -33,6 +33,7 @@ from octavo.server.routes import (
     models,
     page,
     prometheus,
+    sessions,
     tokens,
 )
 from octavo.server.settings import ServerSettings
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
+_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, sessions, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
@@ -72,7 +73,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
@@ -84,6 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = ThreadPoolExecutor(_THREADS, "octavo-http")
     asyncio.get_running_loop().set_default_executor(threads)
     yield
+    app.state.octavo.sessions.close_all()
     app.state.octavo.templates.shutdown(wait=False, cancel_futures=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -48,12 +49,20 @@ def _error() -> dict[str, Any]:
     return {"description": "an error", "content": {"application/json": {"schema": schema}}}
 
 
+def _parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
 def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
     """The OpenAPI document."""
     page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, schemas = models_json_schema([(model, "validation") for model in _MODELS.values()], ref_template=_REF)
     known = page.setdefault("components", {}).setdefault("schemas", {})
     known.update({"Error": ERROR_SCHEMA, **schemas.get("$defs", {})})
+    for path, methods in page["paths"].items():
+        named = [_parameter(name) for name in re.findall(r"{(\w+)}", path)]
+        for method in methods.values():
+            method["parameters"] = named
     known.pop("HTTPValidationError", None)
     known.pop("ValidationError", None)
     if root_path:

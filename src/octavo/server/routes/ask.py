@@ -19,9 +19,9 @@ from octavo.server.context import ServerContext
 from octavo.server.errors import invalid
 from octavo.server.events import Work, ask_json, typed_answer
 from octavo.server.fields import RequestFields, documented, flag, integer, parsed
-from octavo.server.generation import Deadline
+from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
-from octavo.server.routes.margins import MarginsFields, margins_params, unique_id
+from octavo.server.routes.margins import MarginsFields, margins_params
 from octavo.server.sampling import changed, inside
 from octavo.server.settings import Limits
 
@@ -82,7 +82,7 @@ async def ask(request: Request, context: ServerContext, body: AskRequest, deadli
     limits = context.settings.limits
     model = context.model_named(body.model)
     params = _params(body, limits)
-    identity = unique_id(request, body.request_id, "ask", limits)
+    identity = unique_id(request, body.request_id, "ask", limits.max_request_id)
     async with deadline.hold():
         run = await context.llm.ask(
             body.question,

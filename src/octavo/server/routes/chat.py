@@ -103,8 +103,13 @@ def check_either(body: ConversationFields, prompt: object) -> None:
     if (prompt is None) == (body.messages is None):
         raise invalid("prompt", "give either prompt or messages")
     if body.messages is None:
-        for name in body.model_fields_set & set(ConversationFields.model_fields):
-            raise invalid(name, "has no effect without messages")
+        check_no_conversation(body)
+
+
+def check_no_conversation(body: ConversationFields) -> None:
+    """Of one without messages. Raises ApiError."""
+    for name in body.model_fields_set & set(ConversationFields.model_fields):
+        raise invalid(name, "has no effect without messages")
 
 
 async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, list[dict[str, Any]] | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +18,7 @@ from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, invalid
 from octavo.server.events import Work, margins_json, typed_answer
 from octavo.server.fields import Body, RequestFields, documented, flag, integer, number
-from octavo.server.generation import Deadline, answer_id
+from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
 from octavo.server.sampling import changed
 from octavo.server.settings import Limits
@@ -124,7 +123,7 @@ async def margins(request: Request, context: ServerContext, body: MarginsRequest
     params = MarginsParams(**given)
     if params.review and not body.stream:
         raise invalid("review", "needs stream, which tells what there is to judge")
-    identity = unique_id(request, body.request_id, "margins", limits)
+    identity = unique_id(request, body.request_id, "margins", limits.max_request_id)
     async with deadline.hold():
         run = await context.llm.margins(
             body.document,
@@ -156,12 +155,6 @@ def _read(context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key:
                     del context.runs[run.request_id]
 
     return work
-
-
-def unique_id(request: Request, given: object, kind: str, limits: Limits) -> str:
-    """The id of a run, which routes name and no other run has."""
-    identity, chosen = answer_id(request, given, kind, limits.max_request_id)
-    return identity if chosen else f"{identity}-{secrets.token_hex(4)}"
 
 
 # --- what a reviewer says ---
