@@ -1,5 +1,5 @@
-"""Traffic of all kinds, half as much again as the server takes, for a while: nothing grows, nothing fails, and what came
-in went out."""
+"""Traffic of all kinds, half as much again as the server takes, for a while: nothing grows, nothing fails, and what
+came in went out."""
 
 from __future__ import annotations
 
