@@ -14,6 +14,7 @@ from octavo.ask import AsyncAskRun
 from octavo.core.ask_params import AskParams
 from octavo.core.errors import shown
 from octavo.core.margins_params import MarginsParams
+from octavo.server.answer_types import Ask
 from octavo.server.answers import answering
 from octavo.server.context import ServerContext
 from octavo.server.errors import invalid
@@ -76,7 +77,7 @@ def _params(body: AskRequest, limits: Limits) -> AskParams:
     return AskParams(**given)
 
 
-@router.post("/v1/octavo/ask", **describes(AskRequest, "Answer a question from documents"))
+@router.post("/v1/octavo/ask", **describes(AskRequest, Ask, "Answer a question from documents", streams=True))
 @answering(AskRequest)
 async def ask(request: Request, context: ServerContext, body: AskRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits

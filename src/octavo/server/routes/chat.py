@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo.server.answer_types import ChatCompletion
 from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
@@ -70,7 +71,9 @@ class ChatCompletionRequest(SamplingFields, ConversationFields):
     top_logprobs: Any = integer("and of so many best ones in their place", minimum=0)
 
 
-@router.post("/v1/chat/completions", **describes(ChatCompletionRequest, "Answer a conversation"))
+@router.post(
+    "/v1/chat/completions", **describes(ChatCompletionRequest, ChatCompletion, "Answer a conversation", streams=True)
+)
 @answering(ChatCompletionRequest)
 async def chat_completions(
     request: Request, context: ServerContext, body: ChatCompletionRequest, deadline: Deadline

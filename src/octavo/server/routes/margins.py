@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from octavo.core.margins_params import MarginsParams
 from octavo.margins import AsyncMarginsRun
+from octavo.server.answer_types import Margins, Status
 from octavo.server.answers import answering, body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, invalid
@@ -111,7 +112,10 @@ def margins_params(body: MarginsFields, limits: Limits) -> dict[str, Any]:
     return given
 
 
-@router.post("/v1/octavo/margins", **describes(MarginsRequest, "Read a document with notes in its margins"))
+@router.post(
+    "/v1/octavo/margins",
+    **describes(MarginsRequest, Margins, "Read a document with notes in its margins", streams=True),
+)
 @answering(MarginsRequest)
 async def margins(request: Request, context: ServerContext, body: MarginsRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
@@ -161,7 +165,7 @@ def _read(context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key:
 
 
 def _say(verb: str, kind: type[Body], summary: str, say: Callable[[AsyncMarginsRun, Any], Awaitable[None]]) -> None:
-    @router.post(f"/v1/octavo/margins/{{run_id}}/{verb}", name=verb, **describes(kind, summary, streams=False))
+    @router.post(f"/v1/octavo/margins/{{run_id}}/{verb}", name=verb, **describes(kind, Status, summary))
     @route
     async def endpoint(request: Request, context: ServerContext) -> Response:
         body = await body_of(request, context, kind)

@@ -15,6 +15,18 @@ from starlette.responses import Response
 from octavo.async_session import AsyncBranch
 from octavo.core.errors import shown
 from octavo.core.outputs import CompletionOutput, SelectResult
+from octavo.server.answer_types import (
+    Answer,
+    Branch,
+    BranchText,
+    DeletedSession,
+    Dropped,
+    Forked,
+    Generated,
+    Selected,
+    Session,
+    Sessions,
+)
 from octavo.server.answers import answering, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -95,7 +107,7 @@ class TruncateRequest(BranchRequest):
 # --- a session as a whole ---
 
 
-@router.post(_ROOT, **describes(SessionRequest, "Open a session", streams=False))
+@router.post(_ROOT, **describes(SessionRequest, Session, "Open a session"))
 @answering(SessionRequest)
 async def open_session(request: Request, context: ServerContext, body: SessionRequest, deadline: Deadline) -> Response:
     model = context.model_named(body.model)
@@ -131,20 +143,20 @@ async def _beginning(context: ServerContext, body: SessionRequest) -> Any:
     return None if body.prompt is None else _as_prompt("prompt", body.prompt)
 
 
-@router.get(_ROOT, **describes(None, "Sessions that are open"))
+@router.get(_ROOT, **describes(None, Sessions, "Sessions that are open"))
 @route
 async def list_sessions(request: Request, context: ServerContext) -> Response:
     found = context.sessions.of(request.scope["octavo.key"])
     return JSONBytes({"object": "list", "data": [_told(held) for held in found]})
 
 
-@router.get(_ROOT + "/{session_id}", **describes(None, "A session and its branches"))
+@router.get(_ROOT + "/{session_id}", **describes(None, Session, "A session and its branches"))
 @route
 async def show_session(request: Request, context: ServerContext) -> Response:
     return JSONBytes(_told(_found(request, context)))
 
 
-@router.get(_ROOT + "/{session_id}/branches/{branch}", **describes(None, "A branch and its text"))
+@router.get(_ROOT + "/{session_id}/branches/{branch}", **describes(None, BranchText, "A branch and its text"))
 @route
 async def show_branch(request: Request, context: ServerContext) -> Response:
     held, name = _found(request, context), request.path_params["branch"]
@@ -154,7 +166,7 @@ async def show_branch(request: Request, context: ServerContext) -> Response:
     return JSONBytes({**_of_branch(number, branch), "text": text, "token_ids": branch.token_ids})
 
 
-@router.delete(_ROOT + "/{session_id}", **describes(None, "End a session"))
+@router.delete(_ROOT + "/{session_id}", **describes(None, DeletedSession, "End a session"))
 @route
 async def delete_session(request: Request, context: ServerContext) -> Response:
     held = _found(request, context)
@@ -193,13 +205,13 @@ def _checked_lease(lease: object, context: ServerContext) -> float:
 _Verb = Callable[[ServerContext, HeldSession, Any], Coroutine[Any, Any, dict[str, Any]]]
 
 
-def _verb(kind: type[Body], summary: str) -> Callable[[_Verb], _Verb]:
+def _verb(kind: type[Body], answer: type[Answer], summary: str) -> Callable[[_Verb], _Verb]:
     """A route for what the function does to a session."""
 
     def decorated(function: _Verb) -> _Verb:
         name = function.__name__.strip("_")
 
-        @router.post(f"{_ROOT}/{{session_id}}/{name}", name=name, **describes(kind, summary, streams=False))
+        @router.post(f"{_ROOT}/{{session_id}}/{name}", name=name, **describes(kind, answer, summary))
         @answering(kind)
         async def endpoint(request: Request, context: ServerContext, body: Body, deadline: Deadline) -> Response:
             held = _found(request, context)
@@ -212,14 +224,14 @@ def _verb(kind: type[Body], summary: str) -> Callable[[_Verb], _Verb]:
     return decorated
 
 
-@_verb(RenewRequest, "Let the lease begin anew")
+@_verb(RenewRequest, Session, "Let the lease begin anew")
 async def renew(context: ServerContext, held: HeldSession, body: RenewRequest) -> dict[str, Any]:
     if body.lease is not None:
         held.lease = _checked_lease(body.lease, context)
     return _told(held)
 
 
-@_verb(ExtendRequest, "Append text to a branch")
+@_verb(ExtendRequest, Branch, "Append text to a branch")
 async def extend(context: ServerContext, held: HeldSession, body: ExtendRequest) -> dict[str, Any]:
     number, branch = _branch_of(held, body)
     prompt = _as_prompt("prompt", body.prompt)
@@ -228,7 +240,7 @@ async def extend(context: ServerContext, held: HeldSession, body: ExtendRequest)
     return _of_branch(number, branch)
 
 
-@_verb(GenerateRequest, "Continue branches")
+@_verb(GenerateRequest, Generated, "Continue branches")
 async def generate(context: ServerContext, held: HeldSession, body: GenerateRequest) -> dict[str, Any]:
     params = turn_params(body, context)
     numbers = _branches_of(held, body)
@@ -245,7 +257,7 @@ def _output_of(number: int, branch: AsyncBranch, output: CompletionOutput) -> di
     return {**_of_branch(number, branch), **output_json(output)}
 
 
-@_verb(SelectRequest, "Compare texts that could go on a branch")
+@_verb(SelectRequest, Selected, "Compare texts that could go on a branch")
 async def select(context: ServerContext, held: HeldSession, body: SelectRequest) -> dict[str, Any]:
     number, branch = _branch_of(held, body)
     if not isinstance(body.choices, list):
@@ -272,7 +284,7 @@ def _selected(result: SelectResult) -> dict[str, Any]:
     return {"by": result.by, "best": best, "choices": choices}
 
 
-@_verb(ForkRequest, "Fork a branch")
+@_verb(ForkRequest, Forked, "Fork a branch")
 async def fork(context: ServerContext, held: HeldSession, body: ForkRequest) -> dict[str, Any]:
     _, branch = _branch_of(held, body)
     n, most = 1 if body.n is None else body.n, context.settings.limits.max_branches
@@ -283,7 +295,7 @@ async def fork(context: ServerContext, held: HeldSession, body: ForkRequest) -> 
     return {"branches": [_of_branch(*one) for one in made.items()]}
 
 
-@_verb(TruncateRequest, "Keep the beginning of a branch")
+@_verb(TruncateRequest, Branch, "Keep the beginning of a branch")
 async def truncate(context: ServerContext, held: HeldSession, body: TruncateRequest) -> dict[str, Any]:
     del context
     number, branch = _branch_of(held, body)
@@ -291,7 +303,7 @@ async def truncate(context: ServerContext, held: HeldSession, body: TruncateRequ
     return _of_branch(number, branch)
 
 
-@_verb(BranchRequest, "End a branch")
+@_verb(BranchRequest, Dropped, "End a branch")
 async def drop(context: ServerContext, held: HeldSession, body: BranchRequest) -> dict[str, Any]:
     del context
     number, branch = _branch_of(held, body)
