@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -51,7 +52,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
     """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
     `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
     settings = ServerSettings() if settings is None else settings
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Octavo",
         version=__version__,
         description="An OpenAI-compatible server for work that branches.",
