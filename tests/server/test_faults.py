@@ -135,7 +135,8 @@ def test_a_server_that_is_stopped_for_a_while(tiny_dir: Path, who: str) -> None:
                 time.sleep(8 if sig == signal.SIGSTOP else 0)
 
         traffic = under_load(running, strike, seed=7)
-        assert set(traffic.ends) <= {"ok", "404"}  # leases of sessions may have ended
+        # Leases of sessions may have ended, and connections that nobody had used for so long.
+        assert set(traffic.ends) <= {"ok", "404", "gone"}
         running.until_idle()
         assert running.stats()["restarts"] == 0
 
