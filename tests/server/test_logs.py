@@ -29,6 +29,7 @@ from octavo.server import logs
 from octavo.server.logs import JSONFormatter, LogFormat, QueuedHandler, TextFormatter, line_of, logging_to, with_fields
 from octavo.server.records import request_teller
 from octavo.server.served_llm import ServedLLM
+from octavo.server.settings import ServerSettings
 from tests.server.conftest import Lines, Running, serving
 from tests.server.test_serve import LONG, SOURCE, ended, served
 from tests.server.test_streams import PATH, connect, until
@@ -239,6 +240,21 @@ def test_other_routes(apart: Running, lines: Lines) -> None:
         assert told["route"] == template and told["level"] == "INFO" and "prompt_tokens" not in told
 
 
+def test_sessions(apart: Running, lines: Lines) -> None:
+    """What their branches generate is counted, by the model's name and without their text."""
+    root = "/v1/octavo/sessions"
+    session = apart.post(root, {"prompt": "the fox"}).json()["id"]
+    apart.post(f"{root}/{session}/fork", {"n": 1})
+    for body, tokens in (({"branches": [0, 1]}, 6), ({}, 3)):
+        lines.records.clear()
+        body |= {"max_tokens": 3, "ignore_eos": True, "temperature": 0}
+        assert apart.post(f"{root}/{session}/generate", body).status_code == 200
+        told = lines.answered()
+        assert told["route"] == root + "/{session_id}/generate" and told["generated_tokens"] == tokens
+        assert told["model"] == "tiny" and told["finish_reason"] == "length" and "prompt_tokens" not in told
+    apart.client.delete(f"{apart.url}{root}/{session}")
+
+
 def test_what_machines_ask_is_told_at_level_debug(apart: Running, lines: Lines) -> None:
     for path in ("/live", "/ready", "/health", "/metrics", "/v1/octavo/stats", "/", "/page/main.js"):
         lines.records.clear()
@@ -306,6 +322,20 @@ def test_prompts_are_told_when_asked_for(apart: Running, lines: Lines, monkeypat
     margins, beams, embeddings = lines.of("received", 3)
     assert margins["prompt"] == "all of it" and "margin" in margins
     assert beams["beams"]["beam_width"] == 2 and embeddings["params"] == {"pooling": "last"}
+
+
+def test_what_is_asked_of_sessions_is_told_too(tiny_llama_dir: Path, lines: Lines) -> None:
+    settings = ServerSettings(port=0, enable_log_requests=True, max_log_len=6)
+    root = "/v1/octavo/sessions"
+    with serving(tiny_llama_dir, settings) as running:
+        session = running.post(root, {"prompt": "open it"}).json()["id"]
+        running.post(f"{root}/{session}/extend", {"prompt": " and extend"})
+        running.post(f"{root}/{session}/select", {"choices": ["a", "b"]})
+        opened, extended, selected = lines.of("received", 3)
+    assert {one["session"] for one in (opened, extended, selected)} == {session}
+    assert [one["verb"] for one in (opened, extended, selected)] == ["open", "extend", "select"]
+    assert opened["params"] == {"prompt": "open i..."} and extended["params"] == {"prompt": " and e..."}
+    assert selected["params"] == {"choices": "['a', ..."}
 
 
 # --- the program ---

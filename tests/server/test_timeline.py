@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,10 @@ import pytest
 
 from octavo.core.errors import RequestFailedError
 from octavo.core.events import EventKind
+from octavo.core.params import SamplingParams
 from octavo.core.plan import StepPlan, StepResult
+from octavo.core.request import RequestSpec, SessionSpec
+from octavo.core.session_calls import ROOT, Call, Extend, Generate
 from octavo.server import timeline
 from octavo.server.remote import EngineOptions
 from octavo.server.served_llm import ServedLLM
@@ -26,7 +29,7 @@ from tests.server.test_serve import LONG
 from tests.server.test_streams import PATH, until
 
 _ROUNDING = 0.002  # microseconds
-PHASES = {"queued", "prefilling", "decoding", "preempted"}
+PHASES = {"queued", "prefilling", "decoding", "preempted", "idle"}
 
 
 def checked(trace: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,11 +88,21 @@ def names_of(events: list[dict[str, Any]], request_id: str) -> list[str]:
 # --- over an engine without a model ---
 
 
+class Quick(Harness):
+    """Time goes on in steps alone."""
+
+    def step(self) -> list[Any]:
+        outputs = self.engine.step()
+        self.check()
+        self.take(outputs)
+        return outputs
+
+
 class Watched:
     """An engine whose steps take a quarter of a second, and its timeline."""
 
     def __init__(self, **options: Any) -> None:
-        self.harness = Harness(**options)
+        self.harness = Quick(**options)
         execute = self.harness.executor.execute
 
         def slow(plan: StepPlan) -> Any:
@@ -154,6 +167,36 @@ def test_requests_and_what_they_are_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"waiting", "cache_hit"} & moments
 
 
+def test_time_in_which_nothing_is_asked() -> None:
+    """Of a session between two calls, while others step or nobody does."""
+    watched = Watched()
+    harness = watched.harness
+    harness.engine.add_request(SessionSpec("s", seed=0))
+    numbers = count()
+
+    def generate() -> None:
+        turn = RequestSpec("s", (), SamplingParams(max_tokens=3), seed=0, max_tokens=3)
+        verbs = Extend((5, 6)), Generate(turn)
+        harness.engine.call("s", [Call(next(numbers), ROOT, verb) for verb in verbs])
+        while harness.engine.has_unfinished_requests:
+            harness.step()
+
+    assert names_of(checked(watched.trace()), "s") == ["idle"]
+    harness.now += 5.0
+    generate()
+    harness.now += 5.0
+    assert names_of(checked(watched.trace()), "s") == ["idle", "prefilling", "decoding", "idle"]
+    harness.add("other", [1, 2, 3], max_tokens=3)
+    while harness.engine.has_unfinished_requests:
+        harness.step()
+    generate()
+    harness.now += 5.0
+    harness.engine.abort("s")
+    phases = names_of(events := checked(watched.trace()), "s")
+    assert phases == ["idle", "prefilling", "decoding", "idle", "prefilling", "decoding", "idle"]
+    assert names_of(events, "other") == ["queued", "prefilling", "decoding"]
+
+
 def test_an_id_that_comes_again() -> None:
     """Is another request, also while the first one's last moments are still told."""
     watched = Watched()
@@ -177,12 +220,12 @@ def test_a_window_of_it() -> None:
     watched.harness.add("long", [4, 5, 6], max_tokens=100)
     for _ in range(20):
         watched.harness.step()
-    trace = watched.trace(5.0)
+    trace = watched.trace(4.0)
     events = checked(trace)
-    assert trace["otherData"]["seconds"] == 5.0
+    assert trace["otherData"]["seconds"] == 4.0
     assert names_of(events, "long") == ["decoding"] and "early" not in {one["name"] for one in events}
-    assert [(one["ph"], one["ts"]) for one in events if one["name"] == "long"] == [("b", 0.0), ("e", 5_000_000.0)]
-    assert len([one for one in events if one["name"] == "step"]) in (4, 5)
+    assert [(one["ph"], one["ts"]) for one in events if one["name"] == "long"] == [("b", 0.0), ("e", 4_000_000.0)]
+    assert len([one for one in events if one["name"] == "step"]) in (16, 17)
     assert checked(watched.trace(0.001)) is not None
 
 
@@ -198,9 +241,9 @@ def test_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept._steps) == len(kept._phases) == len(kept._moments) == 50 and not kept._now
     assert len(checked(watched.trace(1e6))) < 1000
     monkeypatch.setattr(timeline, "SECONDS", 10.0)
-    watched.harness.add("last", [1], max_tokens=15)
+    watched.harness.add("last", [1], max_tokens=60)
     watched.harness.run()
-    assert len(kept._steps) <= 11 and all(one.end is not None for one in kept._phases) and len(kept._phases) <= 4
+    assert len(kept._steps) == 41 and len(kept._phases) <= 41
 
 
 def test_a_step_that_stands_still_does_not_hold_it_up() -> None:
@@ -256,6 +299,14 @@ def test_the_route(watching: Running) -> None:
     assert len([one for one in events if one["ph"] == "b" and one["name"] == "queued"]) == 6
     assert {one["name"] for one in events if one["ph"] == "X"} == {"step", "model", "sample"}
     until(watching, 0)
+    root = "/v1/octavo/sessions"
+    session = watching.post(root, {"prompt": "the fox"}).json()["id"]
+    assert watching.post(f"{root}/{session}/generate", {"max_tokens": 3}).status_code == 200
+    events = checked(watching.get("/debug/timeline").json())
+    (name,) = [one["name"] for one in events if one["ph"] == "b" and one["name"].startswith("session")]
+    phases = [phase for phase in names_of(events, name) if phase != "idle"]
+    assert [phase for phase, _ in groupby(phases)] == ["prefilling", "decoding"]
+    watching.client.delete(f"{watching.url}{root}/{session}")
     assert len(checked(watching.get("/debug/timeline?seconds=0.000001").json())) <= 4
 
 

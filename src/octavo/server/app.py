@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -33,6 +34,7 @@ from octavo.server.routes import (
     models,
     page,
     prometheus,
+    sessions,
     timeline,
     tokens,
 )
@@ -45,14 +47,14 @@ if TYPE_CHECKING:
 
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
+_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, sessions, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
     """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
     `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
     settings = ServerSettings() if settings is None else settings
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Octavo",
         version=__version__,
         description="An OpenAI-compatible server for work that branches.",
@@ -78,7 +80,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
@@ -100,6 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     asyncio.get_running_loop().set_default_executor(threads)
     yield
     context = app.state.octavo
+    context.sessions.close_all()
     context.templates.shutdown(wait=False, cancel_futures=True)
     if context.tracing is not None:
         await asyncio.to_thread(context.tracing.close)

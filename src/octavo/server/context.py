@@ -16,6 +16,7 @@ from octavo.server.admission import Admission
 from octavo.server.errors import ApiError
 from octavo.server.json_body import BodyBuffer
 from octavo.server.records import current_record
+from octavo.server.sessions import Sessions
 from octavo.text.tool_calls import format_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ServerContext:
     tracing: Tracing | None  # None: nothing is sent anywhere
     # Threads that wait for chat templates, which may take a while: others are not to stand behind them.
     templates: ThreadPoolExecutor
+    sessions: Sessions
     num_open: int = 0  # requests that are being answered, of any kind
     runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
 
@@ -98,6 +100,7 @@ def make_context(
         state=state,
         metrics=metrics,
         tracing=tracing,
+        sessions=Sessions(settings.limits.max_sessions),
         templates=ThreadPoolExecutor(_TEMPLATES, "octavo-http-templates"),
     )
 

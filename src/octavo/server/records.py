@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from octavo.core.margins import AnswerDelta, MarginsOutput
-from octavo.core.outputs import RequestMetrics
+from octavo.core.outputs import CompletionOutput, RequestMetrics
 from octavo.core.pooling import PoolingOutput
 from octavo.server.logs import with_fields
 
@@ -37,12 +37,25 @@ class RequestRecord:
     model: str | None = None  # by the name that the answer carries
     specs: list[Any] = field(default_factory=list)  # of the engine's requests
     finish_reasons: dict[str, None] = field(default_factory=dict)  # each once
+    turn_tokens: int | None = None  # generated in a session
     metrics: dict[str, RequestMetrics] = field(default_factory=dict)  # the latest, by the engine's id
 
     def watch(self, spec: Any) -> RecordWatch:
         """One of the engine's requests."""
         self.specs.append(spec)
         return RecordWatch(self)
+
+    def take_turns(self, outputs: Iterable[CompletionOutput]) -> None:
+        """What branches of a session have generated."""
+        for one in outputs:
+            self.turn_tokens = (self.turn_tokens or 0) + len(one.token_ids)
+            if one.finish_reason is not None:
+                self.finish_reasons[one.finish_reason] = None
+
+    @property
+    def asked_engine(self) -> bool:
+        """For text or vectors."""
+        return bool(self.specs) or self.turn_tokens is not None
 
     # --- of the engine's requests; None where there was none ---
 
@@ -56,7 +69,8 @@ class RequestRecord:
 
     @property
     def generated_tokens(self) -> int | None:
-        return sum(one.num_generated_tokens for one in self.metrics.values()) if self.metrics else None
+        counts = [one.num_generated_tokens for one in self.metrics.values()]
+        return sum(counts, self.turn_tokens or 0) if counts or self.turn_tokens is not None else None
 
     @property
     def num_preemptions(self) -> int | None:
@@ -177,24 +191,29 @@ def request_teller(decode: Callable[[list[int]], str], most: int | None) -> Call
     """For --enable-log-requests: tells prompt and parameters of a request to the engine. `most`: characters."""
 
     def tell(spec: Any) -> None:
-        record = current_record.get()
         token_ids = getattr(spec, "prompt_token_ids", None)
         prompt = decode(list(spec.document if token_ids is None else token_ids))
-        if most is not None and len(prompt) > most:
-            prompt = prompt[:most] + "..."
         params = {name: _told(getattr(spec, name, None)) for name in ("params", "beams", "margin", "answer")}
-        log.info(
-            "received",
-            extra=with_fields(
-                request_id=None if record is None else record.request_id,
-                engine_id=spec.request_id,
-                prompt_tokens=num_prompt_tokens(spec),
-                prompt=prompt,
-                **{name: value for name, value in params.items() if value},
-            ),
+        given = {name: value for name, value in params.items() if value}
+        _tell_received(
+            engine_id=spec.request_id, prompt_tokens=num_prompt_tokens(spec), prompt=cut(prompt, most), **given
         )
 
     return tell
+
+
+def tell_turn(session: str, verb: str, given: Mapping[str, Any], most: int | None) -> None:
+    """The same of what is asked of a session."""
+    _tell_received(session=session, verb=verb, params={name: cut(str(value), most) for name, value in given.items()})
+
+
+def _tell_received(**fields: Any) -> None:
+    record = current_record.get()
+    log.info("received", extra=with_fields(request_id=None if record is None else record.request_id, **fields))
+
+
+def cut(text: str, most: int | None) -> str:
+    return text if most is None or len(text) <= most else text[:most] + "..."
 
 
 def _told(params: Any) -> dict[str, Any]:

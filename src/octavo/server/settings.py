@@ -43,6 +43,8 @@ class Limits:
     max_tool_calls: int = _limit(128, "calls of tools of one message")
     max_request_id: int = _limit(128, "characters of a request's id")
     max_header_bytes: int = _limit(64 << 10, "bytes of a request's path and headers together")
+    max_sessions: int = _limit(64, "sessions that are open at a time")
+    max_branches: int = _limit(256, "branches of a session")
     stream_buffer: int = _limit(64, "pieces that wait for a slow reader; beyond, they are merged")
 
     def __post_init__(self) -> None:
@@ -106,6 +108,9 @@ class ServerSettings:
     shutdown_timeout: float = setting(30.0, "seconds that requests may go on for after SIGTERM", low=0)
     sse_keep_alive_interval: float = setting(
         15.0, "seconds between comments in a stream that has nothing to say", above=0
+    )
+    max_session_lease: float = setting(
+        3600.0, "seconds, at most, that a session may ask to stay open while nobody uses it", above=0
     )
     hang_timeout: float = setting(
         60.0,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.wiring import BuiltEngine
 
 SECONDS = 60.0  # that are kept
+_IDLE = 0.05  # seconds without a step of its own, after which a request is told to be idle
 _MOST = 20_000  # of steps, of phases and of moments: beyond, the oldest are forgotten
 
 # What a request is at from then on; None: at nothing, it has ended.
@@ -56,7 +57,7 @@ class Phase(NamedTuple):
     request_id: str
     name: str
     start: float
-    end: float | None  # None: it lasts
+    end: float  # of one that lasts, its start
     reason: str = ""  # why it ended
 
 
@@ -86,6 +87,8 @@ class Timeline:
         self._phases: deque[Phase] = deque(maxlen=_MOST)
         self._moments: deque[Moment] = deque(maxlen=_MOST)
         self._now: dict[str, Phase] = {}  # by request id
+        self._seen: dict[str, float] = {}  # by request id: the end of the last step that it had a part in
+        self._stepping: frozenset[str] = frozenset()  # those that have one in the step under way
         self._num_requests = 0
         self._step_began = 0.0
         self._began = self._clock()
@@ -94,7 +97,7 @@ class Timeline:
         engine.events.subscribe(self._note)
 
     def _begin_step(self, plan: StepPlan) -> None:
-        del plan
+        self._stepping = frozenset(grant.request_id for grant in plan.grants)
         self._step_began = self._clock()
 
     def _end_step(self, plan: StepPlan, result: StepResult) -> None:
@@ -117,12 +120,14 @@ class Timeline:
             result.timings,
         )
         self._steps.append(step)
+        self._seen.update(dict.fromkeys(self._stepping, now))
+        self._stepping = frozenset()
         for grant in drawing:
             phase = self._now.get(grant.request_id)
             if phase is not None and phase.name == "prefilling":
                 self._change(phase, "decoding", now)
         for kept in (self._steps, self._phases):
-            while kept and now - (kept[0].end or now) > SECONDS:
+            while kept and now - kept[0].end > SECONDS:
                 kept.popleft()
 
     def _note(self, event: Event) -> None:
@@ -135,26 +140,44 @@ class Timeline:
             self._change(phase, _PHASES[event.kind], event.time, event.reason)
         elif event.kind is EventKind.QUEUED:
             self._num_requests += 1
-            self._now[event.request_id] = Phase(self._num_requests, event.request_id, "queued", event.time, None)
+            # A session waits for nothing before it is asked something.
+            name = "idle" if self._engine.scheduler.is_parked(event.request_id) else "queued"
+            self._now[event.request_id] = Phase(self._num_requests, event.request_id, name, event.time, event.time)
 
     def _change(self, phase: Phase, name: str | None, at: float, reason: str = "") -> None:
-        self._phases.append(phase._replace(end=at, reason=reason))
+        ended = self._until(phase, at, reason)
+        if name == phase.name and len(ended) == 1:  # it goes on
+            return
+        self._phases += ended
         if name is None:
             del self._now[phase.request_id]
+            self._seen.pop(phase.request_id, None)
         else:
-            self._now[phase.request_id] = phase._replace(name=name, start=at)
+            self._now[phase.request_id] = phase._replace(name=name, start=at, end=at)
+
+    def _until(self, phase: Phase, at: float, reason: str = "") -> list[Phase]:
+        """As it was up to now: a request that had no part in steps at the end was idle then, such as a session between
+        two calls."""
+        ended = phase._replace(end=at, reason=reason)
+        seen = max(phase.start, self._seen.get(phase.request_id, phase.start))
+        busy = phase.name not in ("prefilling", "decoding") or phase.request_id in self._stepping
+        if busy or at - seen <= _IDLE:
+            return [ended]
+        return [phase._replace(end=seen), ended._replace(name="idle", start=seen)]
 
     def snapshot(self, seconds: float) -> bytes:
         """The last `seconds`, for `chrome_trace`. It asks nothing of the engine's thread, which may stand still."""
         now = self._clock()
         start = max(self._began, now - min(seconds, SECONDS))
-        phases = [*_copied(self._phases), *_copied(self._now.values())]
+        phases = _copied(self._phases)
+        for phase in _copied(self._now.values()):
+            phases += self._until(phase, now)
         return msgspec.msgpack.encode(
             Snapshot(
                 start,
                 now,
-                [step for step in _copied(self._steps) if step.end >= start],
-                [phase for phase in phases if phase.end is None or phase.end >= start],
+                [step for step in _copied(self._steps) if step.end > start],
+                [phase for phase in phases if phase.end >= start],
                 [moment for moment in _copied(self._moments) if moment.at >= start],
             )
         )
@@ -199,11 +222,12 @@ def _of_steps(told: Snapshot) -> Iterator[dict[str, Any]]:
         moved = {"copied_blocks": step.num_copies, "loaded_blocks": step.num_loads}
         args = {"step": step.number, **counts, "blocks_in_use": step.blocks_in_use, **moved}
         yield {**track, "name": "step", "ts": start, "dur": _rounded(end - start), "args": args}
-        at = start
+        began = step.start
         for name, seconds in step.timings.items():
-            until = min(end, _rounded(at + seconds * 1e6))
-            yield {**track, "name": name, "ts": at, "dur": _rounded(until - at)}
-            at = until
+            at, until = _time(told, began), _time(told, min(step.end, began + seconds))
+            if at < until:  # in the window
+                yield {**track, "name": name, "ts": at, "dur": _rounded(until - at)}
+            began += seconds
         counter = {"ph": "C", "pid": 1, "tid": 1, "ts": end}
         yield {**counter, "name": "KV blocks in use", "args": {"blocks": step.blocks_in_use}}
         yield {**counter, "name": "requests", "args": {"running": step.running, "waiting": step.waiting}}
@@ -220,7 +244,7 @@ def _of_requests(told: Snapshot) -> Iterator[dict[str, Any]]:
         yield {**track, "ph": "b", "name": name, "ts": _time(told, phases[0].start), "args": {"request_id": name}}
         for phase in phases:
             yield {**track, "ph": "b", "name": phase.name, "ts": _time(told, phase.start)}
-            end = _time(told, told.now if phase.end is None else phase.end)
+            end = _time(told, phase.end)
             yield {**track, "ph": "e", "name": phase.name, "ts": end, "args": {"reason": phase.reason}}
         yield {**track, "ph": "e", "name": name, "ts": end}
 

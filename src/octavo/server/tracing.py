@@ -79,7 +79,7 @@ class Tracing:
     def end(self, span: Any, record: RequestRecord) -> None:
         """It ends now."""
         if span.is_recording():
-            told = of_http(record) | (of_engine(record) if record.specs else {})
+            told = of_http(record) | (of_engine(record) if record.asked_engine else {})
             span.set_attributes({name: value for name, value in told.items() if value is not None})
             span.update_name(span_name(record))
             if record.is_error:
@@ -94,7 +94,7 @@ class Tracing:
 
 
 def span_name(record: RequestRecord) -> str:
-    if record.specs:
+    if record.asked_engine:
         return f"{_operation(record)} {record.model}"
     return record.method if record.route is None else f"{record.method} {record.route}"
 
@@ -135,7 +135,7 @@ def of_engine(record: RequestRecord) -> dict[str, Any]:
         "gen_ai.latency.e2e": record.duration,
         "octavo.num_preemptions": record.num_preemptions,
     }
-    return told | _of_params(record.specs[0])
+    return told | (_of_params(record.specs[0]) if record.specs else {})
 
 
 def _of_params(spec: Any) -> dict[str, Any]:

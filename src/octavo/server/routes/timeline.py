@@ -20,7 +20,12 @@ from octavo.server.timeline import SECONDS, chrome_trace
 debug_router = APIRouter()
 
 
-@debug_router.get("/debug/timeline", **describes(None, "The engine's last steps and requests, for Perfetto"))
+_QUERY = {"seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": SECONDS, "default": SECONDS}}
+
+
+@debug_router.get(
+    "/debug/timeline", **describes(None, None, "The engine's last steps and requests, for Perfetto", query=_QUERY)
+)
 @route
 async def timeline(request: Request, context: ServerContext) -> Response:
     """``?seconds=5``: the last so many."""
@@ -30,7 +35,7 @@ async def timeline(request: Request, context: ServerContext) -> Response:
             raise invalid(name, "is not known here; seconds is")
     if not isinstance(context.llm, ServedLLM):
         raise ApiError(404, "there is no such route")
-    data = await context.llm.timeline(_seconds(given.get("seconds", "60")))
+    data = await context.llm.timeline(_seconds(given.get("seconds", str(SECONDS))))
     return JSONBytes(await asyncio.to_thread(chrome_trace, data))
 
 
