@@ -79,6 +79,24 @@ def test_a_server_and_its_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
         assert code == 0 and "SIGTERM: shutting down" in err and "no such variable" not in err
 
 
+def test_a_signal_that_goes_to_all_processes(tiny_llama_dir: Path) -> None:
+    """As some supervisors send it: the engine goes on for the requests that are to end."""
+    with served(tiny_llama_dir) as (process, url):
+        with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            engines = [int(one) for one in children if "engine_process" in Path(f"/proc/{one}/cmdline").read_text()]
+            assert len(engines) == 1
+            for pid in (*engines, process.pid):
+                os.kill(pid, signal.SIGTERM)
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]" and '"finish_reason":"length"' in told[-2]
+        code, err = ended(process)
+        assert code == 0 and "it is started again" not in err
+        assert not Path(f"/proc/{engines[0]}").exists()
+
+
 @pytest.mark.parametrize("how", ["twice", "late"])
 def test_an_end_that_does_not_wait(tiny_llama_dir: Path, how: str) -> None:
     """At a second signal, or when the time is over: who waits is told by an error."""

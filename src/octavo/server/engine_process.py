@@ -276,8 +276,10 @@ def _open(connection: Connection, settings: dict[str, Any], keeps_timeline: bool
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ctrl-C in a terminal goes to all processes: it is the other one's to answer."""
+    """Ctrl-C in a terminal goes to all processes, and SIGTERM of a supervisor may: they are the other one's to answer.
+    When that one ends, this one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=int(arguments[0])), "engine-socket")
     try:
         settings, options = connection.receive()
