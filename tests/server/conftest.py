@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +87,16 @@ def serving(
             thread.join(30)
             llm.close()
             assert not thread.is_alive()
+
+
+def with_template(model: Path, folder: Path, template: str) -> Path:
+    """A copy of a model with another chat template."""
+    copied = folder / "model"
+    shutil.copytree(model, copied)
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return copied
 
 
 @pytest.fixture(scope="session")

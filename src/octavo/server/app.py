@@ -19,6 +19,7 @@ from starlette.responses import Response
 from octavo import __version__
 from octavo.server.access import Access
 from octavo.server.context import make_context
+from octavo.server.envelope import error_response
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
 from octavo.server.routes import (
@@ -91,7 +92,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not for this route", None, headers).response()
-    if error.status_code == 404:
-        return ApiError(404, "there is no such route").response()
-    return ApiError(error.status_code, str(error.detail), None, headers).response()
+        found = ApiError(405, f"{request.method} is not for this route", None, headers)
+    elif error.status_code == 404:
+        found = ApiError(404, "there is no such route")
+    else:
+        found = ApiError(error.status_code, str(error.detail), None, headers)
+    return error_response(found, request.scope)
