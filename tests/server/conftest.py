@@ -25,6 +25,21 @@ from octavo.server.serving import Server, open_socket, url_of
 from octavo.server.settings import ServerSettings
 
 MODEL = "tiny"
+HERMES = (
+    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
+    'Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
+    'Respond in the format {"name": function name, "parameters": dictionary}<|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ 'ipython' if m.role == 'tool' else m.role }}\n{{ m.content }}"
+    '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", '
+    '"parameters": {{ c.function.arguments | tojson }}}{% endfor %}<|im_end|>\n'
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
 
 
@@ -102,6 +117,20 @@ def with_template(model: Path, folder: Path, template: str) -> Path:
 @pytest.fixture(scope="session")
 def shared_server(tiny_llama_dir: Path) -> Iterator[Running]:
     with serving(tiny_llama_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def hermes_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Of a model whose chat template teaches calls of tools in the form of Hermes."""
+    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("hermes"), HERMES)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def llama_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same in the form of Llama."""
+    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("llama"), LLAMA)) as running:
         yield running
 
 

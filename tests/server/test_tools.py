@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,23 +11,8 @@ from openai import OpenAI
 
 from octavo.server import chat_output
 
-from .conftest import Running, error_of, serving, with_template
+from .conftest import Running, error_of
 
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
-    'Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
-    'Respond in the format {"name": function name, "parameters": dictionary}<|im_end|>\n{% endif %}'
-    "{% for m in messages %}<|im_start|>{{ 'ipython' if m.role == 'tool' else m.role }}\n{{ m.content }}"
-    '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", '
-    '"parameters": {{ c.function.arguments | tojson }}}{% endfor %}<|im_end|>\n'
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
 ADD: Any = {
@@ -49,16 +33,10 @@ def odd(keyword: str, value: Any) -> Any:
     return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
 
 
-@pytest.fixture(scope="module")
-def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("tools"), TEMPLATE)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def llama_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("llama"), LLAMA_TEMPLATE)) as running:
-        yield running
+@pytest.fixture
+def server(hermes_server: Running) -> Iterator[Running]:
+    yield hermes_server
+    hermes_server.until_idle()
 
 
 def ask(server: Running, **given: Any) -> Any:

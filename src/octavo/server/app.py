@@ -31,9 +31,11 @@ from octavo.server.routes import (
     embeddings,
     health,
     margins,
+    messages,
     models,
     page,
     prometheus,
+    responses,
     tokens,
 )
 from octavo.server.settings import ServerSettings
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.metrics import Metrics
 
+_HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"]  # of browsers
+_HEADERS += ["Anthropic-Version", "Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access"]
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
+_ROUTERS += [one.router for one in (responses, messages, embeddings, cache, beam_search, margins, ask, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
@@ -74,8 +78,8 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_headers=_HEADERS,
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After"],
         )
     return app
 

@@ -86,7 +86,7 @@ def under_calls(context: ServerContext, params: Given, use: ToolUse, output_form
         raise invalid("tool_choice", f"and {output_form} cannot both be demanded")
     if given is not None and output_form == "structured_outputs":
         if strict or not use.several:
-            field = f"{strict[0].field}.strict" if strict else "parallel_tool_calls"
+            field = f"{strict[0].field}.strict" if strict else use.several_name
             raise invalid(field, "cannot be promised beside structured_outputs")
         return params, names
     if not use.tools or not (use.demanded or strict or not use.several or given is not None):

@@ -146,6 +146,7 @@ class ToolUse:
     tools: tuple[Tool, ...] = ()  # that the chat template is told of
     demanded: tuple[Tool, ...] = ()  # of which one must be called; none: the model may choose
     several: bool = True  # calls may follow each other
+    several_name: str = "parallel_tool_calls"  # what the request calls the field that says so
 
     @property
     def told(self) -> list[dict[str, Any]] | None:
@@ -206,13 +207,16 @@ def choice_of(value: object) -> Choice | None:
     return Named(name)
 
 
-def tool_use(tools: Sequence[Tool] | None, choice: Choice | None, parallel: bool | None) -> ToolUse:
-    """What a request says of calls: by its tools, tool_choice and parallel_tool_calls. Raises ApiError."""
+def tool_use(
+    tools: Sequence[Tool] | None, choice: Choice | None, parallel: bool | None, name: str = "parallel_tool_calls"
+) -> ToolUse:
+    """What a request says of calls: by its tools, tool_choice and parallel_tool_calls, which it calls `name`. Raises
+    ApiError."""
     if not tools:
         if choice not in (None, "none"):
             raise invalid("tool_choice", "has no effect without tools")
         if parallel is not None:
-            raise invalid("parallel_tool_calls", "has no effect without tools")
+            raise invalid(name, "has no effect without tools")
         return ToolUse()
     if choice == "none":
         return ToolUse()
@@ -221,4 +225,4 @@ def tool_use(tools: Sequence[Tool] | None, choice: Choice | None, parallel: bool
         demanded = [tool for tool in tools if tool.name == choice.name]
         if not demanded:
             raise invalid("tool_choice", f"{shown(choice.name)} is none of the tools")
-    return ToolUse(tuple(tools), tuple(demanded), several=parallel is not False)
+    return ToolUse(tuple(tools), tuple(demanded), parallel is not False, name)
