@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -36,6 +37,7 @@ from octavo.server.routes import (
     page,
     prometheus,
     responses,
+    sessions,
     tokens,
 )
 from octavo.server.settings import ServerSettings
@@ -48,14 +50,15 @@ _HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Req
 _HEADERS += ["Anthropic-Version", "Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access"]
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (responses, messages, embeddings, cache, beam_search, margins, ask, page)]
+_ROUTERS += [one.router for one in (responses, messages, embeddings, cache)]
+_ROUTERS += [one.router for one in (beam_search, margins, ask, sessions, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
     """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
     `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
     settings = ServerSettings() if settings is None else settings
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Octavo",
         version=__version__,
         description="An OpenAI-compatible server for work that branches.",
@@ -77,7 +80,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=_HEADERS,
             expose_headers=["X-Request-Id", "Request-Id", "Retry-After"],
         )
@@ -89,6 +92,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = ThreadPoolExecutor(_THREADS, "octavo-http")
     asyncio.get_running_loop().set_default_executor(threads)
     yield
+    app.state.octavo.sessions.close_all()
     app.state.octavo.templates.shutdown(wait=False, cancel_futures=True)
 
 

@@ -12,7 +12,7 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, instead, invalid, unknown_field
-from octavo.server.fields import SamplingFields, sampling_fields
+from octavo.server.fields import DrawParams, SamplingFields, sampling_fields
 from octavo.server.settings import Limits
 
 _BEAM_FIELDS = frozenset(one.name for one in fields(BeamSearchParams) if one.init)
@@ -52,6 +52,11 @@ def drawn(given: dict[str, Any], context: ServerContext, *, streamed: bool) -> S
     check_lengths(given, context.settings.limits)
     kind = OutputKind.DELTA if streamed else OutputKind.FINAL_ONLY
     return SamplingParams(**{**context.defaults, **given}, output_kind=kind)
+
+
+def turn_params(body: DrawParams, context: ServerContext) -> SamplingParams:
+    """Of a session's branch. Raises InvalidRequestError."""
+    return drawn(sampling_fields(body), context, streamed=False)
 
 
 def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamSearchParams:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from octavo.core.errors import shown
 from octavo.core.params import SamplingParams
+from octavo.server.answer_types import AnthropicMessage, TokenCount
 from octavo.server.answers import answering, stream
 from octavo.server.anthropic_input import Turns, check_cache_control, use_of
 from octavo.server.anthropic_output import MessageWriter
@@ -80,7 +81,10 @@ class CountTokensRequest(MessagesFields):
     model: Any = documented("name of the model", {"type": "string"})
 
 
-@router.post("/v1/messages", **describes(MessagesRequest, "Answer a conversation, in Anthropic's form"))
+@router.post(
+    "/v1/messages",
+    **describes(MessagesRequest, AnthropicMessage, "Answer a conversation, in Anthropic's form", streams=True),
+)
 @answering(MessagesRequest)
 async def messages(request: Request, context: ServerContext, body: MessagesRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
@@ -108,7 +112,7 @@ async def messages(request: Request, context: ServerContext, body: MessagesReque
 
 
 @router.post(
-    "/v1/messages/count_tokens", **describes(CountTokensRequest, "Count the tokens of a conversation", streams=False)
+    "/v1/messages/count_tokens", **describes(CountTokensRequest, TokenCount, "Count the tokens of a conversation")
 )
 @answering(CountTokensRequest)
 async def count_tokens(

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from octavo.core.errors import shown
 from octavo.core.params import SamplingParams
+from octavo.server.answer_types import ModelResponse
 from octavo.server.answers import answering, stream
 from octavo.server.chat_output import reader_for
 from octavo.server.context import ServerContext
@@ -105,7 +106,9 @@ class ResponsesRequest(DrawParams, EngineFields, TemplateFields):
     )
 
 
-@router.post("/v1/responses", **describes(ResponsesRequest, "Answer a conversation, in items"))
+@router.post(
+    "/v1/responses", **describes(ResponsesRequest, ModelResponse, "Answer a conversation, in items", streams=True)
+)
 @answering(ResponsesRequest)
 async def responses(request: Request, context: ServerContext, body: ResponsesRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
