@@ -122,6 +122,25 @@ def test_an_engine_that_ends(tiny_dir: Path, fault: str) -> None:
         assert running.stats()["restarts"] >= 1
 
 
+@pytest.mark.parametrize("who", ["server", pytest.param("both", marks=pytest.mark.slow)])
+def test_a_server_that_is_stopped_for_a_while(tiny_dir: Path, who: str) -> None:
+    """By Ctrl-Z or a container that is paused: it goes on as if nothing had been, and its engine lives."""
+    with program(tiny_dir, "--hang-timeout", "6") as running:
+
+        def strike() -> None:
+            stopped = [running.process.pid] + ([running.engine] if who == "both" else [])
+            for sig in (signal.SIGSTOP, signal.SIGCONT):
+                for pid in stopped:
+                    os.kill(pid, sig)
+                time.sleep(8 if sig == signal.SIGSTOP else 0)
+
+        traffic = under_load(running, strike, seed=7)
+        # Leases of sessions may have ended, and connections that nobody had used for so long.
+        assert set(traffic.ends) <= {"ok", "404", "gone"}
+        running.until_idle()
+        assert running.stats()["restarts"] == 0
+
+
 def test_an_engine_without_memory(tiny_dir: Path) -> None:
     """Whatever it cannot do, it says so, or ends and is started again; with memory all is well."""
     with program(tiny_dir) as running:

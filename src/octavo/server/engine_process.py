@@ -124,6 +124,7 @@ class _Process:
             self._connection.send(("failed", request_id, output))
             self._started.discard(request_id)
         else:
+            self._connection.wait_for_room()
             self._connection.send(("output", output), partial(self._untold, request_id))
             if output.finished:
                 self._started.discard(request_id)
