@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ApiError, as_api_error, retry_after
+from octavo.server.envelope import error_response, is_anthropic, route_path
+from octavo.server.errors import ApiError, retry_after
 from octavo.server.records import RequestRecord, current_record
 from octavo.server.routes import page
 from octavo.server.settings import MAX_KEY
@@ -76,13 +77,16 @@ class Access:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if is_anthropic(scope):
+                    headers["Request-Id"] = record.request_id  # which its clients read
             await send(message)
 
+        scope["octavo.request_id"] = record.request_id
         try:
             self._check_size(scope)
-            record.request_id = self._request_id(scope) or record.request_id
-            scope["octavo.request_id"] = record.request_id
+            record.request_id = scope["octavo.request_id"] = self._request_id(scope) or record.request_id
             key = self._check(scope)
             scope["octavo.key"] = key
             counted = key is not None and scope["method"] == "POST"
@@ -105,7 +109,7 @@ class Access:
                 record.failed = True
                 log.exception("an answer broke off; request %s", record.request_id)
                 return
-            await as_api_error(error).response()(scope, receive, answer)
+            await error_response(error, scope)(scope, receive, answer)
 
     def _check_size(self, scope: Scope) -> None:
         most = self._context.settings.limits.max_header_bytes
@@ -141,13 +145,6 @@ class Access:
             problem = "an API key is needed, as `Authorization: Bearer KEY`" if given is None else "wrong API key"
             raise ApiError(401, problem, headers={"WWW-Authenticate": "Bearer"})
         return digest
-
-
-def route_path(scope: Scope) -> str:
-    """The path without the one under which a proxy offers the server, as routes see it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and (path == root or path.startswith(root + "/")) else path
 
 
 def _digest(key: bytes) -> bytes:
