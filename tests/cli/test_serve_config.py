@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from octavo.server.settings import Limits, ServerSettings
 
 from .conftest import Invoke
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "server.md"
 SETTINGS = [(kind, one) for kind in KINDS for one in fields(kind)]
 NAMES = [one.name for _, one in SETTINGS]
 # What a setting needs beside it.
@@ -364,6 +366,13 @@ def test_a_switch_before_the_model(invoke: Invoke, arguments: list[str]) -> None
 def test_how_much_is_told(ways: Ways, invoke: Invoke, arguments: list[str], level: str) -> None:
     assert yaml.safe_load(invoke("serve", "--print-config", *arguments).out)["log_level"] == level
     assert ways.settings(None, {"log_level": "WARNING"})[0]["log_level"] == "warning"
+
+
+def test_the_file_in_the_documentation(ways: Ways) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    values, sources = ways.settings(None, None, text)
+    assert values["max_num_seqs"] == values["limits"]["max_n"] == 16 and values["port"] == 8000
+    assert sum("octavo.yaml" in source for source in sources.values()) == text.count(":") - 1 - text.count("://")
 
 
 def test_help_is_made_of_the_settings(invoke: Invoke) -> None:

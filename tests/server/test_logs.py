@@ -219,6 +219,8 @@ def test_other_routes(apart: Running, lines: Lines) -> None:
     margins |= {"margin": {"max_tokens": 3}, "answer": {"max_tokens": 3}}
     for path, body, tokens in (
         (CHAT, chat, True),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 3}, True),
+        ("/v1/messages", {"model": "tiny", **chat}, True),
         ("/v1/embeddings", {"input": ["a", "b"]}, True),
         ("/v1/octavo/beam_search", {"prompt": "a", "beam_width": 2, "max_tokens": 3}, True),
         ("/v1/octavo/margins", margins, True),

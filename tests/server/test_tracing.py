@@ -168,6 +168,12 @@ def test_a_completion(
 def test_other_routes(traced: Running, collector: Collector) -> None:
     for path, body, name in (
         (CHAT, {"messages": [{"role": "user", "content": MARKER}], "max_tokens": 3}, "chat tiny"),
+        ("/v1/responses", {"input": MARKER, "max_output_tokens": 3}, "chat tiny"),
+        (
+            "/v1/messages",
+            {"model": MODEL, "max_tokens": 3, "messages": [{"role": "user", "content": MARKER}]},
+            "chat tiny",
+        ),
         ("/v1/embeddings", {"input": [MARKER, "b"]}, "embeddings tiny"),
         ("/v1/octavo/beam_search", {"prompt": MARKER, "beam_width": 2, "max_tokens": 3}, "text_completion tiny"),
         ("/v1/octavo/margins", {"document": MARKER, "question": MARKER, "answer": None}, "generate_content tiny"),
