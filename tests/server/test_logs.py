@@ -290,8 +290,8 @@ def test_a_client_that_goes_away(apart: Running, lines: Lines) -> None:
     assert told["finish_reason"] == "abort" and told["status"] == 200 and told["generated_tokens"] >= 1
 
 
-def test_an_engine_that_is_killed(apart: Running, lines: Lines) -> None:
-    """In the middle of an answer, which is told as one that failed."""
+def test_an_engine_that_is_killed(apart: Running, lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of an answer, which is told as one that failed, and so is why."""
     with apart.client.stream("POST", apart.url + PATH, json={**LONG, "max_tokens": 1900}, timeout=60) as response:
         answer = response.iter_lines()
         next(answer)
@@ -299,6 +299,8 @@ def test_an_engine_that_is_killed(apart: Running, lines: Lines) -> None:
         os.kill(apart.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         list(answer)
     told = lines.answered()
+    (failed,) = [one for one in caplog.records if one.getMessage().startswith("a request failed: ")]
+    assert failed.octavo_fields["request_id"] == told["request_id"]  # type: ignore[attr-defined]
     assert told["failed"] is True and told["finish_reason"] == "error" and told["level"] == "WARNING"
     limit = time.monotonic() + 60
     while apart.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code != 200:
