@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `octavo serve`."""
     parser.usage = "octavo serve [-h] [-v] [MODEL] [flags]"
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="what to serve")
-    _check_packages()
+    check_packages("octavo serve")
     from octavo.server.settings import ServerSettings
 
     group = parser.add_argument_group("server settings")
@@ -63,12 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
 
 
-def _check_packages() -> None:
+def check_packages(command: str) -> None:
+    """Raises ConfigError if something is missing that the server needs."""
     from importlib.util import find_spec
 
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"octavo serve needs {', '.join(missing)}: pip install 'octavo[server]'")
+        raise ConfigError(f"{command} needs {', '.join(missing)}: pip install 'octavo[server]'")
 
 
 def run(args: argparse.Namespace) -> int:

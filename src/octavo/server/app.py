@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -18,6 +19,7 @@ from starlette.responses import Response
 
 from octavo import __version__
 from octavo.server.access import Access
+from octavo.server.answers import ANSWERING
 from octavo.server.context import make_context
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
@@ -77,6 +79,12 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
+
+
+def answering_paths() -> list[str]:
+    """Of the routes that answer a body by itself: those that a batch may ask."""
+    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    return [route.path for route in routes if route.endpoint in ANSWERING]
 
 
 @asynccontextmanager
