@@ -104,6 +104,7 @@ class ServerSettings:
         60.0, "seconds without a step, or a sign of life, after which the engine's process is started again"
     )
     vllm_metric_names: bool = _setting(False, "tell metrics by vLLM's names as well")
+    enable_tokenizer_info_endpoint: bool = _setting(False, "offer /tokenizer_info, which tells the chat template")
     enable_debug_routes: bool = _setting(False, "offer /server_info")
     limits: Limits = field(
         default_factory=Limits, metadata={"help": "limits of requests, as JSON: '{\"max_n\": 16}'; see docs/server.md"}
@@ -130,7 +131,7 @@ class ServerSettings:
                 object.__setattr__(self, name, _seconds(name, value, name == "shutdown_timeout"))
         if self.generation_config not in ("auto", "vllm"):
             raise ConfigError(f"generation_config: must be auto or vllm, not {shown(self.generation_config)}")
-        for name in ("enable_debug_routes", "vllm_metric_names"):
+        for name in ("enable_tokenizer_info_endpoint", "enable_debug_routes", "vllm_metric_names"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, not {shown(getattr(self, name))}")
         object.__setattr__(self, "limits", Limits.of(self.limits))

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's forms."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's forms."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from octavo.server.routes.chat import ConversationFields, check_either, written
 from octavo.server.streams import unless_gone
 
 router = APIRouter()
+info_router = APIRouter()  # which is offered only where somebody wants it
 
 _MOST = 16  # contexts of the model that a text may have, about, in tokens
 
@@ -92,3 +93,20 @@ def _decode(context: ServerContext, tokens: object) -> str:
         if type(one) is not int or not 0 <= one < most:
             raise invalid(f"tokens[{number}]", f"must be an integer from 0 to {most - 1}, not {shown(one)}")
     return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+@info_router.get("/tokenizer_info", **describes(None, "Tell of the tokenizer, as tokenizer_config.json does"))
+@route
+async def tokenizer_info(request: Request, context: ServerContext) -> Response:
+    del request
+    tokenizer = context.llm.tokenizer
+    return JSONBytes(
+        {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": None,
+            "eos_token": None,
+            **tokenizer.special_tokens,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": context.llm.max_model_len,
+        }
+    )
