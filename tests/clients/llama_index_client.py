@@ -1,7 +1,7 @@
 """LlamaIndex's classes for servers like OpenAI's: python llama_index_client.py URL, of a server with the API key
 "sk-key" and the model "served"."""
 
-from __future__ import annotations
+# No annotations from __future__: LlamaIndex makes schemas of them.
 
 import asyncio
 import sys
