@@ -22,7 +22,7 @@ class LlamaServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._address = f"http://127.0.0.1:{port}"
+        self.address = f"http://127.0.0.1:{port}"
         given = ["--model", model, "--port", str(port), "--threads", str(threads), "--threads-batch", str(threads)]
         self._process = subprocess.Popen(
             [command[0], *given, *settings, *command[1:]],
@@ -52,7 +52,7 @@ class LlamaServer:
 
     def _open(self, path: str, body: dict[str, Any] | None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         answer: HTTPResponse = urllib.request.urlopen(request, timeout=600)
         return answer
 

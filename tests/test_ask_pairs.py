@@ -66,7 +66,7 @@ def test_storm(folder: Path, docs: Path, tmp_path: Path, seed: int, kv_cache_dty
 
     def beside(llm: LLM) -> list[Any]:
         beams = llm.beam_search("The whale " * 20, search, use_tqdm=False)[0].outputs
-        samples = llm.generate("The sea " * 20, DRAWN.but(n=3, seed=2), use_tqdm=False)[0].outputs
+        samples = llm.generate("The sea " * 110, DRAWN.but(n=3, seed=2), use_tqdm=False)[0].outputs
         embedded = llm.embed(["The sea " * 40, "A"], use_tqdm=False)
         return [one.token_ids for one in [*beams, *samples]] + [one.outputs.embedding for one in embedded]
 

@@ -114,6 +114,11 @@ class BaseBranch:
         weakref.finalize(self, client.loop.forget, client.spec.request_id, call).atexit = False
 
     @property
+    def number(self) -> int:
+        """Which branch of its session: 0 is what it began with."""
+        return self._branch
+
+    @property
     def token_ids(self) -> list[int]:
         """Its tokens; without those of a call that is under way."""
         return list(self._token_ids)

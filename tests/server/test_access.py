@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ def test_every_route_needs_a_key_but_for_live_and_the_page(guarded: Running) -> 
             status = guarded.client.request(method, guarded.url + path.replace("{", "").replace("}", "")).status_code
             assert status == 401, (method, path)
     assert guarded.get("/live").status_code == guarded.get("/llm/live").status_code == 200
+
+
+def test_the_page_for_people_comes_from_here_alone(server: Running) -> None:
+    page = server.get("/docs").text
+    found = re.findall(r'(?:src|href|url)=?:? ?["\']([^"\']+)', page)
+    assert len(found) >= 4 and all(url.startswith("/") for url in found)
+    for url in found:
+        assert server.get(url).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from octavo.server.batch.ledger import Ledger, open_ledger
 from octavo.server.batch.requests import BadLine, BatchInput, BatchRequest
 from octavo.server.batch.runner import BatchRunner
 from octavo.server.settings import Limits, ServerSettings
-from tests.server.batches import COMPLETIONS, as_lines, request
+from tests.server.batches import as_lines, request
 from tests.server.conftest import Running
 
 BODY = {"object": "text_completion", "text": 'é "\n', "system_fingerprint": "octavo-1"}
@@ -181,7 +181,7 @@ def test_an_input_takes_no_memory(ledger: Ledger) -> None:
             return len(line)
 
     raw = Endless()
-    source = BatchInput("x", io.BufferedReader(raw), ledger, [COMPLETIONS], Limits())
+    source = BatchInput("x", io.BufferedReader(raw), ledger, Limits())
     items = iter(source)
     assert isinstance(next(items), BatchRequest) and raw.num_read < 100
     for _ in range(1000):
@@ -205,7 +205,7 @@ def test_lines_without_an_end(ledger: Ledger) -> None:
     fits = good + b" " * (most - len(good) - 1) + b"\n"
     lines = [b" " * (3 * most) + b"\n", good.replace(b"good", b"fine") + b"\n", b"x" * (most + 1) + b"\n", fits, good]
     file = io.BytesIO(b"".join(lines[:4]) + b"x" * most + good)
-    items = list(BatchInput("x", file, ledger, [COMPLETIONS], limits))
+    items = list(BatchInput("x", file, ledger, limits))
     assert [type(one) for one in items] == [BadLine, BatchRequest, BadLine, BatchRequest, BadLine]
     assert [one.number for one in items] == [1, 2, 3, 4, 5]
     assert sum(one.size for one in items) == len(file.getvalue())
@@ -214,7 +214,7 @@ def test_lines_without_an_end(ledger: Ledger) -> None:
 def ids(*lines: str) -> list[str]:
     with open_ledger() as ledger:
         file = io.BytesIO("\n".join(lines).encode())
-        return [one.id for one in BatchInput("x", file, ledger, [COMPLETIONS], Limits())]
+        return [one.id for one in BatchInput("x", file, ledger, Limits())]
 
 
 def test_ids_are_the_requests() -> None:
@@ -252,7 +252,7 @@ def run(server: Running, file: Any, settings: ServerSettings | None = None, watc
         if watch is not None:
             app.add_middleware(watch)
         with open_ledger() as ledger:
-            source = BatchInput("x", file, ledger, [COMPLETIONS, "/v1/embeddings"], settings.limits)
+            source = BatchInput("x", file, ledger, settings.limits)
             runner = BatchRunner(app, iter(source), output, lambda *_: None)
             assert await runner.run()
 

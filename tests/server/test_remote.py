@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +28,17 @@ from octavo import (
     RequestFailedError,
     SamplingParams,
 )
+from octavo.build import build_engine
+from octavo.config import EngineConfig
+from octavo.core.session_calls import Call, Extend, Generate, Truncate
+from octavo.server.connection import Connection
+from octavo.server.engine_process import _Process
 from octavo.server.served_llm import ServedLLM
 from tests.test_margins import a_document
 
 SETTINGS: dict[str, Any] = {"backend": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
 DRAWN = SamplingParams(temperature=0.8, max_tokens=9, seed=3, logprobs=2)
+CHOICE = {"choice": ["Paris", "London"]}
 LONG = SamplingParams(temperature=0.8, max_tokens=1500, seed=3, ignore_eos=True)
 
 
@@ -313,6 +320,66 @@ def test_an_engine_goes_with_its_server(tiny_dir: Path) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it lives on")
+
+
+def test_a_grammar_that_takes_long_holds_up_its_request_alone(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's side, in this process: others are answered meanwhile; what is asked of the same request or
+    session comes behind it."""
+    engine = build_engine(EngineConfig(model=str(tiny_dir), **SETTINGS))
+    frontend = engine.frontend
+    plain, late = frontend.make("A whale", DRAWN).spec, frontend.make("A", LONG.but(structured_outputs=CHOICE)).spec
+    session = frontend.make_session(None, 0, None)
+    turn = Generate(frontend.make_turn(session, SamplingParams(structured_outputs=CHOICE, max_tokens=9), 2))
+    frontend.tokens.grammars._cached.clear()
+    check, may_compile = frontend.tokens.grammars.check, threading.Event()
+
+    def slow(params: Any) -> None:
+        assert may_compile.wait(60)
+        check(params)
+
+    monkeypatch.setattr(frontend.tokens.grammars, "check", slow)
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, "ours")
+    process = _Process(engine, Connection(theirs, "theirs"))
+    running = threading.Thread(target=process.run)
+    running.start()
+    told: list[Any] = []
+
+    def hear(until: Callable[[Any], bool]) -> None:
+        while True:
+            message = connection.receive()
+            told.append(message)
+            if until(message):
+                return
+
+    connection.send(("add", [late]))
+    connection.send(("add_session", session))
+    connection.send(("ask", 1, "call", (session.request_id, [Call(0, 0, Extend((5, 6)))])))
+    connection.send(("ask", 2, "call", (session.request_id, [Call(1, 0, turn)])))
+    connection.send(("ask", 3, "call", (session.request_id, [Call(2, 0, Truncate(1))])))
+    connection.send(("abort", [late.request_id]))
+    connection.send(("add", [plain]))
+    hear(lambda message: message[0] == "output" and message[1].request_id == plain.request_id and message[1].finished)
+    outputs = [message[1].request_id for message in told if message[0] == "output"]
+    answers = [message[1] for message in told if message[0] == "answer"]
+    assert set(outputs) == {plain.request_id} and answers == [1]
+    may_compile.set()
+    ended: set[Any] = set()
+
+    def all_came(message: Any) -> bool:
+        if message[0] == "output" and message[1].finished:
+            ended.add(message[1].outputs[0].finish_reason)
+        if message[0] in ("answer", "settled"):
+            ended.add(message[:2])
+        return len(ended) == 4
+
+    hear(all_came)
+    assert ended == {"abort", ("answer", 2), ("answer", 3), ("settled", 1)}
+    (refused,) = next(message[2] for message in told if message[:2] == ("answer", 3))
+    assert isinstance(refused, InvalidRequestError)  # the branch is at work: it came behind the other
+    connection.send(("close",))
+    running.join(60)
+    connection.close()
 
 
 def _gone(pid: int) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.server.settings import Limits, ServerSettings
-from octavo.server.streams import Outbox
+from octavo.server.streams import Outbox, event
 from tests.pace import held
 from tests.server.conftest import MODEL, Running, error_of, serving
 
@@ -218,6 +218,13 @@ def test_the_end_and_errors_come_behind_the_pieces() -> None:
         await silent.close()
 
     asyncio.run(run())
+
+
+def test_no_character_ends_an_event_early() -> None:
+    """Whatever a client takes for the end of a line."""
+    text = "".join(map(chr, range(0x3000)))
+    (line, *rest) = event({"text": text}).decode().splitlines()
+    assert rest == [""] and json.loads(line[6:]) == {"text": text}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import pickle
 import queue
 import random
 import socket
+import threading
+import time
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -179,3 +181,30 @@ def test_a_message_that_cannot_be_sent_leaves_the_connection_as_it_is(monkeypatc
     finally:
         end.close()
         other.close()
+
+
+def test_who_makes_messages_waits_for_who_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what nobody reads would fill memory; and whoever waits goes on when the other end has gone."""
+    monkeypatch.setattr(connection, "_MOST_WAITING", 8)
+    ours, theirs = socket.socketpair()
+    sender, receiver, sent = connection.Connection(ours, "ours"), connection.Connection(theirs, "theirs"), 0
+
+    def send() -> None:
+        nonlocal sent
+        for number in range(5000):
+            sender.wait_for_room()
+            sender.send((number, b"x" * 1000))
+            sent += 1
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    before = -1
+    while before != sent:
+        before = sent
+        time.sleep(0.2)
+    assert 8 <= sent < 5000  # what the system and the queue hold
+    assert [receiver.receive()[0] for _ in range(3000)] == list(range(3000))
+    receiver.close()
+    thread.join(60)
+    assert sent == 5000
+    sender.close()

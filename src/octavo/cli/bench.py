@@ -40,7 +40,7 @@ _NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
         "num_prompts": (64, 1, "requests"),
         "input_len": (128, 1, "words of each prompt, most of them one token"),
         "output_len": (64, 1, "tokens to generate for each"),
-        "shared_prefix_len": (0, 0, "words that all prompts begin with"),
+        "shared_prefix_len": (0, 0, "words that all prompts begin with; of chats, what the system says"),
         "max_concurrency": (0, 0, "requests under way at once; 0: all"),
         "seed": (0, 0, "of the random prompts and moments"),
     },

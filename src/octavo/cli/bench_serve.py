@@ -105,10 +105,7 @@ def run(args: argparse.Namespace, numbers: dict[str, int]) -> dict[str, Any]:
     server = _Server(args.base_url, args.api_key)
     model = server.first_model() if args.model is None else args.model
     rng = random.Random(numbers["seed"])
-    prefix = _text(rng, numbers["shared_prefix_len"])
-    prompts = [
-        f"{prefix} {number} {_text(rng, numbers['input_len'])}".strip() for number in range(numbers["num_prompts"])
-    ]
+    prefix, prompts = texts(rng, numbers)
     waits, now = [], 0.0
     for _ in prompts:
         waits.append(now)
@@ -119,7 +116,7 @@ def run(args: argparse.Namespace, numbers: dict[str, int]) -> dict[str, Any]:
     def one(number: int) -> _Answer:
         time.sleep(max(began + waits[number] - time.perf_counter(), 0.0))
         with places:
-            return _measure(server, _body(args, model, prompts[number], numbers), _PATHS[args.backend])
+            return _measure(server, _body(args, model, prefix, prompts[number], numbers), _PATHS[args.backend])
 
     with ThreadPoolExecutor(min(len(prompts), 1024)) as pool:
         answers = list(pool.map(one, range(len(prompts))))
@@ -138,16 +135,28 @@ def _rate(text: str) -> float | None:
     return None if rate == float("inf") else rate
 
 
+def texts(rng: random.Random, numbers: dict[str, int]) -> tuple[str, list[str]]:
+    """What all prompts begin with, and what each goes on with."""
+    prefix = _text(rng, numbers["shared_prefix_len"])
+    return prefix, [f"{number} {_text(rng, numbers['input_len'])}".strip() for number in range(numbers["num_prompts"])]
+
+
+def conversation(prefix: str, prompt: str) -> list[dict[str, str]]:
+    """What prompts share is what the system says."""
+    system = [{"role": "system", "content": prefix}] if prefix else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
 def _text(rng: random.Random, words: int) -> str:
     """Common words, which most tokenizers have a token for."""
     return " ".join(rng.choices(_WORDS, k=words))
 
 
-def _body(args: argparse.Namespace, model: str, prompt: str, numbers: dict[str, int]) -> dict[str, Any]:
-    asked = {"messages": [{"role": "user", "content": prompt}]} if args.backend == "openai-chat" else {"prompt": prompt}
+def _body(args: argparse.Namespace, model: str, prefix: str, prompt: str, numbers: dict[str, int]) -> dict[str, Any]:
+    is_chat = args.backend == "openai-chat"
     body = {
         "model": model,
-        **asked,
+        **({"messages": conversation(prefix, prompt)} if is_chat else {"prompt": f"{prefix} {prompt}".strip()}),
         "max_tokens": numbers["output_len"],
         "temperature": 0,
         "stream": True,

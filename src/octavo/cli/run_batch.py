@@ -73,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded."""
-    from octavo.server.app import answering_paths
     from octavo.server.batch.ledger import open_ledger
     from octavo.server.batch.requests import BatchInput
 
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     file = _open_input(args.input_file)
     with (
         open_ledger() as ledger,
-        closing(BatchInput(args.input_file, file, ledger, answering_paths(), settings.limits)) as source,
+        closing(BatchInput(args.input_file, file, ledger, settings.limits)) as source,
         closing(_open_output(args, file)) as output,
     ):
         output.find(ledger)

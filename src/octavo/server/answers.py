@@ -19,7 +19,6 @@ from octavo.server.streams import DONE, EventStream, Outbox, first_pieces, unles
 
 Handler = Callable[[Request, ServerContext], Coroutine[Any, Any, Response]]
 Answerer = Callable[[Request, ServerContext, Parsed, Deadline], Coroutine[Any, Any, Response]]
-ANSWERING: set[Callable[..., Any]] = set()  # endpoints of routes that answer a body by itself
 _FIRST = 10.0  # seconds to wait, at most, for the first token before a stream is begun without
 
 
@@ -54,7 +53,6 @@ def answering(kind: type[Parsed]) -> Callable[[Answerer[Parsed]], Callable[[Requ
             body = await body_of(request, context, kind)
             return await unless_gone(request, handler(request, context, body, deadline))
 
-        ANSWERING.add(endpoint)
         return endpoint
 
     return decorated

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -19,7 +19,6 @@ from starlette.responses import Response
 
 from octavo import __version__
 from octavo.server.access import Access
-from octavo.server.answers import ANSWERING
 from octavo.server.context import make_context
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
@@ -35,6 +34,7 @@ from octavo.server.routes import (
     models,
     page,
     prometheus,
+    sessions,
     tokens,
 )
 from octavo.server.settings import ServerSettings
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, page)]
+_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, sessions, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
     """The application over an engine, which stays the caller's to close. `metrics`: what /metrics tells, if it is to.
     `app.state.draining` may be set to True: then new requests are refused, and /ready says so."""
     settings = ServerSettings() if settings is None else settings
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Octavo",
         version=__version__,
         description="An OpenAI-compatible server for work that branches.",
@@ -76,17 +76,11 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
-
-
-def answering_paths() -> list[str]:
-    """Of the routes that answer a body by itself: those that a batch may ask."""
-    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    return [route.path for route in routes if route.endpoint in ANSWERING]
 
 
 @asynccontextmanager
@@ -94,6 +88,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = ThreadPoolExecutor(_THREADS, "octavo-http")
     asyncio.get_running_loop().set_default_executor(threads)
     yield
+    app.state.octavo.sessions.close_all()
     app.state.octavo.templates.shutdown(wait=False, cancel_futures=True)
 
 

@@ -7,6 +7,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ from octavo.server.wire import dumps, loads
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1 << 28
+_MOST_WAITING = 1 << 14  # messages
 _LENGTH = struct.Struct("!I")
 
 
@@ -37,6 +39,11 @@ class Connection:
         """In the order of the calls. After the end of the connection nothing is sent, and nobody is told. `refused` is
         told, on another thread, of a message that cannot be sent, which leaves the connection as it is."""
         self._waiting.put((message, refused))
+
+    def wait_for_room(self) -> None:
+        """Until not too many messages wait. For who makes more and more of them, whether or not the other end reads."""
+        while self._waiting.qsize() >= _MOST_WAITING and self._writer.is_alive():
+            time.sleep(0.001)
 
     def send_now(self, message: Any) -> None:
         """Ahead of whatever waits, and before it returns. Raises OSError."""

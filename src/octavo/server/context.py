@@ -15,6 +15,7 @@ from octavo.core.errors import shown
 from octavo.server.admission import Admission
 from octavo.server.errors import ApiError
 from octavo.server.json_body import BodyBuffer
+from octavo.server.sessions import Sessions
 from octavo.text.tool_calls import format_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ServerContext:
     metrics: Metrics | None  # None: none are kept
     # Threads that wait for chat templates, which may take a while: others are not to stand behind them.
     templates: ThreadPoolExecutor
+    sessions: Sessions
     num_open: int = 0  # requests that are being answered, of any kind
     runs: dict[str, Any] = field(default_factory=dict)  # of margins, by id, for their review
 
@@ -87,6 +89,7 @@ def make_context(
         defaults=llm.generation_config if settings.generation_config == "auto" else {},
         state=state,
         metrics=metrics,
+        sessions=Sessions(settings.limits.max_sessions),
         templates=ThreadPoolExecutor(_TEMPLATES, "octavo-http-templates"),
     )
 

@@ -13,23 +13,28 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
-from octavo.core.errors import EngineClosedError, OctavoError, RequestFailedError
-from octavo.core.pooling import PoolingSpec
+from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError
+from octavo.core.margins import MarginsSpec
 from octavo.core.request import RequestSpec, SessionSpec
+from octavo.core.session_calls import Generate
 from octavo.server.connection import Connection, ConnectionEndedError
 
 if TYPE_CHECKING:
+    from octavo.core.engine_client import Deliver
     from octavo.core.plan import StepPlan
+    from octavo.core.structured import StructuredOutputsParams
     from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 0.25  # between two signs of life
+_COMPILERS = 4  # threads
 
 
 class _Process:
@@ -44,6 +49,10 @@ class _Process:
         self._connection = connection
         self._started: set[str] = set()
         self._later = 0
+        self._lock = threading.Lock()
+        # By request, what was asked of it while a grammar of it is compiled, in order; and the threads that do that.
+        self._behind: dict[str, deque[Any]] = {}
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "octavo-prepare")
         self._done = threading.Event()
         built.engine.plan_listeners.append(self._tell_started)
 
@@ -66,29 +75,46 @@ class _Process:
     # --- what is asked ---
 
     def _add(self, specs: Sequence[Any]) -> None:
-        ready = []
         for spec in specs:
-            try:
-                self._prepare(spec)
-            except OctavoError as error:
-                self._connection.send(("failed", spec.request_id, error))
-            except Exception as error:  # or else it ends the process, and the next one that is asked the same
-                log.exception("request %s could not be prepared", spec.request_id)
-                failure = RequestFailedError(f"{type(error).__name__}: {error}")
-                self._connection.send(("failed", spec.request_id, failure))
-            else:
-                ready.append(spec)
-        for spec in ready:
-            self._loop.add([spec], partial(self._deliver, spec.request_id))
+            deliver = partial(self._deliver, spec.request_id)
+            self._in_turn(spec.request_id, partial(self._loop.add, [spec], deliver), _grammars(spec), deliver)
 
-    def _prepare(self, spec: Any) -> None:
-        """What would hold up the engine's thread: a grammar is compiled here."""
-        if isinstance(spec, PoolingSpec):
-            return
-        drawn = [spec] if isinstance(spec, RequestSpec) else [spec.margin, spec.answer]
-        for one in drawn:
-            if one is not None and one.params.grammar is not None:
-                self._built.frontend.tokens.grammars.check(one.params.grammar)
+    def _in_turn(
+        self,
+        request_id: str,
+        action: Callable[[], object],
+        grammars: Sequence[StructuredOutputsParams],
+        refuse: Deliver,
+    ) -> None:
+        """Do it once these grammars are compiled: elsewhere than on the engine's thread, or on this one, where others
+        would wait for it. What is asked of the same request meanwhile is done after it."""
+        compiled = self._built.frontend.tokens.grammars.is_compiled
+        with self._lock:
+            behind = self._behind.get(request_id)
+            if behind is None and not all(map(compiled, grammars)):
+                behind = self._behind[request_id] = deque()
+                self._compilers.submit(self._work_off, request_id, behind)
+            if behind is not None:
+                behind.append((action, grammars, refuse))
+                return
+        action()
+
+    def _work_off(self, request_id: str, behind: deque[Any]) -> None:
+        while True:
+            with self._lock:
+                if not behind:
+                    del self._behind[request_id]
+                    return
+                action, grammars, refuse = behind.popleft()
+            try:
+                for one in grammars:
+                    self._built.frontend.tokens.grammars.check(one)
+                action()
+            except OctavoError as error:
+                refuse(error)
+            except Exception as error:  # or else it ends the process, and the next one that is asked the same
+                log.exception("request %s could not be prepared", request_id)
+                refuse(RequestFailedError(f"{type(error).__name__}: {error}"))
 
     def _add_session(self, spec: SessionSpec) -> None:
         self._loop.add_session(spec, partial(self._deliver, spec.request_id))
@@ -98,6 +124,7 @@ class _Process:
             self._connection.send(("failed", request_id, output))
             self._started.discard(request_id)
         else:
+            self._connection.wait_for_room()
             self._connection.send(("output", output), partial(self._untold, request_id))
             if output.finished:
                 self._started.discard(request_id)
@@ -108,14 +135,27 @@ class _Process:
         self._loop.abort([request_id])
 
     def _abort(self, request_ids: Sequence[str]) -> None:
-        self._loop.abort(request_ids)
+        for one in request_ids:
+            self._in_turn(one, partial(self._loop.abort, [one]), (), _ignore)
 
     def _forget(self, request_id: str, call: Any) -> None:
-        self._loop.forget(request_id, call)
+        self._in_turn(request_id, partial(self._loop.forget, request_id, call), (), _ignore)
 
     def _ask(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order"):
             raise ConnectionEndedError(f"no such question: {name}")
+        ask = partial(self._ask_now, number, name, arguments)
+        if name in ("call", "take_back"):  # of a session
+            grammars = [found for call in arguments[1] for found in _grammars(call.verb)] if name == "call" else []
+            self._in_turn(arguments[0], ask, grammars, partial(self._refuse, number))
+        else:
+            ask()
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        """As a session refuses a call, or an engine that is closed does."""
+        self._connection.send(("answer", number, [error] if isinstance(error, InvalidRequestError) else error))
+
+    def _ask_now(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         try:
             answer: Future[Any] = getattr(self._loop, name)(*arguments)
         except EngineClosedError as error:
@@ -162,6 +202,21 @@ class _Process:
         engine = self._built.engine
         while not self._done.wait(BEAT_SECONDS):
             self._connection.send(("beat", {**engine.figures(), "busy": engine.has_unfinished_requests}))
+
+
+def _grammars(spec: Any) -> list[StructuredOutputsParams]:
+    """Of a request, or of what is asked of a session."""
+    if isinstance(spec, RequestSpec):
+        drawn = [spec]
+    elif isinstance(spec, MarginsSpec):
+        drawn = [one for one in (spec.margin, spec.answer) if one is not None]
+    else:
+        drawn = [spec.request] if isinstance(spec, Generate) else []
+    return [one.params.grammar for one in drawn if one.params.grammar is not None]
+
+
+def _ignore(error: Exception) -> None:
+    """Of what needs no answer."""
 
 
 def _unsent(error: Exception) -> RequestFailedError:

@@ -86,8 +86,8 @@ class RequestFields(Body):
     request_id: Any = text("the answer's id will hold it; not that of another request that is under way")
 
 
-class TextFields(RequestFields):
-    """What requests for text have in common, drawn or searched for."""
+class TextParams(Body):
+    """How text is made, drawn or searched for."""
 
     presence_penalty: Any = number("subtracted once for tokens that were generated", minimum=-2, maximum=2)
     frequency_penalty: Any = number("subtracted for each time that a token was generated", minimum=-2, maximum=2)
@@ -114,20 +114,30 @@ class TextFields(RequestFields):
     structured_outputs: Any = documented(
         "what outputs must look like: one of json, regex, choice, grammar, json_object", {"type": "object"}
     )
-    skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
 
 
-class SamplingFields(TextFields):
-    """What requests for text have in common on OpenAI's routes."""
+class DrawParams(TextParams):
+    """How tokens are drawn."""
 
-    stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
-    stream_options: StreamOptions | None = Field(None, description="of a stream")
-    n: Any = integer("outputs of each prompt; with use_beam_search the width of the search as well", minimum=1)
     temperature: Any = number("0 takes the most probable token always", minimum=0)
     top_p: Any = number("the most probable tokens that reach this probability together are kept", maximum=1)
     top_k: Any = integer("so many of the most probable tokens are kept; 0 and -1: all", minimum=-1)
     min_p: Any = number("tokens at least this probable relative to the most probable are kept", minimum=0, maximum=1)
     seed: Any = integer("of all draws; the same request with the same seed has the same answer", minimum=0)
+
+
+class TextFields(TextParams, RequestFields):
+    """What requests for text have in common, drawn or searched for."""
+
+    skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
+
+
+class SamplingFields(DrawParams, TextFields):
+    """What requests for text have in common on OpenAI's routes."""
+
+    stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
+    stream_options: StreamOptions | None = Field(None, description="of a stream")
+    n: Any = integer("outputs of each prompt; with use_beam_search the width of the search as well", minimum=1)
     prompt_logprobs: Any = integer("log-probabilities of the prompt's tokens, and of so many best ones", minimum=0)
     response_format: Any = documented(
         'OpenAI\'s form of it: {"type": "text"}, "json_object", or "json_schema" with a json_schema', {"type": "object"}
@@ -177,6 +187,6 @@ def path_of(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def sampling_fields(body: SamplingFields) -> dict[str, Any]:
+def sampling_fields(body: DrawParams) -> dict[str, Any]:
     """Those of its fields that are SamplingParams' and were given."""
     return {name: getattr(body, name) for name in body.model_fields_set if name in _SAMPLING_FIELDS}

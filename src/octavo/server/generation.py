@@ -110,6 +110,12 @@ def engine_ids(identity: str, chosen: bool, count: int) -> tuple[str, ...]:
     return tuple(f"{identity}-{number}{suffix}" for number in range(count))
 
 
+def unique_id(request: Request, given: object, kind: str, limits_chars: int) -> str:
+    """The id of a run, which routes name and no other has."""
+    identity, chosen = answer_id(request, given, kind, limits_chars)
+    return identity if chosen else f"{identity}-{secrets.token_hex(4)}"
+
+
 # --- prompts ---
 
 

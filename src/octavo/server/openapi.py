@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,23 +30,48 @@ ERROR_SCHEMA = {
 }
 
 
-def describes(body: type[BaseModel] | None, summary: str, *, streams: bool = True) -> dict[str, Any]:
-    """Arguments of a route: its body's schema, and that it may answer with a stream."""
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    if body is not None and streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+_EVENT = {
+    "type": "object",
+    "description": "each event of the stream; its data is JSON, or [DONE]",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
+
+
+def describes(
+    body: type[BaseModel] | None,
+    answer: type[BaseModel] | None,
+    summary: str,
+    *,
+    streams: bool = False,
+    kind: str = "application/json",
+) -> dict[str, Any]:
+    """Arguments of a route: schemas of its body and its answer, None for any object; whether it may answer with a
+    stream; and of what kind the answer is."""
+    content: dict[str, Any] = {kind: {"schema": _schema(answer) if kind == "application/json" else {"type": "string"}}}
+    if streams:
+        content["text/event-stream"] = {"schema": _EVENT}
     answers = {"200": {"description": "the answer", "content": content}, "default": _error()}
     extra: dict[str, Any] = {"responses": answers}
     if body is not None:
-        _MODELS[body.__name__] = body
-        schema = {"$ref": _REF.format(model=body.__name__)}
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(body)}}}
     return {"summary": summary, "openapi_extra": extra, "response_model": None}
+
+
+def _schema(model: type[BaseModel] | None) -> dict[str, Any]:
+    if model is None:
+        return {"type": "object"}
+    assert _MODELS.setdefault(model.__name__, model) is model, f"two models are called {model.__name__}"
+    return {"$ref": _REF.format(model=model.__name__)}
 
 
 def _error() -> dict[str, Any]:
     schema = {"$ref": _REF.format(model="Error")}
     return {"description": "an error", "content": {"application/json": {"schema": schema}}}
+
+
+def _parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
@@ -54,6 +80,10 @@ def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
     _, schemas = models_json_schema([(model, "validation") for model in _MODELS.values()], ref_template=_REF)
     known = page.setdefault("components", {}).setdefault("schemas", {})
     known.update({"Error": ERROR_SCHEMA, **schemas.get("$defs", {})})
+    for path, methods in page["paths"].items():
+        named = [_parameter(name) for name in re.findall(r"{(\w+)}", path)]
+        for method in methods.values():
+            method["parameters"] = named
     known.pop("HTTPValidationError", None)
     known.pop("ValidationError", None)
     if root_path:

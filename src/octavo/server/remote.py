@@ -146,8 +146,13 @@ class RemoteEngine:
             began = time.monotonic()
             reader = threading.Thread(target=self._read, args=(self._connection,), name="octavo-replies", daemon=True)
             reader.start()
+            interval, looked = min(1.0, self._hang_seconds / 4), began
             while reader.is_alive():
-                reader.join(min(1.0, self._hang_seconds / 4))
+                reader.join(interval)
+                now = time.monotonic()
+                if now - looked > 2 * interval:  # it is this process that stood still: what came is not read yet
+                    self._life, self._beat = now, (now, self._beat[1])
+                looked = now
                 if reader.is_alive() and self._hangs():
                     log.error("the engine's process %d stands still: it is ended", self._process.pid)
                     _kill(self._process)

@@ -12,7 +12,7 @@ from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, instead, invalid, unknown_field
-from octavo.server.fields import SamplingFields, sampling_fields
+from octavo.server.fields import DrawParams, SamplingFields, sampling_fields
 from octavo.server.settings import Limits
 
 _BEAM_FIELDS = frozenset(one.name for one in fields(BeamSearchParams) if one.init)
@@ -41,11 +41,17 @@ def params_of(body: SamplingFields, context: ServerContext, more: dict[str, Any]
             raise invalid("length_penalty", "has no effect without use_beam_search")
         if streamed and given.get("prompt_logprobs") is not None:
             raise invalid("prompt_logprobs", "is not for streams")
-        defaults = {name: value for name, value in context.defaults.items() if name not in given}
-        params = SamplingParams(**defaults, **given, output_kind=kind)
+        params = SamplingParams(**{**context.defaults, **given}, output_kind=kind)
     if params.n > context.settings.limits.max_n:
         raise invalid("n", f"must be at most {context.settings.limits.max_n}, not {params.n}")
     return params
+
+
+def turn_params(body: DrawParams, context: ServerContext) -> SamplingParams:
+    """Of a session's branch. Raises ApiError, InvalidRequestError."""
+    given = sampling_fields(body)
+    check_lengths(given, context.settings.limits)
+    return SamplingParams(**{**context.defaults, **given})
 
 
 def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamSearchParams:

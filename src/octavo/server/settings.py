@@ -34,6 +34,8 @@ class Limits:
     max_tool_calls: int = 128  # of one message
     max_request_id: int = 128  # characters
     max_header_bytes: int = 64 << 10  # of a request's path and headers together
+    max_sessions: int = 64  # that are open at a time
+    max_branches: int = 256  # of a session
     stream_buffer: int = 64  # pieces that wait for a slow reader; beyond, they are merged
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ _SECONDS = (
     "write_timeout",
     "shutdown_timeout",
     "hang_timeout",
+    "max_session_lease",
     "sse_keep_alive_interval",
 )
 
@@ -97,6 +100,9 @@ class ServerSettings:
     write_timeout: float = _setting(120.0, "seconds after which a client that reads nothing is given up")
     shutdown_timeout: float = _setting(30.0, "seconds that requests may go on for after SIGTERM")
     sse_keep_alive_interval: float = _setting(15.0, "seconds between comments in a stream that has nothing to say")
+    max_session_lease: float = _setting(
+        3600.0, "seconds, at most, that a session may ask to stay open while nobody uses it"
+    )
     generation_config: str = _setting(
         "auto", "sampling where a request says nothing: as the model's files recommend (auto), or neutral (vllm)"
     )

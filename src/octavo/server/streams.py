@@ -185,10 +185,17 @@ class EventStream(Response):
         await write(body, more=False)
 
 
+# Characters that end a line for `str.splitlines`, by which some clients find events; others are escaped in JSON anyway.
+_LINE_ENDS = [(one.encode(), f"\\u{ord(one):04x}".encode()) for one in "\x85\u2028\u2029"]
+
+
 def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event with a JSON value."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + encode(data) + b"\n\n"
+    body = encode(data)
+    for end, escaped in _LINE_ENDS:
+        body = body.replace(end, escaped)
+    return head + b"data: " + body + b"\n\n"
 
 
 async def first_pieces(outbox: Outbox[Piece], seconds: float) -> list[Piece] | None:

@@ -80,6 +80,11 @@ class Grammars:
         that admits no output, that is too large, or that takes too long."""
         self._matcher(params)
 
+    def is_compiled(self, params: StructuredOutputsParams) -> bool:
+        """Whether `check` has nothing to do."""
+        with self._lock:
+            return params in self._cached
+
     def _matcher(self, params: StructuredOutputsParams) -> LLMatcher:
         with self._lock:
             found = self._cached.get(params)

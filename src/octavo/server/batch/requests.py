@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -17,6 +17,15 @@ from octavo.server.errors import ApiError, instead, printable
 from octavo.server.json_body import parse_json
 from octavo.server.settings import Limits
 
+# Routes that answer a body by itself: what they are asked needs nothing that was asked before.
+URLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/octavo/beam_search",
+    "/v1/octavo/margins",
+    "/v1/octavo/ask",
+)
 _FIELDS = "custom_id", "method", "url", "body"
 _AROUND = 1 << 16  # bytes of a line that are not its body's
 _BOM = b"\xef\xbb\xbf"  # which some editors put before a text
@@ -62,14 +71,12 @@ class BatchInput:
         name: of the input, for errors.
         file: is read as far as is iterated, and may have no end.
         ledger: knows what was answered before, and is told what is asked.
-        urls: that requests may have.
     """
 
-    def __init__(self, name: str, file: BinaryIO, ledger: Ledger, urls: Collection[str], limits: Limits) -> None:
+    def __init__(self, name: str, file: BinaryIO, ledger: Ledger, limits: Limits) -> None:
         self._name = name
         self._file = file
         self._ledger = ledger
-        self._urls = urls
         # Around the body is an object, and the server looks at the body again.
         self._limits = replace(
             limits,
@@ -176,8 +183,8 @@ class BatchInput:
         url, body = given["url"], given["body"]
         if given["method"] != "POST":
             return "invalid_method", "method", f"must be POST, not {shown(given['method'])}"
-        if not isinstance(url, str) or url not in self._urls:
-            return "invalid_url", "url", f"must be one of {', '.join(self._urls)}, not {shown(url)}"
+        if not isinstance(url, str) or url not in URLS:
+            return "invalid_url", "url", f"must be one of {', '.join(URLS)}, not {shown(url)}"
         if isinstance(body, dict) and body.get("stream"):
             return "invalid_body", "body.stream", "must not be true: an answer in a batch is one line"
         return None

@@ -14,14 +14,15 @@ from octavo.ask import AsyncAskRun
 from octavo.core.ask_params import AskParams
 from octavo.core.errors import shown
 from octavo.core.margins_params import MarginsParams
+from octavo.server.answer_types import Ask
 from octavo.server.answers import answering
 from octavo.server.context import ServerContext
 from octavo.server.errors import invalid
 from octavo.server.events import Work, ask_json, typed_answer
 from octavo.server.fields import RequestFields, documented, flag, integer, parsed
-from octavo.server.generation import Deadline
+from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
-from octavo.server.routes.margins import MarginsFields, margins_params, unique_id
+from octavo.server.routes.margins import MarginsFields, margins_params
 from octavo.server.sampling import changed, inside
 from octavo.server.settings import Limits
 
@@ -76,13 +77,13 @@ def _params(body: AskRequest, limits: Limits) -> AskParams:
     return AskParams(**given)
 
 
-@router.post("/v1/octavo/ask", **describes(AskRequest, "Answer a question from documents"))
+@router.post("/v1/octavo/ask", **describes(AskRequest, Ask, "Answer a question from documents", streams=True))
 @answering(AskRequest)
 async def ask(request: Request, context: ServerContext, body: AskRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
     model = context.model_named(body.model)
     params = _params(body, limits)
-    identity = unique_id(request, body.request_id, "ask", limits)
+    identity = unique_id(request, body.request_id, "ask", limits.max_request_id)
     async with deadline.hold():
         run = await context.llm.ask(
             body.question,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import shown
+from octavo.server.answer_types import BeamSearch
 from octavo.server.answers import answering, usage_of
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -49,7 +50,7 @@ class BeamSearchRequest(TextFields, ConversationFields):
     logprobs: Any = integer("log-probabilities of tokens, and of so many best ones in their place", minimum=0)
 
 
-@router.post("/v1/octavo/beam_search", **describes(BeamSearchRequest, "Search for texts", streams=False))
+@router.post("/v1/octavo/beam_search", **describes(BeamSearchRequest, BeamSearch, "Search for texts"))
 @answering(BeamSearchRequest)
 async def beam_search(
     request: Request, context: ServerContext, body: BeamSearchRequest, deadline: Deadline

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo.server.answer_types import ChatCompletion
 from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
@@ -70,7 +71,9 @@ class ChatCompletionRequest(SamplingFields, ConversationFields):
     top_logprobs: Any = integer("and of so many best ones in their place", minimum=0)
 
 
-@router.post("/v1/chat/completions", **describes(ChatCompletionRequest, "Answer a conversation"))
+@router.post(
+    "/v1/chat/completions", **describes(ChatCompletionRequest, ChatCompletion, "Answer a conversation", streams=True)
+)
 @answering(ChatCompletionRequest)
 async def chat_completions(
     request: Request, context: ServerContext, body: ChatCompletionRequest, deadline: Deadline
@@ -103,8 +106,13 @@ def check_either(body: ConversationFields, prompt: object) -> None:
     if (prompt is None) == (body.messages is None):
         raise invalid("prompt", "give either prompt or messages")
     if body.messages is None:
-        for name in body.model_fields_set & set(ConversationFields.model_fields):
-            raise invalid(name, "has no effect without messages")
+        check_no_conversation(body)
+
+
+def check_no_conversation(body: ConversationFields) -> None:
+    """Of one without messages. Raises ApiError."""
+    for name in body.model_fields_set & set(ConversationFields.model_fields):
+        raise invalid(name, "has no effect without messages")
 
 
 async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, list[dict[str, Any]] | None]:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.outputs import CompletionOutput, RequestOutput
 from octavo.core.params import SamplingParams
+from octavo.server.answer_types import Completion
 from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -57,7 +58,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = Field(None, description="begin each text with its prompt")
 
 
-@router.post("/v1/completions", **describes(CompletionRequest, "Continue prompts"))
+@router.post("/v1/completions", **describes(CompletionRequest, Completion, "Continue prompts", streams=True))
 @answering(CompletionRequest)
 async def completions(
     request: Request, context: ServerContext, body: CompletionRequest, deadline: Deadline

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from octavo.core.errors import shown
 from octavo.core.pooling import EmbeddingRequestOutput, PoolingParams
+from octavo.server.answer_types import Embeddings
 from octavo.server.answers import answering, usage
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -38,7 +39,7 @@ class EmbeddingRequest(RequestFields):
     user: Any = text("has no effect")
 
 
-@router.post("/v1/embeddings", **describes(EmbeddingRequest, "Turn texts into vectors", streams=False))
+@router.post("/v1/embeddings", **describes(EmbeddingRequest, Embeddings, "Turn texts into vectors"))
 @answering(EmbeddingRequest)
 async def embeddings(request: Request, context: ServerContext, body: EmbeddingRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits

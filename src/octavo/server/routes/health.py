@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo import __version__
+from octavo.server.answer_types import Status, Version
 from octavo.server.answers import route
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, retry_after
@@ -21,12 +22,12 @@ debug_router = APIRouter()
 _PATIENCE = 30.0  # seconds; a step takes less, and so does an engine that lives to say so between two of them
 
 
-@router.get("/live", **describes(None, "Whether the server runs at all; needs no key"))
+@router.get("/live", **describes(None, Status, "Whether the server runs at all; needs no key"))
 async def live() -> Response:
     return JSONBytes({"status": "ok"})
 
 
-@router.get("/health", **describes(None, "Whether the engine answers"))
+@router.get("/health", **describes(None, Status, "Whether the engine answers"))
 @route
 async def health(request: Request, context: ServerContext) -> Response:
     del request
@@ -34,7 +35,7 @@ async def health(request: Request, context: ServerContext) -> Response:
     return JSONBytes({"status": "ok"})
 
 
-@router.get("/ready", **describes(None, "Whether new requests are taken"))
+@router.get("/ready", **describes(None, Status, "Whether new requests are taken"))
 @route
 async def ready(request: Request, context: ServerContext) -> Response:
     del request
@@ -55,12 +56,12 @@ async def _check_engine(context: ServerContext) -> None:
         raise ApiError(503, "the engine does not answer", headers=retry_after(_PATIENCE)) from None
 
 
-@router.get("/version", **describes(None, "The version of Octavo"))
+@router.get("/version", **describes(None, Version, "The version of Octavo"))
 async def version() -> Response:
     return JSONBytes({"version": __version__})
 
 
-@debug_router.get("/server_info", **describes(None, "Settings and load"))
+@debug_router.get("/server_info", **describes(None, None, "Settings and load"))
 @route
 async def server_info(request: Request, context: ServerContext) -> Response:
     del request

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,12 +13,13 @@ from starlette.responses import Response
 
 from octavo.core.margins_params import MarginsParams
 from octavo.margins import AsyncMarginsRun
+from octavo.server.answer_types import Margins, Status
 from octavo.server.answers import answering, body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, invalid
 from octavo.server.events import Work, margins_json, typed_answer
 from octavo.server.fields import Body, RequestFields, documented, flag, integer, number
-from octavo.server.generation import Deadline, answer_id
+from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
 from octavo.server.sampling import changed
 from octavo.server.settings import Limits
@@ -112,7 +112,10 @@ def margins_params(body: MarginsFields, limits: Limits) -> dict[str, Any]:
     return given
 
 
-@router.post("/v1/octavo/margins", **describes(MarginsRequest, "Read a document with notes in its margins"))
+@router.post(
+    "/v1/octavo/margins",
+    **describes(MarginsRequest, Margins, "Read a document with notes in its margins", streams=True),
+)
 @answering(MarginsRequest)
 async def margins(request: Request, context: ServerContext, body: MarginsRequest, deadline: Deadline) -> Response:
     limits = context.settings.limits
@@ -124,7 +127,7 @@ async def margins(request: Request, context: ServerContext, body: MarginsRequest
     params = MarginsParams(**given)
     if params.review and not body.stream:
         raise invalid("review", "needs stream, which tells what there is to judge")
-    identity = unique_id(request, body.request_id, "margins", limits)
+    identity = unique_id(request, body.request_id, "margins", limits.max_request_id)
     async with deadline.hold():
         run = await context.llm.margins(
             body.document,
@@ -158,17 +161,11 @@ def _read(context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key:
     return work
 
 
-def unique_id(request: Request, given: object, kind: str, limits: Limits) -> str:
-    """The id of a run, which routes name and no other run has."""
-    identity, chosen = answer_id(request, given, kind, limits.max_request_id)
-    return identity if chosen else f"{identity}-{secrets.token_hex(4)}"
-
-
 # --- what a reviewer says ---
 
 
 def _say(verb: str, kind: type[Body], summary: str, say: Callable[[AsyncMarginsRun, Any], Awaitable[None]]) -> None:
-    @router.post(f"/v1/octavo/margins/{{run_id}}/{verb}", name=verb, **describes(kind, summary, streams=False))
+    @router.post(f"/v1/octavo/margins/{{run_id}}/{verb}", name=verb, **describes(kind, Status, summary))
     @route
     async def endpoint(request: Request, context: ServerContext) -> Response:
         body = await body_of(request, context, kind)

@@ -42,7 +42,7 @@ for _name in _NAMES[1:]:
     _add(f"/page/{_name}", _name)
 
 
-@router.get("/v1/octavo/stats", **describes(None, "What the engine does now"))
+@router.get("/v1/octavo/stats", **describes(None, None, "What the engine does now"))
 @route
 async def stats(request: Request, context: ServerContext) -> Response:
     del request

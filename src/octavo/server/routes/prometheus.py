@@ -16,7 +16,7 @@ router = APIRouter()
 _FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@router.get("/metrics", **describes(None, "Counters and times for Prometheus"))
+@router.get("/metrics", **describes(None, None, "Counters and times for Prometheus", kind="text/plain"))
 @route
 async def metrics(request: Request, context: ServerContext) -> Response:
     del request

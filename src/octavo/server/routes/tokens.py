@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.errors import shown
+from octavo.server.answer_types import Text, TokenizerInfo, Tokens
 from octavo.server.answers import body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -42,7 +43,7 @@ class DetokenizeRequest(Body):
     tokens: Any = token_ids("token ids", ...)
 
 
-@router.post("/tokenize", **describes(TokenizeRequest, "Turn text into tokens", streams=False))
+@router.post("/tokenize", **describes(TokenizeRequest, Tokens, "Turn text into tokens"))
 @route
 async def tokenize(request: Request, context: ServerContext) -> Response:
     deadline = Deadline(request, context)
@@ -75,7 +76,7 @@ def _encode(context: ServerContext, prompt: str, specials: bool) -> list[int]:
     return llm.tokenizer.encode(prompt, add_special_tokens=specials)
 
 
-@router.post("/detokenize", **describes(DetokenizeRequest, "Turn tokens into text", streams=False))
+@router.post("/detokenize", **describes(DetokenizeRequest, Text, "Turn tokens into text"))
 @route
 async def detokenize(request: Request, context: ServerContext) -> Response:
     body = await body_of(request, context, DetokenizeRequest)
@@ -95,7 +96,7 @@ def _decode(context: ServerContext, tokens: object) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-@info_router.get("/tokenizer_info", **describes(None, "Tell of the tokenizer, as tokenizer_config.json does"))
+@info_router.get("/tokenizer_info", **describes(None, TokenizerInfo, "Tell of the tokenizer"))
 @route
 async def tokenizer_info(request: Request, context: ServerContext) -> Response:
     del request
