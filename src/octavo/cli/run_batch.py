@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     config = engine_config(args)
     file = _open_input(args.input_file)
+    size = _size(file)
     with (
         open_ledger() as ledger,
         closing(BatchInput(args.input_file, file, ledger, settings.limits)) as source,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         first = next(items, None)
         if not source.num_requests:
             raise InvalidRequestError("--input-file", f"{args.input_file} holds no request")
-        told = _Told(args, _size(file))
+        told = _Told(args, size)
         if first is None:
             output.begin()
             complete = True
