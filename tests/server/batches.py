@@ -11,7 +11,16 @@ MODEL = "tiny"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 # Of an answer: when, and under which name; and what was cached then.
-_VOLATILE = {"id", "created", "cached_tokens"}
+_VOLATILE = {
+    "id",
+    "request_id",
+    "created",
+    "created_at",
+    "completed_at",
+    "cached_tokens",
+    "input_tokens",
+    "cache_read_input_tokens",
+}
 
 _HELLO = [{"role": "user", "content": "hello there"}]
 _DRAWN = {"max_tokens": 12, "temperature": 0.9, "seed": 7}
@@ -40,6 +49,14 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"prompt": "the fox", **_DRAWN, "stop": ["e"], "logit_bias": {"40": 3.5}},
         {"prompt": "x" * 9000},
         {"prompt": "the fox", "best_of": 2},
+    ],
+    "/v1/responses": [
+        {"input": "hello there", "max_output_tokens": 12, "temperature": 0.9, "seed": 7},
+        {"input": "hello there", "max_tokens": 12},
+    ],
+    "/v1/messages": [
+        {"messages": _HELLO, "model": MODEL, **_DRAWN},
+        {"messages": _HELLO, "model": MODEL},
     ],
     "/v1/embeddings": [
         {"input": ["the fox", "dog"], "dimensions": 8},

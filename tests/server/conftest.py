@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,21 @@ from octavo.server.serving import Server, open_socket, url_of
 from octavo.server.settings import ServerSettings
 
 MODEL = "tiny"
+HERMES = (
+    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
+    'Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
+    'Respond in the format {"name": function name, "parameters": dictionary}<|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ 'ipython' if m.role == 'tool' else m.role }}\n{{ m.content }}"
+    '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", '
+    '"parameters": {{ c.function.arguments | tojson }}}{% endfor %}<|im_end|>\n'
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 2048}
 
 
@@ -87,9 +104,33 @@ def serving(
             assert not thread.is_alive()
 
 
+def with_template(model: Path, folder: Path, template: str) -> Path:
+    """A copy of a model with another chat template."""
+    copied = folder / "model"
+    shutil.copytree(model, copied)
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return copied
+
+
 @pytest.fixture(scope="session")
 def shared_server(tiny_llama_dir: Path) -> Iterator[Running]:
     with serving(tiny_llama_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def hermes_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Of a model whose chat template teaches calls of tools in the form of Hermes."""
+    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("hermes"), HERMES)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def llama_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same in the form of Llama."""
+    with serving(with_template(tiny_llama_dir, tmp_path_factory.mktemp("llama"), LLAMA)) as running:
         yield running
 
 

@@ -197,6 +197,9 @@ def test_cors(guarded: Running, server: Running) -> None:
     ask = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(guarded.url + PATH, headers=ask)
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    for headers in ("authorization,x-request-timeout", "x-api-key,anthropic-version,anthropic-beta"):
+        asked = httpx.options(guarded.url + PATH, headers={**ask, "Access-Control-Request-Headers": headers})
+        assert asked.status_code == 200
     other = httpx.options(guarded.url + PATH, headers={**ask, "Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
     assert "access-control-allow-origin" not in httpx.options(server.url + PATH, headers=ask).headers

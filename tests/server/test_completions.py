@@ -216,10 +216,11 @@ def test_models_and_version(client: OpenAI, server: Running) -> None:
 
 def test_the_page_documents_every_field(server: Running) -> None:
     page = server.get("/openapi.json").json()
-    schema = page["components"]["schemas"]["CompletionRequest"]
-    assert schema["additionalProperties"] is False
-    without = [name for name, one in schema["properties"].items() if not one.get("description")]
-    assert without == [] and len(schema["properties"]) > 35
+    bodies = "CompletionRequest", "ChatCompletionRequest", "ResponsesRequest", "MessagesRequest"
+    for schema in (page["components"]["schemas"][name] for name in bodies):
+        assert schema["additionalProperties"] is False
+        without = [name for name, one in schema["properties"].items() if not one.get("description")]
+        assert without == [] and len(schema["properties"]) > 35
     assert "/v1/octavo/margins/{run_id}/accept" in page["paths"]
     told = json.dumps(page)
     refs = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', told))

@@ -61,6 +61,31 @@ CHAT = {
     "continue_final_message": [True],
     "messages": [[{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "so "}]],
 }
+_OF_CHATS = {"n", "use_beam_search", "length_penalty", "prompt_logprobs", "response_format", "stream_options"}
+RESPONSES = {
+    **{name: values for name, values in VALUES.items() if name not in {*_OF_CHATS, "max_tokens"}},
+    "max_output_tokens": VALUES["max_tokens"],
+    "input": ["hi", [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "so "}]],
+    "instructions": ["be brief"],
+    "include": [["message.output_text.logprobs"]],
+    "top_logprobs": [0, 3],
+    "text": [{"format": {"type": "json_object"}}, {"format": {"type": "text"}}],
+    "tools": [[{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}], []],
+    "tool_choice": ["auto", "none", "required"],
+    "parallel_tool_calls": [True, False],
+    "continue_final_message": [True],
+    "store": [False],
+}
+MESSAGES = {
+    **{name: values for name, values in VALUES.items() if name not in {*_OF_CHATS, "stop", "user", "return_token_ids"}},
+    "stop_sequences": [["the", "x"], []],
+    "messages": [[{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "so "}]],
+    "system": ["be brief"],
+    "tools": [[{"name": "f", "input_schema": {"type": "object"}, "strict": True}], []],
+    "tool_choice": [{"type": "auto", "disable_parallel_tool_use": True}, {"type": "any"}, {"type": "none"}],
+    "output_config": [{"format": {"type": "json_schema", "schema": {"type": "integer"}}}],
+    "metadata": [{"user_id": "x"}],
+}
 ROUNDS = int(os.environ.get("HTTP_PAIRS", "100"))
 
 
@@ -94,3 +119,30 @@ def test_fields_together(server: Running) -> None:
             else:
                 assert all(one["finish_reason"] for one in response.json()["choices"]), (body, response.text)
     assert min(statuses.values()) > ROUNDS // 10, statuses
+
+
+def test_fields_together_on_the_routes_with_typed_events(hermes_server: Running) -> None:
+    """The same; and a stream ends with an event that says how."""
+    rng = random.Random(12)
+    statuses = {200: 0, 400: 0}
+    routes = [("/v1/responses", ("input", "max_output_tokens"), RESPONSES)]
+    routes += [("/v1/messages", ("messages", "max_tokens"), MESSAGES)]
+    for number in range(ROUNDS):
+        path, needed, pool = rng.choice(routes)
+        names = {*needed, *rng.sample(sorted(pool), rng.randint(1, 5))}
+        body = {name: rng.choice(pool[name]) for name in sorted(names)}
+        response = hermes_server.post(path, body)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        assert response.status_code in (200, 400), (number, body, response.text)
+        if response.status_code == 400:
+            error = response.json()["error"]
+            assert error["param"] or "no token can be drawn" in error["message"], (body, error)
+        elif body.get("stream"):
+            last = json.loads(response.text.split("data: ")[-1])
+            ends = "response.completed", "response.incomplete", "message_stop"
+            assert last["type"] in ends or "no token can be drawn" in response.text, (body, last)
+        else:
+            found = response.json()
+            assert found.get("stop_reason") or found["status"] in ("completed", "incomplete"), (body, found)
+    assert min(statuses.values()) > ROUNDS // 10, statuses
+    hermes_server.until_idle()

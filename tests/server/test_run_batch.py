@@ -75,7 +75,13 @@ def is_engine(pid: int) -> bool:
 
 # Routes that are not for batches: they change something, name something that another request has made, or tell what
 # programs that prepare a batch ask a tokenizer.
-OTHER_ROUTES = {"/reset_prefix_cache", "/tokenize", "/detokenize", "/v1/octavo/sessions"}
+OTHER_ROUTES = {
+    "/reset_prefix_cache",
+    "/tokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/v1/octavo/sessions",
+}
 
 
 def test_which_routes_may_be_asked(exact: Running) -> None:

@@ -34,7 +34,14 @@ def counted(running: Program, name: str) -> float:
 @pytest.mark.parametrize("seconds", [60, pytest.param(1200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_soak(tiny_dir: Path, tmp_path: Path, seconds: int) -> None:
     flags = ["--max-num-seqs", str(PLACES), "--max-num-queued-reqs", str(QUEUE), "--limits", '{"max_sessions": 100}']
-    flags += ["--kv-cache-memory-bytes", "1500000", "--kv-offload-dir", str(tmp_path / "kv")]
+    flags += [
+        "--kv-cache-memory-bytes",
+        "1500000",
+        "--kv-offload-dir",
+        str(tmp_path / "kv"),
+        "--kv-offload-bytes",
+        "4000000",
+    ]
     with program(tiny_dir, *flags) as running:
         traffic = Traffic(running.url, seed=6)
         most: dict[str, list[int]] = {"server": [0, 0], "engine": [0, 0]}  # in the third and in the last quarter

@@ -62,6 +62,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**{k: v for k, v in LONG.items() if k not in ("seed", "temperature")}, "use_beam_search": True, "n": 3},
     ),
     "chat": ("/v1/chat/completions", {**CHAT, "stream": True}),
+    "responses": ("/v1/responses", {"input": "hello", "ignore_eos": True, "stream": True}),
+    "response": ("/v1/responses", {"input": "hello", "ignore_eos": True}),
+    "messages": ("/v1/messages", {**CHAT, "stream": True}),
+    "message": ("/v1/messages", CHAT),
     "margins": (
         "/v1/octavo/margins",
         {"document": "The fox is quick. " * 30, "question": "Who?", "stream": True, "segment_tokens": 50},
@@ -298,6 +302,30 @@ def test_keep_alive_comments(small: Running) -> None:
         comments.set()
         rest = [line for line in lines if line.startswith("data")]
     assert rest[-1] == "data: [DONE]" and len(rest) > 1
+    small.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "later"),
+    [
+        ("responses", ["response.created", "response.in_progress"], ": keep-alive"),
+        ("messages", ["message_start"], "event: ping"),
+    ],
+)
+def test_typed_streams_begin_before_there_is_anything_to_say(
+    small: Running, kind: str, first: list[str], later: str
+) -> None:
+    path, body = KINDS[kind]
+    kept = threading.Event()
+    with (
+        held(small.engine, kept.is_set, after=0),
+        small.client.stream("POST", small.url + path, json={**body, "min_tokens": 1}, timeout=30) as response,
+    ):
+        lines = response.iter_lines()
+        for name in first:
+            assert next(lines) == f"event: {name}" and next(lines).startswith("data: ") and next(lines) == ""
+        assert next(lines) == later
+        kept.set()
     small.until_idle()
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +11,8 @@ from openai import OpenAI
 
 from octavo.server import chat_output
 
-from .conftest import Running, error_of, serving
+from .conftest import Running, error_of
 
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
-    'Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
 ADD: Any = {
@@ -31,18 +22,21 @@ ADD: Any = {
         "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
     },
 }
+STRICT: Any = {"type": "function", "function": {**ADD["function"], "strict": True}}
+BAD = {"type": "json_schema", "json_schema": {"schema": {"type": "square"}}}
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("tools") / "model"
-    shutil.copytree(tiny_llama_dir, folder)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    with serving(folder) as running:
-        yield running
+def odd(keyword: str, value: Any) -> Any:
+    """A strict tool with a schema that is none."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", keyword: value}}}
+    return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+
+
+@pytest.fixture
+def server(hermes_server: Running) -> Iterator[Running]:
+    yield hermes_server
+    hermes_server.until_idle()
 
 
 def ask(server: Running, **given: Any) -> Any:
@@ -116,8 +110,59 @@ def test_text_is_text_where_nothing_is_demanded(server: Running) -> None:
     assert auto.choices[0].message.tool_calls is None and auto.choices[0].message.content
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_with_a_form_or_calls(server: Running, stream: bool) -> None:
+    """With response_format the model may still call; arguments of strict tools fit, of others they are an object."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [{"b": 1}, {"b": 2}]}}}
+    tools = [STRICT, {"type": "function", "function": {"name": "any"}}]
+    seen = set()
+    for seed in range(12):
+        answer = ask(server, tools=tools, response_format=form, seed=seed, max_tokens=150, stream=stream)
+        name, content = "", ""
+        for choice in (c for chunk in answer for c in chunk.choices) if stream else answer.choices:
+            part = choice.delta if stream else choice.message
+            content += part.content or ""
+            for call in part.tool_calls or []:
+                name = name or call.function.name
+                content += call.function.arguments
+            reason = choice.finish_reason
+        seen.add(name)
+        if reason != "length":
+            value = json.loads(content)
+            assert value["b"] in (1, 2) if not name else isinstance(value, dict)
+            assert name != "add" or isinstance(value["a"], bool)
+    assert "" in seen and seen - {""}, "there are answers and calls"
+    server.until_idle()
+
+
+def test_calls_of_llama(llama_server: Running) -> None:
+    """A model that begins with a brace calls, and its arguments fit where the tool is strict; and but once where that
+    is asked for."""
+    (brace,) = llama_server.llm.tokenizer.encode("{")
+    for extra, one in (({}, False), ({"parallel_tool_calls": False}, True)):
+        answer = ask(llama_server, tools=[STRICT], n=4, extra_body={"logit_bias": {str(brace): 100}}, **extra)
+        ended = [choice for choice in answer.choices if choice.finish_reason == "tool_calls"]
+        assert ended
+        for choice in answer.choices:
+            calls = choice.message.tool_calls
+            assert calls and {call.function.name for call in calls} == {"add"} and (len(calls) == 1 or not one)
+        for call in (call for choice in ended for call in choice.message.tool_calls):
+            assert isinstance(json.loads(call.function.arguments)["a"], bool)
+    plain = ask(llama_server, max_tokens=20, n=4, extra_body={"logit_bias": {str(brace): -100}})
+    free = ask(llama_server, max_tokens=20, n=4, tools=[STRICT], extra_body={"logit_bias": {str(brace): -100}})
+    assert not any(choice.message.tool_calls for choice in [*plain.choices, *free.choices])
+    llama_server.until_idle()
+
+
+def test_strict_tools_of_a_model_that_knows_no_calls(shared_server: Running) -> None:
+    body = {"messages": HELLO, "max_tokens": 2}
+    error_of(shared_server.post("/v1/chat/completions", {**body, "tools": [STRICT]}), 400, "tools[0].function.strict")
+    plain = shared_server.post("/v1/chat/completions", {**body, "tools": [ADD], "parallel_tool_calls": False})
+    assert plain.status_code == 200, "no calls are no more than one"
+
+
 def test_what_a_reader_makes_of_pieces() -> None:
-    reader = chat_output.reader_for("hermes", [ADD])
+    reader = chat_output.MessageReader(chat_output.reader_for("hermes", ["add"]))
     text = 'Hm. <tool_call>{"name": "add", "arguments": {"a": true}}</tool_call>'
     deltas = [reader.read(c, last=False) for c in text] + [reader.read("", last=True)]
     told = [one for one in deltas if one]
@@ -135,8 +180,16 @@ def test_what_a_reader_makes_of_pieces() -> None:
         ({"tool_choice": {"type": "function"}, "tools": [ADD]}, "tool_choice"),
         ({"tool_choice": 5, "tools": [ADD]}, "tool_choice"),
         ({"parallel_tool_calls": True}, "parallel_tool_calls"),
-        ({"parallel_tool_calls": False, "tools": [ADD]}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": False, "tools": [ADD], "structured_outputs": {"regex": "a"}}, "parallel_tool_calls"),
+        ({"tools": [STRICT], "structured_outputs": {"regex": "a"}}, "tools[0].function.strict"),
+        ({"tools": [{**ADD, "function": {"name": "a", "strict": 1}}]}, "tools[0].function.strict"),
+        ({"tools": [odd("pattern", "(")], "tool_choice": "required"}, "tools"),
+        ({"tools": [odd("pattern", "(")], "response_format": {"type": "json_object"}}, "tools"),
         ({"tool_choice": "required", "tools": [ADD], "response_format": {"type": "json_object"}}, "tool_choice"),
+        (
+            {"tools": [ADD], "response_format": {"type": "json_schema", "json_schema": BAD}},
+            "response_format.json_schema",
+        ),
     ],
 )
 def test_refused(server: Running, given: dict[str, Any], param: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 PATIENCE = 120.0  # seconds after which an answer is taken never to come
+_LAST = "done", "response.completed", "response.incomplete", "message_stop"  # types of events that end a stream
 WORDS = "the quick brown fox jumps over the lazy dog while a captain of old ships looks at the white sea ".split()
 SCHEMA = {
     "type": "object",
@@ -38,6 +39,7 @@ class Traffic:
     """
 
     KINDS = ("chat", "completion", "schema", "beams", "margins", "ask", "embeddings", "session", "leaver", "lease")
+    KINDS += ("response", "message")
 
     def __init__(self, url: str, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> None:
         self._url = url
@@ -87,6 +89,16 @@ class Traffic:
         told = [one async for one in _events(client, "/v1/chat/completions", {**body, "stream": True})]
         assert told[-1]["usage"]["completion_tokens"] >= 1
         assert [one["choices"][0]["finish_reason"] for one in told if one["choices"]][-1] in ("stop", "length")
+
+    async def _response(self, client: httpx.AsyncClient, rng: random.Random) -> None:
+        body = {"input": _text(rng, 30), "instructions": "Be kind.", "max_output_tokens": rng.randint(1, 40)}
+        told = [one async for one in _events(client, "/v1/responses", {**body, "stream": True})]
+        assert told[-1]["response"]["usage"]["output_tokens"] >= 1
+
+    async def _message(self, client: httpx.AsyncClient, rng: random.Random) -> None:
+        body = {"messages": [{"role": "user", "content": _text(rng, 30)}], "max_tokens": rng.randint(1, 40)}
+        told = [one async for one in _events(client, "/v1/messages", {**body, "system": "Be kind.", "stream": True})]
+        assert told[-2]["usage"]["output_tokens"] >= 1
 
     async def _completion(self, client: httpx.AsyncClient, rng: random.Random) -> None:
         body = {"prompt": [_text(rng, 20), _text(rng, 60)], "n": 2, "max_tokens": rng.randint(1, 40), "logprobs": 1}
@@ -179,6 +191,8 @@ async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
             told = json.loads(line[6:])
             if "error" in told:
                 raise RefusedError(told["error"]["code"], told["error"]["message"])
-            whole = whole or told.get("type") == "done"
+            if told.get("type") == "response.failed":
+                raise RefusedError(500, told["response"]["error"]["message"])
+            whole = whole or told.get("type") in _LAST
             yield told
     assert whole, "a stream ended without an end"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from octavo.text.tool_calls import (
+    ANY_TEXT,
     ArgumentsDelta,
     CallBegun,
+    CallEnded,
     TextDelta,
     ToolCall,
     ToolCallParser,
@@ -91,7 +93,7 @@ def test_deltas_come_as_soon_as_they_are_sure() -> None:
     assert parser.feed("b> <tool_call>") == [TextDelta(" <b>")]
     assert parser.feed('{"name": "add", "argu') == []
     assert parser.feed('ments": {"a"') == [CallBegun(0, "add"), ArgumentsDelta(0, '{"a"')]
-    assert parser.feed(": 1}") == [ArgumentsDelta(0, ": 1}")]
+    assert parser.feed(": 1}") == [ArgumentsDelta(0, ": 1}"), CallEnded(0)]
     assert parser.feed("}</tool_call>") == []
     assert parser.finish() == []
 
@@ -149,3 +151,47 @@ def test_a_grammar_of_calls(form: str, several: bool, tiny_llama_dir: Any) -> No
         for call in found.calls:
             arguments = json.loads(call.arguments)
             assert arguments == {} if call.name != "add" else arguments["a"] in (1, 2)
+
+
+CALL = {
+    "hermes": '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',
+    "llama3_json": '{"name": "add", "parameters": {"a": 1}}',
+}
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3_json"])
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("beside", [None, ANY_TEXT, '{"type": "array"}'])
+def test_what_may_stand_beside_calls(form: str, several: bool, beside: str | None) -> None:
+    """Text as the form has it, or an answer of JSON; the calls fit their schemas, and are no more than may be."""
+    import llguidance
+
+    call, other = CALL[form], CALL[form].replace("add", "any")
+    between = "\n" if form == "hermes" else "; "
+    text, mixed = beside == ANY_TEXT, beside == ANY_TEXT and form == "hermes"
+    cases = {
+        "": text,
+        "Hello\n{there} <tool": text,
+        "[1, 2]": beside is not None,
+        call: True,
+        other: True,
+        call + between + other: several,
+        f"Well.\n{call}": text,
+        f"{call} So.": mixed and several,
+        call.replace("1", '"1"'): False,
+        call.replace('{"a": 1}', "{}"): False,
+        call.replace("add", "subtract"): False,
+    }
+    if form == "llama3_json":
+        cases |= {"Well, {": text, '{"b": 1}': False, ' {"b": 1}': False}
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "description": "a ::= b"}}, "required": ["a"]}
+    tools: list[dict[str, Any]] = [{"name": "add", "parameters": schema}, {"name": "any", "parameters": None}]
+    grammar = call_grammar(form, tools, several=several, beside=beside)
+    assert "::=" not in grammar, "it would be taken for the form of llama.cpp"
+    tokenizer = llguidance.LLTokenizer("byte")
+    for output, expected in cases.items():
+        matcher = llguidance.LLMatcher(tokenizer, llguidance.grammar_from("lark", grammar))
+        assert not matcher.is_error(), matcher.get_error()
+        token_ids = tokenizer.tokenize_str(output)
+        found = matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+        assert found == expected, output

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ApiError, as_api_error, retry_after
+from octavo.server.envelope import error_response, is_anthropic, route_path
+from octavo.server.errors import ApiError, retry_after
 from octavo.server.routes import page
 from octavo.server.settings import MAX_KEY
 
@@ -61,13 +62,16 @@ class Access:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if is_anthropic(scope):
+                    headers["Request-Id"] = request_id  # which its clients read
             await send(message)
 
+        scope["octavo.request_id"] = request_id
         try:
             self._check_size(scope)
-            request_id = self._request_id(scope) or request_id
-            scope["octavo.request_id"] = request_id
+            request_id = scope["octavo.request_id"] = self._request_id(scope) or request_id
             key = self._check(scope)
             scope["octavo.key"] = key
             counted = key is not None and scope["method"] == "POST"
@@ -89,7 +93,7 @@ class Access:
             if started:
                 log.exception("an answer broke off; request %s", request_id)
                 return
-            await as_api_error(error).response()(scope, receive, answer)
+            await error_response(error, scope)(scope, receive, answer)
 
     def _check_size(self, scope: Scope) -> None:
         most = self._context.settings.limits.max_header_bytes
@@ -125,13 +129,6 @@ class Access:
             problem = "an API key is needed, as `Authorization: Bearer KEY`" if given is None else "wrong API key"
             raise ApiError(401, problem, headers={"WWW-Authenticate": "Bearer"})
         return digest
-
-
-def route_path(scope: Scope) -> str:
-    """The path without the one under which a proxy offers the server, as routes see it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and (path == root or path.startswith(root + "/")) else path
 
 
 def _digest(key: bytes) -> bytes:

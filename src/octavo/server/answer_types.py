@@ -3,7 +3,7 @@ forms. Their fields come where a request has asked for them if they have a defau
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -149,6 +149,134 @@ class ChatCompletion(Answer):
     usage: Usage
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] = []
+
+
+# --- /v1/responses ---
+
+
+class OutputText(Answer):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    logprobs: list[ChatLogprob]
+
+
+class MessageItem(Answer):
+    id: str
+    type: Literal["message"]
+    status: Literal["completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class FunctionCallItem(Answer):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class IncompleteDetails(Answer):
+    reason: Literal["max_output_tokens", "repetition", "abort", "error"]
+
+
+class InputTokens(CachedTokens):
+    cache_write_tokens: Literal[0]
+
+
+class OutputTokens(Answer):
+    reasoning_tokens: Literal[0]
+
+
+class ResponseUsage(Answer):
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    output_tokens_details: OutputTokens
+    total_tokens: int
+
+
+class NoReasoning(Answer):
+    effort: None
+    summary: None
+
+
+class ModelResponse(Answer):
+    """Fields that repeat the request's are as it has them."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[MessageItem | FunctionCallItem]
+    usage: ResponseUsage
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    text: dict[str, Any]
+    metadata: dict[str, Any]
+    user: str | None
+    safety_identifier: str | None
+    prompt_cache_key: str | None
+    truncation: Literal["disabled"]
+    store: Literal[False]
+    background: Literal[False]
+    service_tier: Literal["default"]
+    previous_response_id: None
+    reasoning: NoReasoning
+    prompt_token_ids: list[int] = []
+    token_ids: list[int] = []
+
+
+# --- /v1/messages ---
+
+
+class TextBlock(Answer):
+    type: Literal["text"]
+    text: str
+
+
+class ToolUseBlock(Answer):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class MessageUsage(Answer):
+    input_tokens: int
+    cache_creation_input_tokens: Literal[0]
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class AnthropicMessage(Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlock | ToolUseBlock]
+    stop_reason: (
+        Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+        | Literal["repetition", "abort", "error"]
+    )
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCount(Answer):
+    input_tokens: int
 
 
 # --- models, tokens, vectors ---

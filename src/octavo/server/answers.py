@@ -11,11 +11,12 @@ from starlette.responses import Response
 
 from octavo.core.outputs import RequestOutput
 from octavo.server.context import ServerContext, context_of
-from octavo.server.errors import as_api_error
+from octavo.server.envelope import error_response
+from octavo.server.errors import ApiError
 from octavo.server.fields import Parsed, parsed
 from octavo.server.generation import Deadline, Generation, Piece, generate, merged
 from octavo.server.json_body import ClientGoneError, read_json
-from octavo.server.streams import DONE, EventStream, Outbox, first_pieces, unless_gone
+from octavo.server.streams import EventStream, Outbox, first_pieces, unless_gone
 
 Handler = Callable[[Request, ServerContext], Coroutine[Any, Any, Response]]
 Answerer = Callable[[Request, ServerContext, Parsed, Deadline], Coroutine[Any, Any, Response]]
@@ -35,7 +36,7 @@ def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
-            return as_api_error(error).response()
+            return error_response(error, request.scope)
 
     # FastAPI reads parameters off the signature, and wraps() lends it the handler's.
     del endpoint.__wrapped__
@@ -87,8 +88,21 @@ class UsageCount:
             self._cached[number] = output.num_cached_tokens
             self._completion += sum(len(one.token_ids) for one in output.outputs)
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self._prompt
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._completion
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt's."""
+        return sum(self._cached.values())
+
     def as_dict(self) -> dict[str, Any]:
-        return usage(self._prompt, self._completion, sum(self._cached.values()))
+        return usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
 
 def usage_of(prompt_tokens: int, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
@@ -103,8 +117,10 @@ async def stream(
     deadline: Deadline,
     write: Callable[[list[Piece]], bytes],
     last: Callable[[], bytes],
+    error: Callable[[ApiError], bytes] | None = None,
 ) -> EventStream:
-    """Answer as server-sent events. Raises what goes wrong before the first token: it gets a status."""
+    """Answer as server-sent events; `write`, `last` and `error` are those of EventStream. Raises what goes wrong before
+    the first token: it gets a status."""
     settings = context.settings
     outbox: Outbox[Piece] = Outbox(settings.limits.stream_buffer, merged)
 
@@ -117,7 +133,8 @@ async def stream(
         outbox,
         first,
         write,
-        lambda: last() + DONE,
+        last,
         keep_alive=settings.sse_keep_alive_interval,
         write_timeout=settings.write_timeout,
+        error=error,
     )

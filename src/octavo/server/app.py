@@ -20,6 +20,7 @@ from starlette.responses import Response
 from octavo import __version__
 from octavo.server.access import Access
 from octavo.server.context import make_context
+from octavo.server.envelope import error_response
 from octavo.server.errors import ApiError
 from octavo.server.openapi import page_of
 from octavo.server.routes import (
@@ -31,9 +32,11 @@ from octavo.server.routes import (
     embeddings,
     health,
     margins,
+    messages,
     models,
     page,
     prometheus,
+    responses,
     sessions,
     tokens,
 )
@@ -43,9 +46,12 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.metrics import Metrics
 
+_HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"]  # of browsers
+_HEADERS += ["Anthropic-Version", "Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access"]
 _THREADS = 32  # that tokenise and compile grammars
 _ROUTERS = [one.router for one in (completions, chat, models, tokens, health, prometheus)]
-_ROUTERS += [one.router for one in (embeddings, cache, beam_search, margins, ask, sessions, page)]
+_ROUTERS += [one.router for one in (responses, messages, embeddings, cache)]
+_ROUTERS += [one.router for one in (beam_search, margins, ask, sessions, page)]
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
@@ -77,8 +83,8 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_headers=_HEADERS,
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After"],
         )
     return app
 
@@ -96,7 +102,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not for this route", None, headers).response()
-    if error.status_code == 404:
-        return ApiError(404, "there is no such route").response()
-    return ApiError(error.status_code, str(error.detail), None, headers).response()
+        found = ApiError(405, f"{request.method} is not for this route", None, headers)
+    elif error.status_code == 404:
+        found = ApiError(404, "there is no such route")
+    else:
+        found = ApiError(error.status_code, str(error.detail), None, headers)
+    return error_response(found, request.scope)

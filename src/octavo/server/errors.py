@@ -67,9 +67,6 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
-    def response(self) -> Response:
-        return JSONBytes(self.body, self.status, self.headers)
-
 
 class JSONBytes(Response):
     """A JSON answer. Numbers that are not finite become null."""

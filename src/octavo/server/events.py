@@ -62,7 +62,7 @@ async def typed_answer(
         lambda: b"",
         keep_alive=settings.sse_keep_alive_interval,
         write_timeout=settings.write_timeout,
-        error=lambda body: event({"type": "error", **body}, "error"),
+        error=lambda error: event({"type": "error", **error.body}, "error"),
     )
 
 

@@ -6,6 +6,7 @@ users of the library. Here an unknown name is refused, and null is as if the fie
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
@@ -71,6 +72,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     null_is_a_value: ClassVar[frozenset[str]] = frozenset()  # names of fields of which null means something
+    # Fields that are taken where they ask for nothing, with these values, and else refused, with a reason.
+    neutral: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
 
 class StreamOptions(Body):
@@ -86,15 +89,12 @@ class RequestFields(Body):
     request_id: Any = text("the answer's id will hold it; not that of another request that is under way")
 
 
-class TextParams(Body):
-    """How text is made, drawn or searched for."""
+class OutputParams(Body):
+    """How text is made, drawn or searched for, but for the strings that end it."""
 
     presence_penalty: Any = number("subtracted once for tokens that were generated", minimum=-2, maximum=2)
     frequency_penalty: Any = number("subtracted for each time that a token was generated", minimum=-2, maximum=2)
     repetition_penalty: Any = number("divides logits of tokens in prompt and output", minimum=0.001, maximum=1000)
-    stop: Any = documented(
-        "strings that end an output", {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    )
     stop_token_ids: Any = token_ids("further tokens that end an output")
     include_stop_str_in_output: Any = flag("leave the stop string in the text")
     ignore_eos: Any = flag("go on past the model's end tokens")
@@ -116,7 +116,15 @@ class TextParams(Body):
     )
 
 
-class DrawParams(TextParams):
+class TextParams(OutputParams):
+    """How text is made, drawn or searched for."""
+
+    stop: Any = documented(
+        "strings that end an output", {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    )
+
+
+class Draws(Body):
     """How tokens are drawn."""
 
     temperature: Any = number("0 takes the most probable token always", minimum=0)
@@ -126,14 +134,22 @@ class DrawParams(TextParams):
     seed: Any = integer("of all draws; the same request with the same seed has the same answer", minimum=0)
 
 
-class TextFields(TextParams, RequestFields):
-    """What requests for text have in common, drawn or searched for."""
+class DrawParams(Draws, TextParams):
+    """How text is drawn."""
+
+
+class EngineFields(RequestFields):
+    """What requests for text ask of the engine."""
 
     skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
 
 
+class TextFields(TextParams, EngineFields):
+    """What requests for text have in common, drawn or searched for."""
+
+
 class SamplingFields(DrawParams, TextFields):
-    """What requests for text have in common on OpenAI's routes."""
+    """What requests for text have in common on OpenAI's older routes."""
 
     stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
     stream_options: StreamOptions | None = Field(None, description="of a stream")
@@ -155,14 +171,27 @@ Parsed = TypeVar("Parsed", bound=Body)
 def parsed(kind: type[Parsed], given: dict[str, Any]) -> Parsed:
     """A body as its fields. Raises ApiError (400) naming the first that is at fault."""
     for name, why in NOT_SUPPORTED.items():
-        if given.get(name) is not None and name not in kind.model_fields:
+        if given.get(name) is not None and name not in kind.model_fields and name not in kind.neutral:
+            raise ApiError(400, f"{name}: {why}", name)
+    for name, (values, why) in kind.neutral.items():
+        value = given.get(name)
+        if value is not None and not is_one_of(value, values):
             raise ApiError(400, f"{name}: {why}", name)
     try:
-        values = {name: value for name, value in given.items() if value is not None or name in kind.null_is_a_value}
-        return kind.model_validate(values)
+        told = {
+            name: value
+            for name, value in given.items()
+            if name not in kind.neutral and (value is not None or name in kind.null_is_a_value)
+        }
+        return kind.model_validate(told)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise _as_api_error(first["loc"], first["type"], first["msg"], first["input"], kind) from None
+
+
+def is_one_of(value: object, values: Iterable[object]) -> bool:
+    """Of JSON, where true is not 1."""
+    return any(type(value) is type(one) and value == one for one in values)
 
 
 def _as_api_error(loc: tuple[int | str, ...], kind: str, message: str, value: object, body: type[Body]) -> ApiError:
@@ -187,6 +216,6 @@ def path_of(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def sampling_fields(body: DrawParams) -> dict[str, Any]:
+def sampling_fields(body: Body) -> dict[str, Any]:
     """Those of its fields that are SamplingParams' and were given."""
     return {name: getattr(body, name) for name in body.model_fields_set if name in _SAMPLING_FIELDS}

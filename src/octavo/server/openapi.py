@@ -16,6 +16,8 @@ ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
     "properties": {
+        "type": {"const": "error", "description": "on Anthropic's routes"},
+        "request_id": {"type": "string", "description": "on Anthropic's routes"},
         "error": {
             "type": "object",
             "required": ["message", "type", "param", "code"],
@@ -25,7 +27,7 @@ ERROR_SCHEMA = {
                 "param": {"type": ["string", "null"], "description": "the field at fault"},
                 "code": {"type": "integer", "description": "the status of HTTP"},
             },
-        }
+        },
     },
 }
 

@@ -16,6 +16,7 @@ from octavo.server.fields import DrawParams, SamplingFields, sampling_fields
 from octavo.server.settings import Limits
 
 _BEAM_FIELDS = frozenset(one.name for one in fields(BeamSearchParams) if one.init)
+_SCHEMA_KEYS = frozenset(["name", "schema", "strict", "description"])
 _OF_SEARCHES = {"n"}  # fields of sampling that a search takes under another name
 
 Params = SamplingParams | BeamSearchParams
@@ -30,10 +31,8 @@ def params_of(body: SamplingFields, context: ServerContext, more: dict[str, Any]
         given["structured_outputs"] = structured
     given |= more
     streamed = bool(body.stream)
-    kind = OutputKind.DELTA if streamed else OutputKind.FINAL_ONLY
     if body.stream_options is not None and not streamed:
         raise invalid("stream_options", "has no effect without stream")
-    check_lengths(given, context.settings.limits)
     with renamed({"structured_outputs": name}):
         if body.use_beam_search:
             return _beams(given, body, context.settings.limits)
@@ -41,17 +40,23 @@ def params_of(body: SamplingFields, context: ServerContext, more: dict[str, Any]
             raise invalid("length_penalty", "has no effect without use_beam_search")
         if streamed and given.get("prompt_logprobs") is not None:
             raise invalid("prompt_logprobs", "is not for streams")
-        params = SamplingParams(**{**context.defaults, **given}, output_kind=kind)
+        params = drawn(given, context, streamed=streamed)
     if params.n > context.settings.limits.max_n:
         raise invalid("n", f"must be at most {context.settings.limits.max_n}, not {params.n}")
     return params
 
 
-def turn_params(body: DrawParams, context: ServerContext) -> SamplingParams:
-    """Of a session's branch. Raises ApiError, InvalidRequestError."""
-    given = sampling_fields(body)
+def drawn(given: dict[str, Any], context: ServerContext, *, streamed: bool) -> SamplingParams:
+    """Of fields of SamplingParams; where a request says nothing it is as the model's files recommend. Raises
+    InvalidRequestError."""
     check_lengths(given, context.settings.limits)
-    return SamplingParams(**{**context.defaults, **given})
+    kind = OutputKind.DELTA if streamed else OutputKind.FINAL_ONLY
+    return SamplingParams(**{**context.defaults, **given}, output_kind=kind)
+
+
+def turn_params(body: DrawParams, context: ServerContext) -> SamplingParams:
+    """Of a session's branch. Raises InvalidRequestError."""
+    return drawn(sampling_fields(body), context, streamed=False)
 
 
 def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamSearchParams:
@@ -60,6 +65,7 @@ def _beams(given: dict[str, Any], body: SamplingFields, limits: Limits) -> BeamS
     for name in [name for name, value in given.items() if value is not None]:
         if name not in _BEAM_FIELDS and name not in _OF_SEARCHES:
             raise invalid(name, "has no effect with use_beam_search")
+    check_lengths(given, limits)
     width = given.pop("n", 1)
     penalty = {} if body.length_penalty is None else {"length_penalty": body.length_penalty}
     with renamed({"beam_width": "n"}):
@@ -94,7 +100,7 @@ def changed(name: str, given: object, default: SamplingParams | None, limits: Li
 
 
 def check_lengths(given: Mapping[str, Any], limits: Limits) -> None:
-    """Of lists, whose items are checked later. Raises ApiError."""
+    """Of lists, whose items are checked later. Raises InvalidRequestError."""
     for name, most in (
         ("stop", limits.max_stop_strings),
         ("bad_words", limits.max_bad_words),
@@ -102,7 +108,7 @@ def check_lengths(given: Mapping[str, Any], limits: Limits) -> None:
     ):
         value = given.get(name)
         if isinstance(value, list | dict) and len(value) > most:
-            raise invalid(name, f"may have at most {most} entries, not {len(value)}")
+            raise InvalidRequestError(name, f"may have at most {most} entries, not {len(value)}")
 
 
 def written_as(body: SamplingFields) -> str:
@@ -112,34 +118,44 @@ def written_as(body: SamplingFields) -> str:
 
 def _structured(body: SamplingFields) -> tuple[Any, str]:
     """`structured_outputs`, and what the request calls it."""
-    given = body.response_format
-    if given is None:
+    form, name = form_of("response_format", body.response_format)
+    if form is None:
         return body.structured_outputs, "structured_outputs"
-    name = "response_format"
+    if body.structured_outputs is not None:
+        raise invalid("response_format", "cannot be given beside structured_outputs")
+    return form, name
+
+
+def form_of(name: str, given: object, nested: str = "json_schema") -> tuple[dict[str, Any] | None, str]:
+    """The form of an answer in OpenAI's words, as fields of structured outputs, None for text; and what the request
+    calls it. What belongs to a schema lies under the key `nested`, or beside the type where that is empty. Raises
+    ApiError."""
+    if given is None:
+        return None, name
     if not isinstance(given, dict):
         raise invalid(name, f"must be an object with a type, not {shown(given)}")
-    kind = given.get("type")
-    allowed = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    kind, allowed = given.get("type"), {"type"}
+    if kind == "json_schema":
+        allowed |= {nested} if nested else _SCHEMA_KEYS
     if unknown := given.keys() - allowed:
         raise unknown_field(name, unknown, allowed)
     if kind == "text":
-        return body.structured_outputs, "structured_outputs"
-    if body.structured_outputs is not None:
-        raise invalid(name, "cannot be given beside structured_outputs")
+        return None, name
     if kind == "json_object":
         return {"json_object": True}, name
     if kind != "json_schema":
         raise invalid(f"{name}.type", f"must be text, json_object or json_schema, not {shown(kind)}")
-    return {"json": _schema(given.get("json_schema"))}, f"{name}.json_schema"
+    if not nested:
+        return {"json": _schema(name, given)}, f"{name}.schema"
+    name = f"{name}.{nested}"
+    return {"json": _schema(name, given.get(nested))}, name
 
 
-def _schema(given: object) -> Any:
-    name = "response_format.json_schema"
+def _schema(name: str, given: object) -> Any:
     if not isinstance(given, dict):
         raise invalid(name, 'must be {"name": ..., "schema": ...}')
-    allowed = {"name", "schema", "strict", "description"}
-    if unknown := given.keys() - allowed:
-        raise unknown_field(name, unknown, allowed)
+    if unknown := given.keys() - _SCHEMA_KEYS - {"type"}:
+        raise unknown_field(name, unknown, _SCHEMA_KEYS)
     for part, kind in (("name", str), ("description", str), ("strict", bool)):
         if given.get(part) is not None and not isinstance(given[part], kind):
             raise invalid(f"{name}.{part}", f"must be {'a string' if kind is str else 'true or false'}")

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.server.errors import as_api_error, encode
+from octavo.server.errors import ApiError, as_api_error, encode
 from octavo.server.json_body import ClientGoneError
 
 Piece = TypeVar("Piece")
@@ -121,8 +121,10 @@ class EventStream(Response):
 
     Args:
         first: pieces that were taken already.
-        write: pieces -> events.
+        write: pieces -> events. Of no pieces, where there is nothing to say, it may make some as well; a comment comes
+            if it makes none.
         last: what comes behind all pieces.
+        error: what comes instead, of an error.
     """
 
     media_type = "text/event-stream"
@@ -136,7 +138,7 @@ class EventStream(Response):
         *,
         keep_alive: float,
         write_timeout: float,
-        error: Callable[[dict[str, Any]], bytes] | None = None,
+        error: Callable[[ApiError], bytes] | None = None,
     ) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Its length is not known.
@@ -147,7 +149,7 @@ class EventStream(Response):
         self._last = last
         self._keep_alive = keep_alive
         self._write_timeout = write_timeout
-        self._error = error or event
+        self._error = error or (lambda found: event(found.body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
@@ -173,7 +175,7 @@ class EventStream(Response):
         pieces = self._first
         try:
             while pieces is not None:
-                body = self._write(pieces) if pieces else KEEP_ALIVE
+                body = self._write(pieces) or (b"" if pieces else KEEP_ALIVE)
                 if body:
                     await write(body)
                 pieces = await self._outbox.take(self._keep_alive)
@@ -181,7 +183,7 @@ class EventStream(Response):
         except ClientGoneError:
             raise
         except Exception as error:
-            body = self._error(as_api_error(error).body)
+            body = self._error(as_api_error(error))
         await write(body, more=False)
 
 

@@ -100,6 +100,11 @@ class Grammars:
 
     def _in_time(self, params: StructuredOutputsParams) -> LLMatcher:
         field = f"structured_outputs.{params.kind}"
+        try:
+            self._vocabulary()  # not in the time of the first grammar
+        except ImportError:
+            needed = "needs the package llguidance: pip install octavo[structured]"
+            raise InvalidRequestError("structured_outputs", needed) from None
         if not self._turns.acquire(timeout=_TURN):
             raise InvalidRequestError(field, "too many grammars are being compiled: try it again")
         with self._lock:
@@ -125,9 +130,6 @@ class Grammars:
             if not any(matcher.compute_bitmask()) or (matcher.is_stopped() and not matcher.is_accepting()):
                 raise InvalidRequestError(field, "admits no output")
             return matcher
-        except ImportError:
-            needed = "needs the package llguidance: pip install octavo[structured]"
-            raise InvalidRequestError("structured_outputs", needed) from None
         except ValueError as error:
             if isinstance(error, InvalidRequestError):
                 raise
@@ -138,7 +140,7 @@ class Grammars:
             self._turns.release()
 
     def _vocabulary(self) -> Any:
-        """Some 150 ms, the first time."""
+        """Some 150 ms for 50,000 tokens, the first time."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
         with self._making_vocabulary:

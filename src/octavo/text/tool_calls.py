@@ -48,11 +48,18 @@ class ArgumentsDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class CallEnded:
+    """Its arguments are whole."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     text: str
 
 
-Delta = CallBegun | ArgumentsDelta | TextDelta
+Delta = CallBegun | ArgumentsDelta | CallEnded | TextDelta
 
 
 @dataclass(slots=True)
@@ -74,7 +81,7 @@ class ToolCalls:
                 self.text += delta.text
             elif isinstance(delta, CallBegun):
                 self.calls.append(ToolCall(delta.name, ""))
-            else:
+            elif isinstance(delta, ArgumentsDelta):
                 self.calls[delta.index].arguments += delta.text
 
 
@@ -185,6 +192,7 @@ class ToolCallParser:
         if end is None:
             return False
         self._arguments, self._closing = None, True
+        deltas.append(CallEnded(self._index))
         return True
 
     def _read_close(self) -> bool:
@@ -316,26 +324,57 @@ def parse(form: str, text: str, names: Sequence[str]) -> ToolCalls:
     return found
 
 
-def call_grammar(form: str, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-    """A grammar, in the Lark form of llguidance, of calls of these tools and nothing else: for ``tool_choice``.
+ANY_TEXT = "text"
+# A call begins where its opening stands, or for Llama where the output begins like JSON: what is text the parser knows
+# by the same.
+_TEXT = "TEXT: /(.|\\n)*/\nopening[lazy]: TEXT " + json.dumps(_OPEN) + "\ncall: opening head"
+_NO_JSON = "TEXT: /([^{ \\t\\r\\n](.|\\n)*)?/"
+_TEXT_AND_CALLS = {
+    ("hermes", True): f"start: call* TEXT\n{_TEXT}",
+    ("hermes", False): f"start: TEXT | call\n{_TEXT}",
+    ("llama3_json", True): f'start: TEXT | call ("; " call)*\n{_NO_JSON}',
+    ("llama3_json", False): f"start: TEXT | call\n{_NO_JSON}",
+}
+
+
+def call_grammar(form: str, tools: Sequence[Mapping[str, Any]], *, several: bool, beside: str | None = None) -> str:
+    """A grammar, in the Lark form of llguidance, of calls of these tools whose arguments fit the schemas.
 
     Args:
         tools: ``{"name": ..., "parameters": a JSON schema}``.
         several: more than one call may follow each other.
+        beside: what the output may be instead: `ANY_TEXT`, in which calls may stand as the form has it, or JSON by a
+            schema, of which this is the text. None: a call is demanded.
     """
     if not tools:
         raise InvalidRequestError("tools", "are needed for a call")
-    rules = []
+    if beside == ANY_TEXT:
+        rules = [_TEXT_AND_CALLS[form, several]]
+    else:
+        between = '"\\n"' if form == "hermes" else '"; "'
+        calls = f"call ({between} call)*" if several else "call"
+        rules = [f"start: {calls}" if beside is None else f"start: answer | {calls}"]
+        if beside is not None:
+            rules.append(f"answer: %json {beside}")
+        if form == "hermes":
+            rules.append(f"call: {_quoted(_OPEN)} head")
+    head = "head" if form == "hermes" else "call"
+    rules.append(f"{head}: " + " | ".join(f"call{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
-        schema = json.dumps(tool.get("parameters") or {"type": "object"}, ensure_ascii=False)
-        head = json.dumps({"name": tool["name"]}, ensure_ascii=False)[:-1] + f', "{_ARGUMENTS[form]}": '
-        opened, closed = (f"{_OPEN}\n{head}", f"}}\n{_CLOSE}") if form == "hermes" else (head, "}")
-        rules.append(f"call{number}: {_quoted(opened)} args{number} {_quoted(closed)}\nargs{number}: %json {schema}")
-    calls = " | ".join(f"call{number}" for number in range(len(tools)))
-    between = '"\\n"' if form == "hermes" else '"; "'
-    start = f"start: call ({between} call)*" if several else "start: call"
-    return "\n".join([start, f"call: {calls}", *rules])
+        opened = _json({"name": tool["name"]})[:-1] + f', "{_ARGUMENTS[form]}": '
+        closed = "}"
+        if form == "hermes":
+            opened, closed = "\n" + opened, f"}}\n{_CLOSE}"
+        rules.append(f"call{number}: {_quoted(opened)} args{number} {_quoted(closed)}")
+        rules.append(f"args{number}: %json {_json(tool.get('parameters') or {'type': 'object'})}")
+    # In JSON this stands in strings alone, where it may be written so; as it is it would be the mark of another form.
+    return "\n".join(rules).replace("::=", r":\u003a=")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """As a string of Lark's."""
+    return _json(text)

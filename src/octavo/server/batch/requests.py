@@ -21,6 +21,8 @@ from octavo.server.settings import Limits
 URLS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
     "/v1/embeddings",
     "/v1/octavo/beam_search",
     "/v1/octavo/margins",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,6 +15,7 @@ from octavo.server.answer_types import ChatCompletion
 from octavo.server.answers import UsageCount, answering, stream, usage_of
 from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
+from octavo.server.conversation import Conversation, under_calls, write
 from octavo.server.errors import JSONBytes, invalid
 from octavo.server.fields import Body, SamplingFields, documented, integer
 from octavo.server.generation import (
@@ -31,18 +30,25 @@ from octavo.server.generation import (
     names_of,
 )
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.messages import conversation, tools_demanded, tools_for, tools_of
+from octavo.server.messages import ToolUse, choice_of, messages_of, tool_use, tools_of
 from octavo.server.openapi import describes
-from octavo.server.sampling import Params, params_of, renamed
-from octavo.server.streams import event
-from octavo.text.tool_calls import call_grammar
+from octavo.server.sampling import Params, params_of, renamed, written_as
+from octavo.server.streams import DONE, event
 
 router = APIRouter()
 
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
 
 
-class ConversationFields(Body):
+class TemplateFields(Body):
+    """How the chat template writes a conversation."""
+
+    add_generation_prompt: bool | None = Field(None, description="end with the opening of the assistant's turn")
+    continue_final_message: bool | None = Field(None, description="go on in the final message")
+    chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
+
+
+class ConversationFields(TemplateFields):
     """A conversation, and how the chat template writes it."""
 
     messages: Any = documented(
@@ -55,10 +61,7 @@ class ConversationFields(Body):
         '"auto", "none", "required", or {"type": "function", "function": {"name": ...}}: the tool to call',
         {"anyOf": [{"type": "string", "enum": ["auto", "none", "required"]}, {"type": "object"}]},
     )
-    parallel_tool_calls: bool | None = Field(None, description="with a demanded call: several may follow; on without")
-    add_generation_prompt: bool | None = Field(None, description="end with the opening of the assistant's turn")
-    continue_final_message: bool | None = Field(None, description="go on in the final message")
-    chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most; several may come without")
 
 
 class ChatCompletionRequest(SamplingFields, ConversationFields):
@@ -84,8 +87,8 @@ async def chat_completions(
     check_outputs(params, 1, limits.max_outputs)
     identity, chosen = answer_id(request, body.request_id, "chatcmpl", limits.max_request_id)
     async with deadline.hold():
-        prompt, tools = await written(context, body)
-    params = _with_calls(body, context, params, tools)
+        prompt, use = await written(context, body)
+    params, names = under_calls(context, params, use, written_as(body))
     work = Generation(
         identity,
         engine_ids(identity, chosen, 1),
@@ -93,9 +96,9 @@ async def chat_completions(
         params,
         body.priority,
         body.cache_salt,
-        _names(body),
+        {**names, **_names(body)},
     )
-    writer = _Writer(context, work, body, model, tools)
+    writer = _Writer(context, work, body, model, use)
     if body.stream:
         return await stream(context, work, deadline, writer.chunks, writer.last)
     return JSONBytes(writer.whole(await answered(context, work, deadline)))
@@ -115,46 +118,20 @@ def check_no_conversation(body: ConversationFields) -> None:
         raise invalid(name, "has no effect without messages")
 
 
-async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, list[dict[str, Any]] | None]:
-    """The conversation as the chat template writes it, tokenised; and the tools that it was told of. Raises ApiError,
+async def written(context: ServerContext, body: ConversationFields) -> tuple[PromptTokens, ToolUse]:
+    """The conversation as the chat template writes it, tokenised; and what it says of calls. Raises ApiError,
     InvalidRequestError."""
     limits = context.settings.limits
-    messages = conversation(body.messages, limits)
-    tools = tools_for(tools_of(body.tools, limits), body.tool_choice)
-    more: dict[str, Any] = {} if tools is None else {"tools": tools}
-    going_on = bool(body.continue_final_message)
-    opening = body.add_generation_prompt
-    write = partial(
-        context.llm.chat_prompt,
-        messages,
+    messages = messages_of(body.messages, limits)
+    use = tool_use(tools_of(body.tools, limits), choice_of(body.tool_choice), body.parallel_tool_calls)
+    conversation = Conversation(
+        messages=messages,
+        use=use,
         chat_template_kwargs=body.chat_template_kwargs,
-        add_generation_prompt=not going_on if opening is None else opening,
-        continue_final_message=going_on,
-        **more,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
     )
-    prompt = await asyncio.get_running_loop().run_in_executor(context.templates, write)
-    return PromptTokens(prompt["prompt"], prompt["prompt_token_ids"], "messages"), tools
-
-
-def _with_calls(
-    body: ChatCompletionRequest, context: ServerContext, params: Params, tools: list[dict[str, Any]] | None
-) -> Params:
-    """The same parameters, under a grammar of the calls that are demanded. Raises ApiError."""
-    demanded = tools_demanded(tools, body.tool_choice)
-    if body.parallel_tool_calls is not None and not tools:
-        raise invalid("parallel_tool_calls", "has no effect without tools")
-    if not demanded:
-        if body.parallel_tool_calls is False and tools:
-            raise invalid("parallel_tool_calls", "false is for tool_choice 'required' or a tool's name")
-        return params
-    form = context.tool_format
-    if form is None:
-        raise invalid("tool_choice", "this model's chat template teaches no form of calls that is known")
-    if params.structured_outputs is not None:
-        raise invalid("tool_choice", "and response_format or structured_outputs cannot both be demanded")
-    functions = [tool["function"] for tool in demanded]
-    grammar = call_grammar(form, functions, several=body.parallel_tool_calls is not False and len(functions) > 0)
-    return params.but(structured_outputs={"grammar": grammar})
+    return await write(context, conversation), use
 
 
 def _params(body: ChatCompletionRequest, context: ServerContext) -> Params:
@@ -187,11 +164,11 @@ class _Writer:
         work: Generation,
         body: ChatCompletionRequest,
         model: str,
-        tools: list[dict[str, Any]] | None,
+        use: ToolUse,
     ) -> None:
         self._work = work
         self._body = body
-        self._tools = tools
+        self._names = use.names
         self._form = context.tool_format
         self._head = {
             "id": work.id,
@@ -218,8 +195,11 @@ class _Writer:
             answer["prompt_token_ids"] = self._work.prompts[0].token_ids
         return answer
 
+    def _reader(self) -> MessageReader:
+        return MessageReader(reader_for(self._form, self._names))
+
     def _choice(self, one: CompletionOutput) -> dict[str, Any]:
-        reader = reader_for(self._form, self._tools)
+        reader = self._reader()
         reader.read(one.text, last=True)
         return {
             "index": one.index,
@@ -245,7 +225,7 @@ class _Writer:
         begun = b""
         reader = self._readers.get(one.index)
         if reader is None:
-            reader = self._readers[one.index] = reader_for(self._form, self._tools)
+            reader = self._readers[one.index] = self._reader()
             begun = self._begin(one.index)
         delta = reader.read(one.text, last=one.finished)
         choice = {"index": one.index, "delta": delta, **self._end(one, reader)}
@@ -265,4 +245,5 @@ class _Writer:
         return event({**head, **more, "choices": choices})
 
     def last(self) -> bytes:
-        return event({**self._head, "choices": [], "usage": self._usage.as_dict()}) if self._tells_usage else b""
+        told = event({**self._head, "choices": [], "usage": self._usage.as_dict()}) if self._tells_usage else b""
+        return told + DONE

@@ -34,7 +34,7 @@ from octavo.server.generation import (
 from octavo.server.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from octavo.server.openapi import describes
 from octavo.server.sampling import Params, params_of
-from octavo.server.streams import event
+from octavo.server.streams import DONE, event
 
 router = APIRouter()
 
@@ -154,7 +154,8 @@ class _Writer:
         return b"".join(events)
 
     def last(self) -> bytes:
-        return event({**self._head, "choices": [], "usage": self._usage.as_dict()}) if self._tells_usage else b""
+        told = event({**self._head, "choices": [], "usage": self._usage.as_dict()}) if self._tells_usage else b""
+        return told + DONE
 
     def _choice(self, number: int, output: RequestOutput, one: CompletionOutput, *, whole: bool) -> dict[str, Any]:
         index = number * self._params.num_outputs + one.index

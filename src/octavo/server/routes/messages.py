@@ -1,0 +1,179 @@
+"""/v1/messages: Anthropic's route for answers, which coding agents speak."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.core.errors import shown
+from octavo.core.params import SamplingParams
+from octavo.server.answer_types import AnthropicMessage, TokenCount
+from octavo.server.answers import answering, stream
+from octavo.server.anthropic_input import Turns, check_cache_control, use_of
+from octavo.server.anthropic_output import MessageWriter
+from octavo.server.chat_output import reader_for
+from octavo.server.context import ServerContext
+from octavo.server.conversation import Conversation, under_calls, write
+from octavo.server.errors import JSONBytes, invalid, unknown_field
+from octavo.server.fields import Body, Draws, EngineFields, OutputParams, documented, sampling_fields
+from octavo.server.generation import Deadline, Generation, answer_id, answered, engine_ids
+from octavo.server.messages import known_fields
+from octavo.server.openapi import describes
+from octavo.server.sampling import drawn, renamed
+
+router = APIRouter()
+
+_OBJECTS = {"type": "array", "items": {"type": "object"}}
+_TEXT = {"anyOf": [{"type": "string"}, _OBJECTS]}
+
+
+class MessagesFields(Body):
+    """A conversation in Anthropic's form."""
+
+    neutral: ClassVar[Any] = {
+        "container": ((), "is not supported: there is none"),
+        "context_management": ((), "is not supported: nothing is taken out of a conversation"),
+        "inference_geo": ((), "is not supported"),
+        "mcp_servers": ((), "is not supported: the server calls nobody"),
+        "service_tier": (("auto", "standard_only"), "is not supported: there is one, standard"),
+        "speed": (("standard",), "is not supported: there is one, standard"),
+        "stop": ((), "is called stop_sequences here"),
+        "response_format": ((), "is called output_config.format here"),
+        "thinking": (({"type": "disabled"},), 'must be {"type": "disabled"}: other values are not supported'),
+    }
+
+    messages: Any = documented(
+        "objects with role and content, which is a text or blocks: text; of assistants also tool_use, of users "
+        "tool_result. A last one of the assistant is gone on in",
+        _OBJECTS,
+        ...,
+    )
+    system: Any = documented("a text or text blocks before the messages", _TEXT)
+    tools: Any = documented("tools that the model may use: name, description, input_schema", _OBJECTS)
+    tool_choice: Any = documented(
+        "an object of type auto, any, none, or tool with a name; with disable_parallel_tool_use", {"type": "object"}
+    )
+    output_config: Any = documented(
+        'the answer\'s format: {"format": {"type": "json_schema", "schema": ...}}', {"type": "object"}
+    )
+    cache_control: Any = documented("without effect: prefixes are found without it", {"type": "object"})
+    chat_template_kwargs: Any = documented("variables of the chat template", {"type": "object"})
+    thinking: Any = documented("other values are not supported", {"enum": [{"type": "disabled"}, None]})
+    service_tier: Any = documented("without effect", {"enum": ["auto", "standard_only", None]})
+
+
+class MessagesRequest(MessagesFields, Draws, OutputParams, EngineFields):
+    """Answer a conversation, in Anthropic's form."""
+
+    max_tokens: Any = documented("most tokens to generate", {"type": "integer", "minimum": 1}, ...)
+    stop_sequences: Any = documented("strings that end an output", {"type": "array", "items": {"type": "string"}})
+    metadata: Any = documented("user_id; without effect", {"type": "object"})
+    stream: bool | None = Field(None, description="answer with server-sent events, as tokens come")
+
+
+class CountTokensRequest(MessagesFields):
+    """Count the tokens of a conversation."""
+
+    model: Any = documented("name of the model", {"type": "string"})
+
+
+@router.post(
+    "/v1/messages",
+    **describes(MessagesRequest, AnthropicMessage, "Answer a conversation, in Anthropic's form", streams=True),
+)
+@answering(MessagesRequest)
+async def messages(request: Request, context: ServerContext, body: MessagesRequest, deadline: Deadline) -> Response:
+    limits = context.settings.limits
+    model = context.model_named(body.model)
+    params, names = _params(body, context)
+    conversation = _conversation(body, context)
+    identity, chosen = answer_id(request, body.request_id, "msg", limits.max_request_id)
+    async with deadline.hold():
+        prompt = await write(context, conversation)
+    use = conversation.use
+    params, more = under_calls(context, params, use, names["structured_outputs"])
+    work = Generation(
+        identity,
+        engine_ids(identity, chosen, 1),
+        (prompt,),
+        params,
+        body.priority,
+        body.cache_salt,
+        {**more, **names},
+    )
+    writer = MessageWriter(work, model, reader_for(context.tool_format, use.names), request.scope)
+    if body.stream:
+        return await stream(context, work, deadline, writer.chunks, writer.last, writer.failed)
+    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+
+
+@router.post(
+    "/v1/messages/count_tokens", **describes(CountTokensRequest, TokenCount, "Count the tokens of a conversation")
+)
+@answering(CountTokensRequest)
+async def count_tokens(
+    request: Request, context: ServerContext, body: CountTokensRequest, deadline: Deadline
+) -> Response:
+    del request
+    context.model_named(body.model)
+    _format(body)
+    conversation = _conversation(body, context)
+    async with deadline.hold():
+        prompt = await write(context, conversation)
+    return JSONBytes({"input_tokens": len(prompt.token_ids)})
+
+
+def _conversation(body: MessagesFields, context: ServerContext) -> Conversation:
+    limits = context.settings.limits
+    check_cache_control("cache_control", body.cache_control)
+    use = use_of(body.tools, body.tool_choice, limits)
+    turns = Turns(body.system, body.messages, limits)
+    last = turns.messages[-1]
+    if turns.going_on and last.get("tool_calls"):
+        raise invalid(turns.names[-1], "is the last one, and has tool_use blocks, whose results are to follow")
+    return Conversation(
+        messages=turns.messages,
+        use=use,
+        names=tuple(turns.names),
+        chat_template_kwargs=body.chat_template_kwargs,
+        continue_final_message=turns.going_on,
+    )
+
+
+def _params(body: MessagesRequest, context: ServerContext) -> tuple[SamplingParams, dict[str, str]]:
+    """And what the request calls fields of the library's."""
+    known_fields("metadata", body.metadata or {}, ["user_id"], "an object with user_id")
+    stops = body.stop_sequences
+    if not isinstance(stops, list | None):
+        raise invalid("stop_sequences", f"must be a list of strings, not {shown(stops)}")
+    given = sampling_fields(body)
+    schema, name = _format(body), "structured_outputs"
+    if schema is not None:
+        if body.structured_outputs is not None:
+            raise invalid("output_config.format", "cannot be given beside structured_outputs")
+        given[name], name = {"json": schema}, "output_config.format.schema"
+    names = {"structured_outputs": name, "stop": "stop_sequences"}
+    with renamed(names):
+        return drawn({**given, "stop": stops}, context, streamed=bool(body.stream)), names
+
+
+def _format(body: MessagesFields) -> Any:
+    """The schema of the answer."""
+    if body.output_config is None:
+        return None
+    config = known_fields("output_config", body.output_config, ["format"], "an object with a format")
+    if "format" not in config:
+        return None
+    name = "output_config.format"
+    form = known_fields(name, config["format"], ["type", "schema"], 'an object {"type": "json_schema", "schema": ...}')
+    if form.get("type") != "json_schema":
+        raise invalid(f"{name}.type", f"must be json_schema, not {shown(form.get('type'))}")
+    if "schema" not in form:
+        raise invalid(f"{name}.schema", "is missing")
+    if unknown := form.keys() - {"type", "schema"}:
+        raise unknown_field(name, unknown, ["type", "schema"])
+    return form["schema"]
