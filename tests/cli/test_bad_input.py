@@ -157,10 +157,10 @@ def test_a_line_that_is_not_utf_8_in_chat(invoke: Invoke, tiny_llama_dir: Path) 
     ("variable", "value", "message"),
     [
         ("OCTAVO_MAX_NUM_SEQS", "abc", "OCTAVO_MAX_NUM_SEQS: must be an integer, not 'abc'"),
-        ("OCTAVO_MAX_NUM_SEQS", "0", "max_num_seqs: must be at least 1, not 0"),
+        ("OCTAVO_MAX_NUM_SEQS", "0", "OCTAVO_MAX_NUM_SEQS: must be at least 1, not 0"),
         ("OCTAVO_MAX_MODEL_LEN", "1e3", "OCTAVO_MAX_MODEL_LEN:"),
-        ("OCTAVO_BACKEND", "abacus", "backend: must be one of"),
-        ("OCTAVO_SEED", "-1", "seed: must be at least 0"),
+        ("OCTAVO_BACKEND", "abacus", "OCTAVO_BACKEND: must be one of"),
+        ("OCTAVO_SEED", "-1", "OCTAVO_SEED: must be at least 0"),
         ("OCTAVO_MODEL", "smolm2", "Did you mean smollm2?"),
         ("OCTAVO_LOG_LEVEL", "loud", "OCTAVO_LOG_LEVEL: must be one of debug, info, warning, error, critical"),
     ],

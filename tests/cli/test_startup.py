@@ -44,8 +44,8 @@ def test_what_is_loaded_of_octavo() -> None:
     code = "import sys; print(*sorted(m for m in sys.modules if m.startswith('octavo')))"
     assert python("-c", f"import octavo; {code}") == "octavo\n"
     helped = python("-c", f"from octavo.cli.main import main; main(['--help']); {code}").splitlines()[-1].split()
-    mine = ["octavo", "octavo.cli", "octavo.cli.main", "octavo.cli.streams", "octavo.config", "octavo.core"]
-    assert helped == [*mine, "octavo.core.errors"]
+    mine = ["octavo", "octavo.cli", "octavo.cli.main", "octavo.cli.setting_args", "octavo.cli.streams"]
+    assert helped == [*mine, "octavo.config", "octavo.core", "octavo.core.errors", "octavo.core.settings"]
 
 
 def test_how_much_is_loaded() -> None:

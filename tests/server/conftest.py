@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import threading
 import time
@@ -21,8 +22,9 @@ from octavo.async_llm import AsyncLLM
 from octavo.server.app import make_app
 from octavo.server.metrics import Metrics
 from octavo.server.served_llm import ServedLLM
-from octavo.server.serving import Server, open_socket, url_of
+from octavo.server.serving import Server, url_of
 from octavo.server.settings import ServerSettings
+from octavo.server.sockets import open_socket
 
 MODEL = "tiny"
 HERMES = (
@@ -153,6 +155,39 @@ def llm(tiny_llama_dir: Path) -> Iterator[LLM]:
 def client(server: Running) -> OpenAI:
     """OpenAI's own client."""
     return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+class Lines(logging.Handler):
+    """Fields of what is told of requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def of(self, message: str, count: int = 1) -> list[dict[str, Any]]:
+        """The last ones, once there are as many."""
+        limit = time.monotonic() + 60
+        while len(found := [one for one in self.records if one.getMessage() == message]) < count:
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        return [{**one.octavo_fields, "level": one.levelname} for one in found[-count:]]  # type: ignore[attr-defined]
+
+    def answered(self) -> dict[str, Any]:
+        return self.of("answered")[0]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    handler, logger = Lines(), logging.getLogger("octavo.server.requests")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def error_of(response: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:

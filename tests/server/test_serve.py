@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,23 @@ LONG = {"prompt": "the fox", "max_tokens": 1500, "ignore_eos": True, "stream": T
 
 
 @contextmanager
-def served(model: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(
+    model: Path, *flags: str, place: Sequence[str] = ("--port", "0"), **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The program, and its address once it has told it."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), "--port", "0", *flags]
+    command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), *place, *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, restore_signals=True
     )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("octavo: serving "), (line, process.stderr and process.stderr.read())
-        yield process, line.split()[-1]
+        if line.startswith("{"):
+            yield process, json.loads(line)["url"]
+        else:
+            assert line.startswith("octavo: serving "), (line, process.stderr and process.stderr.read())
+            yield process, line.split()[-1]
     finally:
         process.kill()
         process.communicate()
@@ -72,6 +77,24 @@ def test_a_server_and_its_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
         assert told[-1] == "data: [DONE]" and '"finish_reason":"length"' in told[-2]
         code, err = ended(process)
         assert code == 0 and "SIGTERM: shutting down" in err and "no such variable" not in err
+
+
+def test_a_signal_that_goes_to_all_processes(tiny_llama_dir: Path) -> None:
+    """As some supervisors send it: the engine goes on for the requests that are to end."""
+    with served(tiny_llama_dir) as (process, url):
+        with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            engines = [int(one) for one in children if "engine_process" in Path(f"/proc/{one}/cmdline").read_text()]
+            assert len(engines) == 1
+            for pid in (*engines, process.pid):
+                os.kill(pid, signal.SIGTERM)
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]" and '"finish_reason":"length"' in told[-2]
+        code, err = ended(process)
+        assert code == 0 and "it is started again" not in err
+        assert not Path(f"/proc/{engines[0]}").exists()
 
 
 @pytest.mark.parametrize("how", ["twice", "late"])

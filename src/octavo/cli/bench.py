@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
+from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.output_files import check_writable, with_errors_named
 from octavo.core.errors import InvalidRequestError
+from octavo.core.settings import flag
 
 _MOST = 2**31 - 1
 # name of the setting -> (default, least, help)

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo import __version__
-from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
+from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.output_files import check_writable, with_errors_named
 from octavo.core.errors import InvalidRequestError, OctavoError, shown
+from octavo.core.settings import flag
 from octavo.evaluation.modes import MODES, ModeSettings
 from octavo.evaluation.plot import check_plot, save_plot
 from octavo.evaluation.report import failures, table, to_json

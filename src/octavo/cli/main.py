@@ -12,11 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from octavo import __version__
+from octavo.cli.setting_args import SWITCH, switches_told
 from octavo.cli.streams import OutputError, checked_streams
-from octavo.config import warn_of_unknown_variables
+from octavo.config import LOG_LEVELS, warn_of_unknown_variables
 from octavo.core.errors import ConfigError, OctavoError, shortened, shown
 
 EXIT_BUG, EXIT_USAGE, EXIT_OUTPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 74, 130, 141
@@ -37,8 +38,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("octavo.cli.cache", "explain what of a prompt the prefix cache has, and why not more"),
     "verify": ("octavo.cli.verify", "check a model against transformers and against itself"),
 }
-
-LOG_LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 
 logger = logging.getLogger("octavo.cli")
 
@@ -103,7 +102,7 @@ def _dispatch(arguments: list[str]) -> int:
     if top.command not in COMMANDS:
         parser.error(_unknown_command(top.command))
     _set_up_logging(top.verbose)
-    warn_of_unknown_variables()
+    warn_of_unknown_variables(elsewhere=_settings_of_serve)
     module, summary = COMMANDS[top.command]
     command = cast("Command", importlib.import_module(module))
     command_parser = _Parser(
@@ -120,11 +119,23 @@ def _dispatch(arguments: list[str]) -> int:
     return command.run(args)
 
 
+def _settings_of_serve() -> list[str]:
+    from dataclasses import fields
+
+    from octavo.server.settings import ServerSettings
+
+    return ["config", *(one.name for one in fields(ServerSettings))]
+
+
 class _Parser(argparse.ArgumentParser):
     """What was typed may be of any length."""
 
     def error(self, message: str) -> NoReturn:
         super().error(shortened(message))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        switches = {name for one in self._actions if one.metavar == SWITCH for name in one.option_strings}
+        return super().parse_known_args(switches_told(list(args or ()), switches), namespace)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -174,10 +185,10 @@ def _set_up_logging(verbose: int) -> None:
     """Records go to stderr: warnings, with -v information, with -vv all. OCTAVO_LOG_LEVEL sets the level by name."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     name = os.environ.get("OCTAVO_LOG_LEVEL", "")
-    if name and name.upper() not in LOG_LEVELS:
-        raise ConfigError(f"OCTAVO_LOG_LEVEL: must be one of {', '.join(LOG_LEVELS).lower()}, not {shown(name)}")
+    if name and name.lower() not in LOG_LEVELS:
+        raise ConfigError(f"OCTAVO_LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, not {shown(name)}")
     if name and not verbose:
-        level = LOG_LEVELS[name.upper()]
+        level = getattr(logging, name.upper())
     root = logging.getLogger("octavo")
     root.setLevel(level)
     handler = logging.StreamHandler()  # stderr as it is now, not as it was at an earlier call of main().

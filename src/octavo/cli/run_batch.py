@@ -28,14 +28,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.serve import check_packages
-from octavo.core.errors import ConfigError, InvalidRequestError, shown
+from octavo.cli.setting_args import add_setting_arguments, given_flags
+from octavo.core.errors import InvalidRequestError, shown
+from octavo.core.settings import Given, from_environment, made, variable
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from octavo.server.settings import ServerSettings
 
 EXIT_SOME_FAILED, EXIT_INTERRUPTED = 3, 130
+_SETTINGS = "served_model_name", "generation_config", "limits"  # of the server
 _NO_LIMIT = 2**31 - 1
 _TOLD_FAILURES = 5  # at most, at the end
 _LOG_SECONDS = 30.0  # between two records of how far it is, where no bar is shown
@@ -55,19 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `octavo run-batch`."""
     parser.usage = "octavo run-batch [-h] [-v] -i FILE -o FILE [--overwrite] [--model MODEL] [flags]"
     check_packages("octavo run-batch")
+    from octavo.server.settings import ServerSettings
+
     add = parser.add_argument
     add("-i", "--input-file", required=True, metavar="FILE", help="requests, one a line; - is standard input")
     add("-o", "--output-file", required=True, metavar="FILE", help="answers, one a line; - is standard output")
     add("--overwrite", action="store_true", help="begin anew, whatever the output file holds")
-    add = parser.add_argument_group("server settings").add_argument
-    add(
-        "--served-model-name",
-        action="append",
-        metavar="NAME",
-        help="name that requests may give as model, may be given several times; default: the model's",
-    )
-    add("--generation-config", metavar="{auto,vllm}", help="sampling where a request says nothing; see octavo serve")
-    add("--limits", metavar="JSON", help="limits of requests: '{\"max_n\": 16}'; see docs/server.md")
+    others = [one.name for one in fields(ServerSettings) if one.name not in _SETTINGS]
+    text = f"Each can also be set by a variable: --limits by {variable('limits')}."
+    add_setting_arguments(parser.add_argument_group("server settings", text), ServerSettings, leave_out=others)
     add_engine_arguments(parser)
 
 
@@ -136,21 +135,15 @@ def _answer(
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
+    """From flags over the environment. Raises ConfigError."""
     from octavo.server.settings import ServerSettings
 
-    given: dict[str, Any] = {}
-    if args.served_model_name is not None:
-        given["served_model_name"] = tuple(args.served_model_name)
-    if args.generation_config is not None:
-        given["generation_config"] = args.generation_config
-    if args.limits is not None:
-        try:
-            given["limits"] = json.loads(args.limits)
-        except (ValueError, RecursionError):
-            problem = 'must be a JSON object such as {"max_n": 16}'
-            raise ConfigError(f"--limits: {problem}, not {shown(args.limits)}") from None
+    variables = {name: os.environ[name] for name in map(variable, _SETTINGS) if name in os.environ}
+    given = {**from_environment(ServerSettings, variables), **given_flags(args, ServerSettings)}
     # As much is asked at once as there is room for: nothing is to be refused because others wait.
-    return ServerSettings(max_num_queued_reqs=_NO_LIMIT, max_num_queued_tokens=_NO_LIMIT, **given)
+    for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+        given[name] = Given(_NO_LIMIT, "")
+    return made(ServerSettings, given)
 
 
 # --- files ---

@@ -8,11 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from octavo.cli.engine_args import flag
-from octavo.config import type_hints
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, shown
 from octavo.core.params import RepetitionDetectionParams, SamplingParams
+from octavo.core.settings import flag, type_hints
 from octavo.core.structured import StructuredOutputsParams
 
 # On the command line one answer, as long as it takes, is the likeliest wish, and that it goes in circles nobody's.

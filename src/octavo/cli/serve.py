@@ -9,36 +9,29 @@ or Ctrl-C lets requests finish, the second ends them.
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
 
-from octavo.cli.engine_args import add_engine_arguments, engine_config, flag
-from octavo.core.errors import ConfigError, shown
+from octavo.cli.engine_args import add_engine_arguments
+from octavo.cli.setting_args import add_setting_arguments
+from octavo.core.errors import ConfigError, OctavoError, shown
+from octavo.core.settings import variable
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
+    from octavo.cli.serve_config import ServeConfig
     from octavo.config import EngineConfig
+    from octavo.server.logs import LogFormat
     from octavo.server.served_llm import ServedLLM
     from octavo.server.settings import ServerSettings
 
-EXIT_FORCED = 130
-_NEEDED = "fastapi", "uvicorn", "msgspec"
-_NUMBERS = {
-    "port": int,
-    "max_num_queued_reqs": int,
-    "max_num_queued_tokens": int,
-    "max_concurrent_per_key": int,
-    "request_timeout": float,
-    "body_timeout": float,
-    "write_timeout": float,
-    "shutdown_timeout": float,
-    "hang_timeout": float,
-    "sse_keep_alive_interval": float,
-}
-_LISTS = "served_model_name", "api_key", "allowed_origins"
+log = logging.getLogger(__name__)
+
+EXIT_REFUSED, EXIT_FORCED = 2, 130
+_NEEDED = "fastapi", "uvicorn", "msgspec", "yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,18 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check_packages("octavo serve")
     from octavo.server.settings import ServerSettings
 
-    group = parser.add_argument_group("server settings")
-    for setting in fields(ServerSettings):
-        text = setting.metadata["help"]
-        if setting.name in _LISTS:
-            group.add_argument(flag(setting.name), action="append", metavar="VALUE", help=text)
-        elif setting.default is False:
-            group.add_argument(flag(setting.name), action="store_const", const=True, help=text)
-        else:
-            default = setting.default if isinstance(setting.default, str | int | float) else None
-            told = f"{text} (default {default})" if default not in (None, "") else text
-            group.add_argument(flag(setting.name), metavar="VALUE", help=told)
-    group.add_argument("--api-key-file", metavar="FILE", help="file of API keys, one a line")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"settings in YAML, by the names of their flags; also {variable('config')}"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="show all settings, and where each is from; then end"
+    )
+    text = f"Each can also be set by a variable, --port by {variable('port')}, and in the file of --config."
+    add_setting_arguments(parser.add_argument_group("server settings", text), ServerSettings)
     add_engine_arguments(parser)
 
 
@@ -74,77 +63,74 @@ def check_packages(command: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded, the port included."""
-    from octavo.server.serving import check_tls, open_socket, run_server
+    from octavo.cli.serve_config import effective, serve_config
 
     if args.model_argument is not None:
         if args.model is not None and args.model != args.model_argument:
             raise ConfigError(f"--model: {shown(args.model)} contradicts the argument {shown(args.model_argument)}")
         args.model = args.model_argument
-    settings = server_settings(args, os.environ)
-    config = engine_config(args)
+    if args.verbose:
+        if args.log_level is not None:
+            raise ConfigError("--log-level: is given, and so is -v, which means info, or -vv, which means debug")
+        args.log_level = "info" if args.verbose == 1 else "debug"
+    config = serve_config(args, os.environ)
+    if args.print_config:
+        sys.stdout.write(effective(config))
+        return 0
+    return _serve(config)
+
+
+def _serve(config: ServeConfig) -> int:
+    from octavo.server.logs import LogFormat, logging_to_stderr
+    from octavo.server.serving import check_tls, run_server
+    from octavo.server.sockets import open_socket
+
+    settings = config.settings
     check_tls(settings)
-    with open_socket(settings) as listener:
-        llm = open_llm(config, settings)
+    if settings.otlp_traces_endpoint is not None:
+        from octavo.server.tracing import check_packages
+
+        check_packages()
+    form = LogFormat(settings.log_format, settings.log_level)
+    with open_socket(settings) as listener, logging_to_stderr(form):
         try:
-            forced = run_server(llm, settings, listener, lambda url: _tell(url, llm, settings))
-        finally:
-            llm.close()
+            llm = open_llm(config.engine, settings)
+            try:
+                forced = run_server(llm, settings, listener, partial(_tell, config.engine.model, settings, form))
+            finally:
+                llm.close()
+        except OctavoError as error:
+            if form.format == "text":
+                raise
+            log.error("%s", error)
+            return EXIT_REFUSED
     return EXIT_FORCED if forced else 0
 
 
 def open_llm(config: EngineConfig, settings: ServerSettings) -> ServedLLM:
-    """The engine to serve, in a process of its own, and what is counted of it."""
+    """The engine to serve, in a process of its own, and what is counted and told of it."""
     from octavo.hub import resolve_model
     from octavo.server.context import public_name
     from octavo.server.metrics import Metrics
+    from octavo.server.records import request_teller
+    from octavo.server.remote import EngineOptions
     from octavo.server.served_llm import ServedLLM
 
     resolve_model(config.model)  # with its own progress bars, when it has to be fetched
-    llm = ServedLLM(hang_seconds=settings.hang_timeout, **asdict(config))
+    options = EngineOptions(settings.log_format, settings.log_level, settings.enable_debug_routes)
+    llm = ServedLLM(hang_seconds=settings.hang_timeout, options=options, **asdict(config))
     name = (settings.served_model_name or (public_name(config.model),))[0]
     llm.metrics = Metrics(llm.figures, name, vllm_names=settings.vllm_metric_names)
+    if settings.enable_log_requests:
+        llm.tell_request = request_teller(llm.tokenizer.decode, settings.max_log_len)
     return llm
 
 
-def server_settings(args: argparse.Namespace, environ: Any) -> ServerSettings:
-    """Settings from flags over the environment. Raises ConfigError."""
-    from octavo.server.settings import ServerSettings, read_keys
-
-    given: dict[str, Any] = {}
-    for setting in fields(ServerSettings):
-        value = getattr(args, setting.name, None)
-        if value is not None:
-            given[setting.name] = _value(setting.name, value)
-    keys = list(given.get("api_key", ()))
-    if args.api_key_file is not None:
-        keys += read_keys(args.api_key_file)
-    # Flags and environment add up: a key that is known should not stop working because another was given.
-    if environ.get("OCTAVO_API_KEY"):
-        keys.append(environ["OCTAVO_API_KEY"])
-    if keys:
-        given["api_key"] = tuple(keys)
-    return ServerSettings(**given)
-
-
-def _value(name: str, value: Any) -> Any:
-    if name in _NUMBERS:
-        kind = _NUMBERS[name]
-        try:
-            return kind(value)
-        except ValueError:
-            what = "an integer" if kind is int else "a number"
-            raise ConfigError(f"{flag(name)}: must be {what}, not {shown(value)}") from None
-    if name == "limits":
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            problem = 'must be a JSON object such as {"max_n": 16}'
-            raise ConfigError(f"--limits: {problem}, not {shown(value)}") from None
-    return value
-
-
-def _tell(url: str, llm: AsyncLLM, settings: ServerSettings) -> None:
+def _tell(model: str, settings: ServerSettings, form: LogFormat, url: str) -> None:
     """Where the server is, on stdout: with --port 0 nobody else knows."""
-    print(f"octavo: serving {llm.config.model} at {url}", flush=True)
-    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        sys.stderr.write(f"octavo: warning: everybody who reaches {settings.host} may ask: there is no --api-key\n")
+    from octavo.server.logs import line_of
+
+    line = f"octavo: serving {model} at {url}"
+    print(line if form.format == "text" else line_of(form, "serving", model=model, url=url), flush=True)
+    if not settings.api_key and settings.uds is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("everybody who reaches %s may ask: there is no --api-key", settings.host)

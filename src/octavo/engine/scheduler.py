@@ -198,6 +198,10 @@ class Scheduler:
         if self._parked.pop(entry.coordinator.request_id, None) is None:
             (self._running if entry.running else self._waiting).remove(entry)
 
+    def is_parked(self, request_id: str) -> bool:
+        """Whether nothing is asked of it."""
+        return request_id in self._parked
+
     # --- one step ---
 
     def schedule(self) -> StepPlan:

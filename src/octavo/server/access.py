@@ -11,6 +11,7 @@ import hmac
 import logging
 import re
 import secrets
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.envelope import error_response, is_anthropic, route_path
 from octavo.server.errors import ApiError, retry_after
+from octavo.server.records import RequestRecord, current_record
 from octavo.server.routes import page
 from octavo.server.settings import MAX_KEY
 
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 # To everybody: a browser sends no key for the page, which asks for one; its files are the same everywhere.
 OPEN = frozenset(["/live"]) | page.PATHS
 PROBES = frozenset(["/live", "/health", "/ready"])  # also answered while the server drains
+# Asked again and again by machines: told at level debug, and in no trace.
+QUIET = PROBES | page.PATHS | {"/metrics", "/v1/octavo/stats"}
 _ID = re.compile(rb"[A-Za-z0-9._:-]+")
 
 
@@ -55,23 +59,34 @@ class Access:
         if self._context.settings.root_path:
             # Whether the proxy leaves it in paths or not: routes are found either way.
             scope["root_path"] = self._context.settings.root_path
-        started = False
-        request_id = secrets.token_hex(16)
+        record = RequestRecord(scope["method"], scope["path"], request_id=secrets.token_hex(16))
+        current_record.set(record)  # of this task, which is the request's own
+        quiet = route_path(scope) in QUIET
+        tracing = None if quiet else self._context.tracing
+        span = None if tracing is None else tracing.begin(scope, record)
+        try:
+            await self._answer(scope, receive, send, record)
+        finally:
+            record.duration = time.monotonic() - record.began
+            record.route = getattr(scope.get("route"), "path_format", None)
+            if tracing is not None:
+                tracing.end(span, record)
+            record.tell(logging.DEBUG if quiet else logging.WARNING if record.is_error else logging.INFO)
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         async def answer(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
+                headers["X-Request-Id"] = record.request_id
                 if is_anthropic(scope):
-                    headers["Request-Id"] = request_id  # which its clients read
+                    headers["Request-Id"] = record.request_id  # which its clients read
             await send(message)
 
-        scope["octavo.request_id"] = request_id
+        scope["octavo.request_id"] = record.request_id
         try:
             self._check_size(scope)
-            request_id = scope["octavo.request_id"] = self._request_id(scope) or request_id
+            record.request_id = scope["octavo.request_id"] = self._request_id(scope) or record.request_id
             key = self._check(scope)
             scope["octavo.key"] = key
             counted = key is not None and scope["method"] == "POST"
@@ -90,8 +105,9 @@ class Access:
                     if not self._running[key]:
                         del self._running[key]
         except Exception as error:
-            if started:
-                log.exception("an answer broke off; request %s", request_id)
+            if record.status is not None:
+                record.failed = True
+                log.exception("an answer broke off; request %s", record.request_id)
                 return
             await error_response(error, scope)(scope, receive, answer)
 

@@ -38,6 +38,7 @@ from octavo.server.routes import (
     prometheus,
     responses,
     sessions,
+    timeline,
     tokens,
 )
 from octavo.server.settings import ServerSettings
@@ -45,6 +46,7 @@ from octavo.server.settings import ServerSettings
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.metrics import Metrics
+    from octavo.server.tracing import Tracing
 
 _HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "X-Request-Timeout"]  # of browsers
 _HEADERS += ["Anthropic-Version", "Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access"]
@@ -65,15 +67,19 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
         redirect_slashes=False,
         redoc_url=None,
         lifespan=_lifespan,
+        # Spans are made by octavo.server.tracing: those of newer FastAPIs tell what clients wrote into addresses.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.draining = False
-    app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()), metrics)
+    tracing = tracing_of(settings)
+    app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()), metrics, tracing)
     for router in _ROUTERS:
         app.include_router(router)
     if settings.enable_tokenizer_info_endpoint:
         app.include_router(tokens.info_router)
     if settings.enable_debug_routes:
         app.include_router(health.debug_router)
+        app.include_router(timeline.debug_router)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.openapi = partial(page_of, app, settings.root_path)  # type: ignore[method-assign]
     app.add_middleware(Access, context=context)
@@ -89,13 +95,25 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
     return app
 
 
+def tracing_of(settings: ServerSettings) -> Tracing | None:
+    """Raises ConfigError."""
+    if settings.otlp_traces_endpoint is None:
+        return None
+    from octavo.server.tracing import Tracing
+
+    return Tracing(settings.otlp_traces_endpoint)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = ThreadPoolExecutor(_THREADS, "octavo-http")
     asyncio.get_running_loop().set_default_executor(threads)
     yield
-    app.state.octavo.sessions.close_all()
-    app.state.octavo.templates.shutdown(wait=False, cancel_futures=True)
+    context = app.state.octavo
+    context.sessions.close_all()
+    context.templates.shutdown(wait=False, cancel_futures=True)
+    if context.tracing is not None:
+        await asyncio.to_thread(context.tracing.close)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

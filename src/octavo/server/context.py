@@ -15,6 +15,7 @@ from octavo.core.errors import shown
 from octavo.server.admission import Admission
 from octavo.server.errors import ApiError
 from octavo.server.json_body import BodyBuffer
+from octavo.server.records import current_record
 from octavo.server.sessions import Sessions
 from octavo.text.tool_calls import format_of
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.metrics import Metrics
     from octavo.server.settings import ServerSettings
+    from octavo.server.tracing import Tracing
 
 _TEMPLATES = 16  # that are written at once, or wait for their turn
 _CONTEXTS_QUEUED = 64  # default of max_num_queued_tokens, in contexts of the model
@@ -40,6 +42,7 @@ class ServerContext:
     defaults: dict[str, Any]  # fields of SamplingParams that the model's files recommend
     state: State  # the application's
     metrics: Metrics | None  # None: none are kept
+    tracing: Tracing | None  # None: nothing is sent anywhere
     # Threads that wait for chat templates, which may take a while: others are not to stand behind them.
     templates: ThreadPoolExecutor
     sessions: Sessions
@@ -60,16 +63,23 @@ class ServerContext:
     def model_named(self, name: object) -> str:
         """The name to answer with. Raises ApiError (400, 404)."""
         if name is None:
-            return self.models[0]
+            name = self.models[0]
         if not isinstance(name, str):
             raise ApiError(400, f"model: must be a string, not {shown(name)}", "model")
         if name not in self.models:
             raise ApiError(404, f"the model {shown(name)} does not exist here", "model")
+        if (record := current_record.get()) is not None:
+            record.model = name
         return name
 
 
 def make_context(
-    llm: AsyncLLM, settings: ServerSettings, state: State, created: int, metrics: Metrics | None
+    llm: AsyncLLM,
+    settings: ServerSettings,
+    state: State,
+    created: int,
+    metrics: Metrics | None,
+    tracing: Tracing | None,
 ) -> ServerContext:
     limits, most = llm._frontend.limits, settings.max_num_queued_tokens
     admission = Admission(
@@ -89,6 +99,7 @@ def make_context(
         defaults=llm.generation_config if settings.generation_config == "auto" else {},
         state=state,
         metrics=metrics,
+        tracing=tracing,
         sessions=Sessions(settings.limits.max_sessions),
         templates=ThreadPoolExecutor(_TEMPLATES, "octavo-http-templates"),
     )

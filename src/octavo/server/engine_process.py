@@ -1,14 +1,14 @@
 """The process that steps: an engine on its thread, and a socket to the process that asks (`server.remote`).
 
-Started with the number of a socket's descriptor. The first message is the configuration, the answer to it what the
-engine is like, or why there is none. From then on each message is a tuple whose first part is its kind; see `_Process`.
+Started with the number of a socket's descriptor. The first message is the configuration and what else the process is to
+do, the answer to it what the engine is like, or why there is none. From then on each message is a tuple whose first
+part is its kind; see `_Process`.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -25,11 +25,13 @@ from octavo.core.margins import MarginsSpec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.session_calls import Generate
 from octavo.server.connection import Connection, ConnectionEndedError
+from octavo.server.logs import LogFormat, logging_to_stderr
 
 if TYPE_CHECKING:
     from octavo.core.engine_client import Deliver
     from octavo.core.plan import StepPlan
     from octavo.core.structured import StructuredOutputsParams
+    from octavo.server.timeline import Timeline
     from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,9 @@ class _Process:
     ("output", output), ("failed", request_id, error), ("answer", number, value), whose parts may be ("later", number),
     ("settled", number, value), ("beat", figures)."""
 
-    def __init__(self, built: BuiltEngine, connection: Connection) -> None:
+    def __init__(self, built: BuiltEngine, connection: Connection, timeline: Timeline | None = None) -> None:
         self._built = built
+        self._timeline = timeline
         self._loop = built.start()
         self._connection = connection
         self._started: set[str] = set()
@@ -142,6 +145,11 @@ class _Process:
         self._in_turn(request_id, partial(self._loop.forget, request_id, call), (), _ignore)
 
     def _ask(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        if name == "timeline":  # the engine's thread may stand still, which is to be seen
+            nothing = RequestFailedError("no timeline is kept")
+            kept = nothing if self._timeline is None else self._timeline.snapshot(*arguments)
+            self._connection.send(("answer", number, kept))
+            return
         if name not in ("call", "take_back", "explain_cache", "reset_prefix_cache", "cache_order"):
             raise ConnectionEndedError(f"no such question: {name}")
         ask = partial(self._ask_now, number, name, arguments)
@@ -233,7 +241,7 @@ def _result(future: Future[Any]) -> Any:
     return error if isinstance(error, Exception) else RequestFailedError(f"{type(error).__name__}: {error}")
 
 
-def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
+def _open(connection: Connection, settings: dict[str, Any], keeps_timeline: bool) -> _Process | None:
     from octavo.build import build_engine
 
     gc.disable()  # what comes into being here stays
@@ -249,7 +257,12 @@ def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
     finally:
         gc.freeze()
         gc.enable()
-    process = _Process(built, connection)
+    timeline = None
+    if keeps_timeline:
+        from octavo.server.timeline import Timeline
+
+        timeline = Timeline(built)
+    process = _Process(built, connection, timeline)
     connection.send(
         (
             "ready",
@@ -263,19 +276,21 @@ def _open(connection: Connection, settings: dict[str, Any]) -> _Process | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ctrl-C in a terminal goes to all processes: it is the other one's to answer."""
+    """Ctrl-C in a terminal goes to all processes, and SIGTERM of a supervisor may: they are the other one's to answer.
+    When that one ends, this one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(format="octavo engine: %(message)s", level=os.environ.get("OCTAVO_ENGINE_LOG_LEVEL", "WARNING"))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=int(arguments[0])), "engine-socket")
     try:
-        settings = connection.receive()
-        process = _open(connection, settings)
+        settings, options = connection.receive()
     except ConnectionEndedError:
         return 0
-    if process is None:
-        connection.close()
-        return 2
-    process.run()
+    with logging_to_stderr(LogFormat(options["log_format"], options["log_level"], "octavo engine")):
+        process = _open(connection, settings, options["timeline"])
+        if process is None:
+            connection.close()
+            return 2
+        process.run()
     return 0
 
 

@@ -12,10 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from octavo.core.margins import AnswerDelta, MarginsOutput
+from octavo.core.margins import MarginsOutput
 from octavo.core.outputs import CacheStats, RequestMetrics, RequestOutput
 from octavo.core.pooling import PoolingOutput, PoolingSpec
 from octavo.core.request import RequestSpec
+from octavo.server.records import completions_of, num_prompt_tokens
 
 _SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -106,7 +107,7 @@ class Watch:
         if isinstance(output, Exception):
             self.end("error")
             return
-        tokens = sum(len(one.token_ids) for one in _completions(output))
+        tokens = sum(len(one.token_ids) for one in completions_of(output))
         if tokens:
             now = time.monotonic()
             if self._last is not None:
@@ -114,7 +115,7 @@ class Watch:
             self._last = now
             self._metrics.count("generation_tokens", tokens)
         if output.finished:
-            reasons = [one.finish_reason for one in _completions(output) if one.finish_reason is not None]
+            reasons = [one.finish_reason for one in completions_of(output) if one.finish_reason is not None]
             self._observe(output.metrics)
             self.end("error" if output.error is not None else (reasons or ["stop"])[-1])
 
@@ -133,16 +134,12 @@ class Watch:
         observe("request_generation_tokens", tokens)
         observe("request_num_preemptions", found.num_preemptions)
         self._metrics.count("prompt_tokens_cached", found.num_cached_tokens)
+        self._metrics.count("prompt_tokens", num_prompt_tokens(spec))
+        if isinstance(spec, RequestSpec | PoolingSpec):
+            observe("request_prompt_tokens", num_prompt_tokens(spec))
         if isinstance(spec, RequestSpec):
-            observe("request_prompt_tokens", len(spec.prompt_token_ids))
             observe("request_params_n", spec.params.n)
             observe("request_params_max_tokens", spec.max_tokens)
-            self._metrics.count("prompt_tokens", len(spec.prompt_token_ids))
-        elif isinstance(spec, PoolingSpec):
-            observe("request_prompt_tokens", len(spec.prompt_token_ids))
-            self._metrics.count("prompt_tokens", len(spec.prompt_token_ids))
-        else:
-            self._metrics.count("prompt_tokens", len(spec.prefix) + len(spec.document))
 
     def end(self, reason: str) -> None:
         """Idempotent: whoever goes away early ends it with "abort"."""
@@ -151,14 +148,6 @@ class Watch:
             self._metrics.count("request_success", 1, reason)
             if reason == "abort":
                 self._metrics.count("num_aborted_requests")
-
-
-def _completions(output: RequestOutput | MarginsOutput | PoolingOutput) -> list[Any]:
-    if isinstance(output, RequestOutput):
-        return list(output.outputs)
-    if isinstance(output, PoolingOutput):
-        return []
-    return [event.output for event in output.events if isinstance(event, AnswerDelta)]
 
 
 def _between(start: float | None, end: float | None) -> float | None:

@@ -47,14 +47,17 @@ def describes(
     *,
     streams: bool = False,
     kind: str = "application/json",
+    query: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Arguments of a route: schemas of its body and its answer, None for any object; whether it may answer with a
-    stream; and of what kind the answer is."""
+    stream; of what kind the answer is; and schemas of what may stand behind the path."""
     content: dict[str, Any] = {kind: {"schema": _schema(answer) if kind == "application/json" else {"type": "string"}}}
     if streams:
         content["text/event-stream"] = {"schema": _EVENT}
     answers = {"200": {"description": "the answer", "content": content}, "default": _error()}
     extra: dict[str, Any] = {"responses": answers}
+    if query is not None:
+        extra["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if body is not None:
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(body)}}}
     return {"summary": summary, "openapi_extra": extra, "response_model": None}
@@ -85,7 +88,8 @@ def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
     for path, methods in page["paths"].items():
         named = [_parameter(name) for name in re.findall(r"{(\w+)}", path)]
         for method in methods.values():
-            method["parameters"] = named
+            asked = [one for one in method.get("parameters", ()) if one["in"] == "query"]
+            method["parameters"] = named + asked
     known.pop("HTTPValidationError", None)
     known.pop("ValidationError", None)
     if root_path:

@@ -1,5 +1,6 @@
-"""HTTP/1.1 by uvicorn, with a limit of time for the head of a request: a client that sends a byte of it now and then
-would else keep its connection for ever. And a client that goes away is noticed whatever else it has sent."""
+"""HTTP/1.1 by uvicorn, with limits of time: for the head of a request, since a client that sends a byte of it now and
+then would else keep its connection for ever, and for one that reads nothing. And a client that goes away is noticed
+whatever else it has sent."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ _AHEAD = 1 << 16  # bytes of further requests that are taken while one is answer
 
 class TimedProtocol(H11Protocol):
     """One connection. `head_timeout`: seconds from its beginning, or from the first byte of another request on it, to
-    the end of the request's head."""
+    the end of the request's head. `write_timeout`: seconds in which a client reads nothing of what waits to be sent."""
 
     head_timeout = 60.0
+    write_timeout = 120.0
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None  # looks whether the client does
+    _unread = 0  # bytes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type] # uvicorn narrows it
@@ -28,7 +32,32 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._reads_again()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reads_again()
+
+    def _look_later(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(self.write_timeout, self._look)
+
+    def _look(self) -> None:
+        """The kernel ends a TCP connection whose other end takes nothing, but no Unix socket."""
+        if self.transport.get_write_buffer_size() >= self._unread:
+            self.transport.abort()
+        else:
+            self._look_later()
+
+    def _reads_again(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     @property
     def _is_answering(self) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,15 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine's process does beside its engine."""
+
+    log_format: str = "text"  # see octavo.server.logs
+    log_level: str = "warning"
+    timeline: bool = False  # keep one
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """What an engine is like."""
 
@@ -68,13 +77,17 @@ class RemoteEngine:
 
     Args:
         settings: fields of EngineConfig.
+        options: what else the process is to do.
         hang_seconds: without a step, while there is work, after which the engine is taken to hang.
 
     Raises what building an engine raises.
     """
 
-    def __init__(self, settings: dict[str, Any], hang_seconds: float = HANG_SECONDS) -> None:
+    def __init__(
+        self, settings: dict[str, Any], hang_seconds: float = HANG_SECONDS, options: EngineOptions | None = None
+    ) -> None:
         self._settings = settings
+        self._options = EngineOptions() if options is None else options
         self._hang_seconds = hang_seconds
         self._lock = threading.RLock()
         self._requests: dict[str, _Asked] = {}
@@ -120,7 +133,7 @@ class RemoteEngine:
         connection = Connection(ours, "server-socket")
         try:
             with suppress(OSError):  # that it has ended is told where an answer is waited for
-                connection.send_now(self._settings)
+                connection.send_now((self._settings, asdict(self._options)))
             ours.settimeout(_START_SECONDS)
             answer = connection.receive()
             ours.settimeout(None)
@@ -351,6 +364,10 @@ class RemoteEngine:
 
     def cache_order(self, prefix: Sequence[int], parts: Sequence[Sequence[int]], salt: str | None) -> Future[list[int]]:
         return self._ask("cache_order", list(prefix), [list(part) for part in parts], salt)
+
+    def timeline(self, seconds: float) -> Future[bytes]:
+        """See octavo.server.timeline."""
+        return self._ask("timeline", seconds)
 
     def _ask(self, name: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import resource
 import signal
@@ -21,47 +20,15 @@ from octavo.core.errors import ConfigError
 from octavo.server.app import make_app
 from octavo.server.protocol import TimedProtocol
 from octavo.server.settings import ServerSettings
+from octavo.server.sockets import BACKLOG
 
 if TYPE_CHECKING:
     from octavo.server.served_llm import ServedLLM
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 2048
 _FILES = 1 << 16  # open at once
 _POLL = 0.05  # seconds between looks at what is still under way while the server drains
-
-
-def open_socket(settings: ServerSettings) -> socket.socket:
-    """Bound to host and port. Raises ConfigError naming them, for a port that is in use for one."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # The protocol is named since asyncio turns Nagle's algorithm off only where it is: else each piece of an answer
-    # would wait for the client's system to acknowledge the one before, which may take 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # Connections inherit it: one whose client takes nothing of what was sent is ended by the kernel, and does
-            # not keep its buffers for ever.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.write_timeout * 1000))
-        listener.bind((settings.host, settings.port))
-        # At once, so that a port that another server listens on is noticed, and clients who come early wait.
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(_why(settings, error)) from None
-    listener.setblocking(False)
-    return listener
-
-
-def _why(settings: ServerSettings, error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return f"host: {settings.host!r} is not an address of this machine: {error.strerror}"
-    if error.errno == errno.EADDRINUSE:
-        return f"port: {settings.port} on {settings.host} is in use by another program; choose another with --port"
-    if error.errno == errno.EACCES:
-        return f"port: {settings.port} is for programs of the system alone; choose one above 1023"
-    return f"host: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
 
 
 def check_tls(settings: ServerSettings) -> None:
@@ -80,6 +47,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: ServerSettings, end: Callable[[], None]) -> None:
+        of_protocol = {"head_timeout": settings.body_timeout, "write_timeout": settings.write_timeout}
         super().__init__(
             uvicorn.Config(
                 app,
@@ -87,13 +55,13 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 ssl_keyfile=settings.ssl_keyfile,
                 ssl_certfile=settings.ssl_certfile,
-                http=type("Protocol", (TimedProtocol,), {"head_timeout": settings.body_timeout}),
+                http=type("Protocol", (TimedProtocol,), of_protocol),
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=_BACKLOG,
+                backlog=BACKLOG,
                 h11_max_incomplete_event_size=settings.limits.max_header_bytes,
                 timeout_graceful_shutdown=5,  # behind ours: for answers to be sent
             )
@@ -170,6 +138,9 @@ def _raise_file_limit() -> None:
 
 
 def url_of(settings: ServerSettings, listener: socket.socket) -> str:
+    """For people; of a Unix socket its path."""
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"{'http' if settings.ssl_certfile is None else 'https'}://{shown}:{port}{settings.root_path}"

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.server.errors import ApiError, as_api_error, encode
 from octavo.server.json_body import ClientGoneError
+from octavo.server.records import current_record
 
 Piece = TypeVar("Piece")
 Answer = TypeVar("Answer")
@@ -184,6 +185,8 @@ class EventStream(Response):
             raise
         except Exception as error:
             body = self._error(as_api_error(error))
+            if (record := current_record.get()) is not None:
+                record.failed = True
         await write(body, more=False)
 
 

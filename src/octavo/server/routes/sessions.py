@@ -34,6 +34,7 @@ from octavo.server.events import output_json
 from octavo.server.fields import Body, DrawParams, RequestFields, documented, flag, integer
 from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
+from octavo.server.records import current_record, tell_turn
 from octavo.server.routes.chat import ConversationFields, check_either, check_no_conversation, written
 from octavo.server.sampling import renamed, turn_params
 from octavo.server.sessions import HeldSession
@@ -117,6 +118,7 @@ async def open_session(request: Request, context: ServerContext, body: SessionRe
         lease = _checked_lease(body.lease, context)
     identity = unique_id(request, body.request_id, "session", context.settings.limits.max_request_id)
     context.sessions.check_room(identity)
+    _log(context, identity, "open", body)
     async with deadline.hold():
         begin = await _beginning(context, body)
         session = context.llm.session(seed=body.seed, priority=body.priority, cache_salt=body.cache_salt)
@@ -175,7 +177,10 @@ async def delete_session(request: Request, context: ServerContext) -> Response:
 
 
 def _found(request: Request, context: ServerContext) -> HeldSession:
-    return context.sessions.find(request.path_params["session_id"], request.scope["octavo.key"])
+    held = context.sessions.find(request.path_params["session_id"], request.scope["octavo.key"])
+    if (record := current_record.get()) is not None:
+        record.model = held.model
+    return held
 
 
 def _told(held: HeldSession) -> dict[str, Any]:
@@ -202,6 +207,14 @@ def _checked_lease(lease: object, context: ServerContext) -> float:
 
 # --- what is done to it ---
 
+
+def _log(context: ServerContext, session: str, verb: str, body: Body) -> None:
+    """For --enable-log-requests."""
+    if context.settings.enable_log_requests:
+        given = {name: getattr(body, name) for name in sorted(body.model_fields_set)}
+        tell_turn(session, verb, given, context.settings.max_log_len)
+
+
 _Verb = Callable[[ServerContext, HeldSession, Any], Coroutine[Any, Any, dict[str, Any]]]
 
 
@@ -215,6 +228,7 @@ def _verb(kind: type[Body], answer: type[Answer], summary: str) -> Callable[[_Ve
         @answering(kind)
         async def endpoint(request: Request, context: ServerContext, body: Body, deadline: Deadline) -> Response:
             held = _found(request, context)
+            _log(context, held.id, name, body)
             async with deadline.hold():
                 with context.sessions.used(held), renamed(_NAMES):
                     return JSONBytes(await function(context, held, body))
@@ -250,6 +264,8 @@ async def generate(context: ServerContext, held: HeldSession, body: GenerateRequ
         outputs = await _all([branch.generate(params) for branch in branches])
     if context.metrics is not None:
         context.metrics.count("generation_tokens", sum(len(one.token_ids) for one in outputs))
+    if (record := current_record.get()) is not None:
+        record.take_turns(outputs)
     return {"outputs": [_output_of(*one) for one in zip(numbers, branches, outputs, strict=True)]}
 
 
