@@ -19,10 +19,10 @@ EXTRA = $(BIN)/python -c 'import sys, tomllib; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-slow test-gpu fuzz wheel test-wheel lint format clean
+.PHONY: help install run test test-slow test-gpu test-clients fuzz wheel test-wheel lint format clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 # Stamps in $(VENV) record what is installed. Each is remade when a file it was made from has changed.
 $(VENV)/.pip: constraints.txt
@@ -53,6 +53,17 @@ test-slow: $(VENV)/.test ## Run the slow tests; they re-make the oracle files
 
 test-gpu: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# What users bring along, in an environment of its own: 1 GB, and Node's only where there is npm.
+build/clients/.installed: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	cp tests/clients/package.json build/clients
+	if command -v npm > /dev/null; then npm install --silent --prefix build/clients; fi
+	@touch $@
+
+test-clients: $(VENV)/.test build/clients/.installed ## Try clients that others wrote: Node, LangChain, LlamaIndex, lm-eval
+	$(BIN)/python -m pytest -m slow --timeout 7200 tests/clients $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.test ## Try random input from strangers for FUZZ_SECONDS (an hour)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

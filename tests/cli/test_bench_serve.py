@@ -58,6 +58,14 @@ def url() -> Iterator[str]:
     thread.join()
 
 
+# Those that vLLM's `bench serve` writes without --save-detailed, of the load and of what came of it.
+NAMES = (
+    "backend model_id num_prompts request_rate max_concurrency duration completed failed total_input_tokens "
+    "total_output_tokens request_throughput output_throughput total_token_throughput"
+).split()
+NAMES += [f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "p99") for name in ("ttft", "tpot", "itl", "e2el")]
+
+
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
 def test_figures(invoke: Invoke, url: str, tmp_path: Path, backend: str) -> None:
     file = tmp_path / "figures.json"
@@ -65,8 +73,9 @@ def test_figures(invoke: Invoke, url: str, tmp_path: Path, backend: str) -> None
     code, out, err = invoke("bench", "serve", "--base-url", url, *flags, "--output-json", file)
     assert (code, err) == (0, "") and "3 done, 1 failed" in out and "429" in out
     told = json.loads(file.read_text())
-    assert (told["completed"], told["failed"], told["model"]) == (3, 1, "known")
+    assert (told["completed"], told["failed"], told["model_id"]) == (3, 1, "known")
     assert (told["total_input_tokens"], told["total_output_tokens"]) == (21, 15)
+    assert set(NAMES) <= set(told) and told["request_rate"] == "inf"
     assert told["request_throughput"] == pytest.approx(3 / told["duration"])
     assert told["output_throughput"] == pytest.approx(15 / told["duration"])
     for name in ("ttft", "tpot", "itl", "e2el"):

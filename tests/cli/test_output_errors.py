@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ LINES = {
     ],
     "ask": ["ask", "-m", "MODEL", "--docs", str(SOURCE.parent / "README.md"), "What is Octavo?", "--max-tokens", "2"],
     "serve": ["serve", "MODEL", "--port", "0"],
+    "run-batch": ["run-batch", "-m", "MODEL", "-i", "-", "-o", "-"],
     "pull": ["pull", "MODEL"],
     "models": ["models"],
     "doctor": ["doctor", "--no-measure"],
@@ -52,6 +54,9 @@ LINES = {
     "run --help": ["run", "--help"],
     "--version": ["--version"],
 }
+
+REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "hello", "max_tokens": 2}}
+STDIN = {"chat": b"hello\n", "run-batch": json.dumps(REQUEST).encode()}
 
 
 def test_every_command_is_here() -> None:
@@ -68,7 +73,7 @@ def test_a_full_disk(
     name: str, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(tiny_llama_dir) if part == "MODEL" else part for part in LINES[name]]
-    stdin = b"hello\n" if arguments[0] == "chat" else b""
+    stdin = STDIN.get(arguments[0], b"")
     with monkeypatch.context() as patch, Path("/dev/full").open("w") as file:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         patch.setattr(sys, "stdout", file)

@@ -43,6 +43,7 @@ def guarded(tiny_llama_dir: Path) -> Iterator[Running]:
         allowed_origins=("https://app.example",),
         root_path="/llm",
         enable_debug_routes=True,
+        enable_tokenizer_info_endpoint=True,
     )
     with serving(tiny_llama_dir, settings) as running:
         running.url = running.url.removesuffix("/llm")
@@ -61,7 +62,14 @@ def raw(server: Running, target: str, *headers: str, method: str = "GET") -> byt
 def test_every_route_needs_a_key_but_for_live_and_the_page(guarded: Running) -> None:
     app = guarded.server.config.app
     paths = {*app.openapi()["paths"], "/openapi.json", "/docs", "/nowhere", "/", ""}  # type: ignore[union-attr]
-    assert {"/v1/completions", "/tokenize", "/openapi.json", "/server_info", "/reset_prefix_cache"} <= paths
+    assert {
+        "/v1/completions",
+        "/tokenize",
+        "/openapi.json",
+        "/server_info",
+        "/tokenizer_info",
+        "/reset_prefix_cache",
+    } <= paths
     for path in paths:
         for method in ("GET", "POST", "OPTIONS", "DELETE", "HEAD"):
             if (path or "/") in OPEN and method in ("GET", "HEAD"):
@@ -195,6 +203,18 @@ def test_cors(guarded: Running, server: Running) -> None:
     other = httpx.options(guarded.url + PATH, headers={**ask, "Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
     assert "access-control-allow-origin" not in httpx.options(server.url + PATH, headers=ask).headers
+
+
+def test_the_tokenizer_told(guarded: Running, server: Running) -> None:
+    """Behind a switch. What is told is what /tokenize understands."""
+    error_of(server.get("/tokenizer_info"), 404)
+    told = guarded.get("/tokenizer_info", headers=GOOD).json()
+    tokenizer = guarded.llm.tokenizer
+    assert told["chat_template"] == tokenizer.chat_template and told["model_max_length"] == 2048
+    assert {name: told[name] for name in tokenizer.special_tokens} == tokenizer.special_tokens
+    body = {"prompt": told["eos_token"], "add_special_tokens": False}
+    found = guarded.post("/tokenize", body, headers=GOOD).json()
+    assert tuple(found["tokens"]) == tokenizer.eos_token_ids
 
 
 def test_debug_routes(guarded: Running, server: Running) -> None:

@@ -133,9 +133,10 @@ def test_a_final_message_goes_on(server: Running, llm: LLM) -> None:
         ({"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-        ({"messages": HELLO, "max_completion_tokens": 0}, "max_tokens"),
+        ({"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
-        ({"messages": HELLO, "logprobs": True, "top_logprobs": 300}, "logprobs"),
+        ({"messages": HELLO, "logprobs": True, "top_logprobs": 300}, "top_logprobs"),
         ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type"),
         ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         (

@@ -121,6 +121,20 @@ def test_an_end_with_nothing_to_do(tiny_llama_dir: Path, sig: signal.Signals) ->
         assert ended(process)[0] == 0
 
 
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_bench_serve(tiny_llama_dir: Path, tmp_path: Path, invoke: Invoke, backend: str) -> None:  # noqa: F811
+    """Our own client of any server's."""
+    file = tmp_path / "figures.json"
+    flags = ["--num-prompts", "6", "--input-len", "8", "--output-len", "5", "--max-concurrency", "3"]
+    with served(tiny_llama_dir, "--api-key", "k") as (_, url):
+        where = ["--base-url", url, "--api-key", "k", "--backend", backend, "--output-json", file]
+        result = invoke("bench", "serve", *where, *flags, "--request-rate", "500")
+    assert result.code == 0 and "6 done, 0 failed" in result.out
+    told = json.loads(file.read_text())
+    assert (told["total_output_tokens"], told["request_rate"]) == (30, 500)
+    assert 0 < told["mean_ttft_ms"] <= told["mean_e2el_ms"] and told["p99_itl_ms"] > 0
+
+
 def test_a_port_that_is_in_use(tiny_llama_dir: Path, invoke: Invoke) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, numbers: dict[str, int]) -> dict[str, Any]:
     with ThreadPoolExecutor(min(len(prompts), 1024)) as pool:
         answers = list(pool.map(one, range(len(prompts))))
     elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
-    load = {"model": model, "backend": args.backend, "request_rate": args.request_rate, **numbers}
+    load = {"model_id": model, "backend": args.backend, "request_rate": rate or "inf", **numbers}
     return {"benchmark": "serve", "octavo_version": __version__, **load, **_figures(answers, elapsed, cpu)}
 
 

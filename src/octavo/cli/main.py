@@ -1,7 +1,7 @@
 """The program `octavo`: finds the command, runs it, and turns errors into exit codes.
 
-Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 3 `verify` found a check that failed;
-74 stdout cannot be written; 130 interrupted; 141 the reader of our output went away.
+Exit codes: 0 done; 1 a bug (unexpected exception); 2 wrong usage or wrong input; 3 a check of `verify` or a
+request of `run-batch` failed; 74 stdout cannot be written; 130 interrupted; 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("octavo.cli.ask", "answer a question from the documents in a folder, with citations"),
     "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
     "serve": ("octavo.cli.serve", "serve a model over HTTP, with the routes of OpenAI's API"),
+    "run-batch": ("octavo.cli.run_batch", "answer a file of requests in OpenAI's batch format"),
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),
     "doctor": ("octavo.cli.doctor", "say what is found on this machine, and how fast it can be"),

@@ -308,6 +308,17 @@ class Text(Answer):
     prompt: str
 
 
+class TokenizerInfo(Answer):
+    """And every other special token that has a name, such as pad_token."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 class Embedding(Answer):
     object: Literal["embedding"]
     index: int

@@ -75,6 +75,8 @@ def make_app(llm: AsyncLLM, settings: ServerSettings | None = None, metrics: Met
     app.state.octavo = context = make_context(llm, settings, app.state, int(time.time()), metrics, tracing)
     for router in _ROUTERS:
         app.include_router(router)
+    if settings.enable_tokenizer_info_endpoint:
+        app.include_router(tokens.info_router)
     if settings.enable_debug_routes:
         app.include_router(health.debug_router)
         app.include_router(timeline.debug_router)

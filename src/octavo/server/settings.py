@@ -133,6 +133,7 @@ class ServerSettings:
         None, "URL to which OpenTelemetry's traces are sent (OTLP over HTTP), with its path", metavar="URL"
     )
     vllm_metric_names: bool = setting(False, "tell metrics by vLLM's names as well")
+    enable_tokenizer_info_endpoint: bool = setting(False, "offer /tokenizer_info, which tells the chat template")
     enable_debug_routes: bool = setting(False, "offer /server_info and /debug/timeline")
 
     def __post_init__(self) -> None:

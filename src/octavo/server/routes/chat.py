@@ -32,7 +32,7 @@ from octavo.server.generation import (
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.messages import ToolUse, choice_of, messages_of, tool_use, tools_of
 from octavo.server.openapi import describes
-from octavo.server.sampling import Params, params_of, written_as
+from octavo.server.sampling import Params, params_of, renamed, written_as
 from octavo.server.streams import DONE, event
 
 router = APIRouter()
@@ -96,7 +96,7 @@ async def chat_completions(
         params,
         body.priority,
         body.cache_salt,
-        {**names, **names_of(body)},
+        {**names, **_names(body)},
     )
     writer = _Writer(context, work, body, model, use)
     if body.stream:
@@ -141,7 +141,18 @@ def _params(body: ChatCompletionRequest, context: ServerContext) -> Params:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "has no effect without logprobs")
     top = (0 if body.top_logprobs is None else body.top_logprobs) if body.logprobs else None
-    return params_of(body, context, {"logprobs": top, "max_tokens": most})  # None: up to the end of the context
+    with renamed(_names(body)):
+        return params_of(body, context, {"logprobs": top, "max_tokens": most})  # None: up to the end of the context
+
+
+def _names(body: ChatCompletionRequest) -> dict[str, str]:
+    """What this request calls fields of the library's."""
+    names = names_of(body)
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    if body.top_logprobs is not None:
+        names["logprobs"] = "top_logprobs"
+    return names
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's forms."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's forms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.errors import shown
-from octavo.server.answer_types import Text, Tokens
+from octavo.server.answer_types import Text, TokenizerInfo, Tokens
 from octavo.server.answers import body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
@@ -22,6 +22,7 @@ from octavo.server.routes.chat import ConversationFields, check_either, written
 from octavo.server.streams import unless_gone
 
 router = APIRouter()
+info_router = APIRouter()  # which is offered only where somebody wants it
 
 _MOST = 16  # contexts of the model that a text may have, about, in tokens
 
@@ -93,3 +94,20 @@ def _decode(context: ServerContext, tokens: object) -> str:
         if type(one) is not int or not 0 <= one < most:
             raise invalid(f"tokens[{number}]", f"must be an integer from 0 to {most - 1}, not {shown(one)}")
     return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+@info_router.get("/tokenizer_info", **describes(None, TokenizerInfo, "Tell of the tokenizer"))
+@route
+async def tokenizer_info(request: Request, context: ServerContext) -> Response:
+    del request
+    tokenizer = context.llm.tokenizer
+    return JSONBytes(
+        {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": None,
+            "eos_token": None,
+            **tokenizer.special_tokens,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": context.llm.max_model_len,
+        }
+    )
