@@ -6,13 +6,14 @@ asyncio is imported where it is used: the command line iterates without it, and 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
@@ -46,6 +47,27 @@ def _unless_late(write: Callable[[], _Written], asked: float) -> _Written:
     return write()
 
 
+class _Inbox:
+    """What the engine's thread gives to the queues of one event loop, which is woken once for all that a step gave."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._is_woken = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Any], output: Any) -> None:
+        self._items.append((outputs, output))
+        if not self._is_woken:
+            self._is_woken = True
+            with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._is_woken = False  # before: what comes from now on wakes it again
+        while self._items:
+            outputs, output = self._items.popleft()
+            outputs.put_nowait(output)
+
+
 class AsyncLLM(BaseLLM):
     """`LLM` for asyncio. Make it anywhere; call its methods from one or several event loops.
 
@@ -54,6 +76,7 @@ class AsyncLLM(BaseLLM):
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         super().__init__(model, **config)
+        self._inboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Inbox] = WeakKeyDictionary()
         self._guests: tuple[int, ThreadPoolExecutor] | None = None
         # Questions over documents, by id: they are at work before the engine hears of them, and in several requests.
         self._asked: WeakValueDictionary[str, AsyncAskRun] = WeakValueDictionary()
@@ -137,10 +160,10 @@ class AsyncLLM(BaseLLM):
 
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        inbox = self._inboxes.setdefault(loop, _Inbox())
 
         def deliver(output: Any) -> None:
-            with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+            inbox.put(loop, outputs, output)
 
         left = {spec.request_id for spec in specs}
         self._loop.add(specs, deliver)

@@ -16,6 +16,7 @@ from octavo.server.wire import dumps, loads
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1 << 28
+_READ = 1 << 18  # bytes at a time
 _MOST_WAITING = 1 << 14  # messages
 _LENGTH = struct.Struct("!I")
 
@@ -31,6 +32,7 @@ class Connection:
         self._socket = end
         self._sending = threading.Lock()
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._received = bytearray()
         self._ended = False
         self._writer = threading.Thread(target=self._write, name=f"octavo-{name}", daemon=True)
         self._writer.start()
@@ -61,14 +63,15 @@ class Connection:
         except (OSError, ValueError) as error:
             raise ConnectionEndedError(str(error)) from None
 
-    def _exactly(self, size: int) -> bytearray:
-        data = bytearray(size)
-        view, done = memoryview(data), 0
-        while done < size:
-            count = self._socket.recv_into(view[done:])
-            if not count:
+    def _exactly(self, size: int) -> bytes:
+        """Messages come many at a time, as they are sent: there is one read for all of them."""
+        while len(self._received) < size:
+            part = self._socket.recv(_READ)
+            if not part:
                 raise ConnectionEndedError("the other end is closed")
-            done += count
+            self._received += part
+        data = bytes(memoryview(self._received)[:size])
+        del self._received[:size]
         return data
 
     def _write(self) -> None:

@@ -69,9 +69,10 @@ class Metrics:
             self._registries.append(registry)
             for name, (told, buckets) in _HISTOGRAMS.items():
                 made = Histogram(prefix + name, told, ["model_name"], buckets=buckets, registry=registry)
-                self._histograms[name].append(made)
+                self._histograms[name].append(made.labels(model))  # once: to look it up takes longer than to count
             for name, (told, labels) in _COUNTERS.items():
-                self._counters[name].append(Counter(prefix + name, told, ["model_name", *labels], registry=registry))
+                counter = Counter(prefix + name, told, ["model_name", *labels], registry=registry)
+                self._counters[name].append(counter if labels else counter.labels(model))
             registry.register(_EngineFigures(figures, prefix, model))
 
     def exposition(self) -> bytes:
@@ -82,12 +83,12 @@ class Metrics:
         """Into a histogram; None is left out."""
         if value is not None:
             for one in self._histograms[name]:
-                one.labels(self._model).observe(max(value, 0.0))
+                one.observe(max(value, 0.0))
 
     def count(self, name: str, amount: float = 1, *labels: str) -> None:
         if amount > 0:
             for one in self._counters[name]:
-                one.labels(self._model, *labels).inc(amount)
+                (one.labels(self._model, *labels) if labels else one).inc(amount)
 
     def watch(self, spec: Any) -> Watch:
         """A request that begins."""

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from octavo.core.errors import ConfigError
@@ -124,7 +125,7 @@ def run_server(llm: ServedLLM, settings: ServerSettings, listener: socket.socket
         await serving
 
     with suppress(KeyboardInterrupt):
-        asyncio.run(serve())
+        uvloop.run(serve())
     return server.forced
 
 
