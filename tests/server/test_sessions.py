@@ -298,6 +298,20 @@ def test_clients_that_go_away(session: Callable[..., Client], server: Running) -
     assert len(mine("generate", max_tokens=5, ignore_eos=True)["outputs"][0]["token_ids"]) == 5
 
 
+def test_an_engine_that_ends_leaves_room(tiny_llama_dir: Path) -> None:
+    """Its sessions are gone for everybody, long before their leases end."""
+    settings = ServerSettings(port=0, limits=Limits(max_sessions=2))
+    with serving(tiny_llama_dir, settings, kind=ServedLLM) as running:
+        first, second = (Client(running, prompt=PROMPT, lease=900) for _ in range(2))
+        error_of(running.post(PATH, {}), 429)
+        os.kill(running.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        until(lambda: running.llm._loop.num_restarts == 1)  # type: ignore[attr-defined]
+        first.refused("renew", 404, "id")
+        error_of(running.get(f"{second.path}/branches/0"), 404, "id")
+        assert running.get(PATH).json()["data"] == []
+        Client(running, prompt=PROMPT).close()
+
+
 def test_an_engine_that_ends(tiny_llama_dir: Path) -> None:
     """Its sessions are gone, which their clients are told; new ones are opened."""
     with serving(tiny_llama_dir, kind=ServedLLM) as running:
