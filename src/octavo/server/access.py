@@ -85,7 +85,7 @@ class Access:
 
         scope["octavo.request_id"] = record.request_id
         try:
-            self._check_size(scope)
+            self._check_head(scope)
             record.request_id = scope["octavo.request_id"] = self._request_id(scope) or record.request_id
             key = self._check(scope)
             scope["octavo.key"] = key
@@ -111,10 +111,15 @@ class Access:
                 return
             await error_response(error, scope)(scope, receive, answer)
 
-    def _check_size(self, scope: Scope) -> None:
+    def _check_head(self, scope: Scope) -> None:
         most = self._context.settings.limits.max_header_bytes
-        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > most:
+        path = len(scope["path"]) + len(scope["query_string"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + path > most:
             raise ApiError(431, f"path and headers may have at most {most} bytes")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            # A proxy before us may have gone by the other one, and takes what follows for another request.
+            problem = "is not for requests that have a Content-Length"
+            raise ApiError(400, problem, "Transfer-Encoding", {"Connection": "close"})
 
     def _request_id(self, scope: Scope) -> str | None:
         most = self._context.settings.limits.max_request_id
