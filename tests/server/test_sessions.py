@@ -298,6 +298,20 @@ def test_clients_that_go_away(session: Callable[..., Client], server: Running) -
     assert len(mine("generate", max_tokens=5, ignore_eos=True)["outputs"][0]["token_ids"]) == 5
 
 
+def test_no_text_is_taken_while_too_much_waits(tiny_llama_dir: Path) -> None:
+    """What a session begins with is computed at once, like what it is extended by: both are refused then."""
+    settings = ServerSettings(port=0, max_num_queued_reqs=0)
+    with serving(tiny_llama_dir, settings) as running:
+        empty = Client(running)
+        with running.context.admission.admit(running.context.admission.places, 0):
+            empty.refused("extend", 429, prompt=PROMPT)
+            error_of(running.post(PATH, {"prompt": PROMPT}), 429)
+            assert len(running.get(PATH).json()["data"]) == 1
+        Client(running, prompt=PROMPT).close()
+        empty.close()
+        running.until_idle()
+
+
 def test_an_engine_that_ends_leaves_room(tiny_llama_dir: Path) -> None:
     """Its sessions are gone for everybody, long before their leases end."""
     settings = ServerSettings(port=0, limits=Limits(max_sessions=2))

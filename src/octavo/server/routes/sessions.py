@@ -124,7 +124,7 @@ async def open_session(request: Request, context: ServerContext, body: SessionRe
         session = context.llm.session(seed=body.seed, priority=body.priority, cache_salt=body.cache_salt)
         try:
             if begin is not None:
-                with renamed(_NAMES):
+                with context.admission.admit(1, 0), renamed(_NAMES):
                     await session.extend(begin)
             context.sessions.check_room(identity)  # others may have come meanwhile
             held = HeldSession(identity, model, request.scope["octavo.key"], session, lease)
