@@ -431,3 +431,20 @@ def test_tokenize(server: Running, body: dict[str, Any], status: int) -> None:
 @pytest.mark.parametrize("tokens", [None, "x", [-1], [272], [2**70], [True], [1.0], [[1]]])
 def test_detokenize(server: Running, tokens: Any) -> None:
     error_of(server.post("/detokenize", {"tokens": tokens}), 400)
+
+
+def test_grammars_of_others(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good request for which there is no turn to compile its grammar may come again, and is no bad one."""
+    grammars = server.llm._frontend.tokens.grammars
+    monkeypatch.setattr("octavo.text.grammars._TURN", 0.0)
+    body = {"prompt": "x", "max_tokens": 3, "structured_outputs": {"choice": ["nobody asked for this"]}}
+    taken = 0
+    while grammars._turns.acquire(blocking=False):
+        taken += 1
+    try:
+        answer = server.post(PATH, body)
+        error_of(answer, 429, "structured_outputs.choice")
+        assert int(answer.headers["retry-after"]) >= 1
+    finally:
+        grammars._turns.release(taken)
+    assert server.post(PATH, body).status_code == 200

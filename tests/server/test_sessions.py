@@ -312,6 +312,31 @@ def test_no_text_is_taken_while_too_much_waits(tiny_llama_dir: Path) -> None:
         running.until_idle()
 
 
+def test_forks_at_once_have_no_more_room(tiny_llama_dir: Path) -> None:
+    """While the engine stands still: a second fork counts what the first one will add."""
+    settings = ServerSettings(port=0, limits=Limits(max_branches=4))
+    with serving(tiny_llama_dir, settings, kind=ServedLLM) as running:
+        mine = Client(running, prompt=PROMPT)
+        mine("fork")
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(mine("fork", n=2)))
+        pid = running.llm._loop.pid  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            thread.start()
+            (held_one,) = running.context.sessions.of(None)
+            until(lambda: bool(held_one.num_calls))
+            mine.refused("fork", 400, "n", branch=1, n=2)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        thread.join(60)
+        assert len(answers[0]["branches"]) == 2
+        mine.refused("fork", 400, "n")
+        mine("drop", branch=1)
+        mine("fork")
+        mine.close()
+
+
 def test_an_engine_that_ends_leaves_room(tiny_llama_dir: Path) -> None:
     """Its sessions are gone for everybody, long before their leases end."""
     settings = ServerSettings(port=0, limits=Limits(max_sessions=2))

@@ -31,6 +31,7 @@ class HeldSession:
         self.session = session
         self.branches: dict[int, AsyncBranch] = {0: session}
         self.num_calls = 0  # under way
+        self.num_forking = 0  # branches that calls under way will add
         self.ends_at = 0.0  # on the loop's clock, while there is no call
         self.timer: asyncio.TimerHandle | None = None
 

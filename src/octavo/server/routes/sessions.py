@@ -304,10 +304,16 @@ def _selected(result: SelectResult) -> dict[str, Any]:
 async def fork(context: ServerContext, held: HeldSession, body: ForkRequest) -> dict[str, Any]:
     _, branch = _branch_of(held, body)
     n, most = 1 if body.n is None else body.n, context.settings.limits.max_branches
-    if isinstance(n, int) and len(held.branches) + n > most:
-        raise invalid("n", f"a session may have at most {most} branches; this one has {len(held.branches)}")
-    made = {one.number: one for one in await branch.fork(n)}
-    held.branches |= made
+    places = n if isinstance(n, int) else 0  # what is no number is refused below
+    found = len(held.branches) + held.num_forking
+    if found + places > most:
+        raise invalid("n", f"a session may have at most {most} branches; this one has {found}")
+    held.num_forking += places
+    try:
+        made = {one.number: one for one in await branch.fork(n)}
+        held.branches |= made
+    finally:
+        held.num_forking -= places
     return {"branches": [_of_branch(*one) for one in made.items()]}
 
 
