@@ -33,6 +33,7 @@ from octavo.server.errors import JSONBytes, invalid
 from octavo.server.events import output_json
 from octavo.server.fields import Body, DrawParams, RequestFields, documented, flag, integer
 from octavo.server.generation import Deadline, unique_id
+from octavo.server.messages import ToolUse
 from octavo.server.openapi import describes
 from octavo.server.records import current_record, tell_turn
 from octavo.server.routes.chat import ConversationFields, check_either, check_no_conversation, written
@@ -141,8 +142,18 @@ async def _beginning(context: ServerContext, body: SessionRequest) -> Any:
     else:
         check_no_conversation(body)
     if body.messages is not None:
-        return {"prompt_token_ids": (await written(context, body))[0].token_ids}
+        prompt, use = await written(context, body)
+        _check_no_promise(use)
+        return {"prompt_token_ids": prompt.token_ids}
     return None if body.prompt is None else _as_prompt("prompt", body.prompt)
+
+
+def _check_no_promise(use: ToolUse) -> None:
+    """What a session's branches generate is for their calls to say. Raises ApiError."""
+    strict = [f"{tool.field}.strict" for tool in use.tools if tool.strict]
+    demanded = ["tool_choice"] if use.demanded else []
+    for field in [*demanded, *strict, *([] if use.several else [use.several_name])]:
+        raise invalid(field, "cannot be promised for a session: give structured_outputs where it generates")
 
 
 @router.get(_ROOT, **describes(None, Sessions, "Sessions that are open"))
