@@ -24,10 +24,10 @@ NOT_FOR_USERS = {f"{name}.__init__" for name in _NAMES.split()}
 
 
 def classes() -> set[str]:
-    """Names of all classes and type aliases of the package, but for private ones and those of the program `octavo`."""
+    """Names of all classes and type aliases of the package, but for private ones and those of its programs."""
     found = set()
     for path in SOURCE.rglob("*.py"):
-        if path.parent.name != "cli":
+        if path.relative_to(SOURCE).parts[0] not in ("cli", "server"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found |= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     found -= {"Sequence"}  # in a signature it is the one of collections.abc

@@ -168,15 +168,21 @@ class Lines(logging.Handler):
         self.records.append(record)
 
     def of(self, message: str, count: int = 1) -> list[dict[str, Any]]:
-        """The last ones, once there are as many."""
+        """All of them, once there are as many."""
         limit = time.monotonic() + 60
         while len(found := [one for one in self.records if one.getMessage() == message]) < count:
             assert time.monotonic() < limit
             time.sleep(0.002)
-        return [{**one.octavo_fields, "level": one.levelname} for one in found[-count:]]  # type: ignore[attr-defined]
+        return [{**one.octavo_fields, "level": one.levelname} for one in found]  # type: ignore[attr-defined]
 
-    def answered(self) -> dict[str, Any]:
-        return self.of("answered")[0]
+    def answered(self, response: httpx.Response) -> dict[str, Any]:
+        """Of the request that had this answer, which is told when the answer may be there already."""
+        limit, mine = time.monotonic() + 60, response.headers["x-request-id"]
+        while not (found := [one for one in self.of("answered", 0) if one["request_id"] == mine]):
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        (told,) = found
+        return told
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from octavo.server.served_llm import ServedLLM
 from octavo.server.settings import ServerSettings
 from tests.server.conftest import Lines, Running, serving
 from tests.server.test_serve import LONG, SOURCE, ended, served
-from tests.server.test_streams import PATH, connect, until
+from tests.server.test_streams import PATH
 
 CHAT = "/v1/chat/completions"
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO octavo: ")
@@ -200,11 +200,9 @@ def test_a_completion(apart: Running, lines: Lines, stream: bool) -> None:
     body = {"prompt": [fox, fox], "max_tokens": 5, "n": 2, "temperature": 0, "stream": stream}
     if not stream:
         apart.post(PATH, body)  # cached from now on
-        lines.of("answered")
-        lines.records.clear()
-    assert apart.post(PATH, body, headers={"X-Request-Id": "mine"}).status_code == 200
-    told = lines.answered()
-    assert (told["request_id"], told["method"], told["route"], told["status"]) == ("mine", "POST", PATH, 200)
+    mine = f"mine-{stream}"
+    told = lines.answered(apart.post(PATH, body, headers={"X-Request-Id": mine}))
+    assert (told["request_id"], told["method"], told["route"], told["status"]) == (mine, "POST", PATH, 200)
     assert told["prompt_tokens"] == 2 * len(apart.llm.tokenizer.encode(fox))
     assert 0 < told["generated_tokens"] <= 20 and {*told["finish_reason"].split(",")} <= {"length", "stop"}
     assert told["model"] == "tiny" and told["level"] == "INFO" and "path" not in told and "failed" not in told
@@ -227,18 +225,15 @@ def test_other_routes(apart: Running, lines: Lines) -> None:
         ("/v1/octavo/ask", {"question": "who?", "documents": [{"text": "the fox"}], "answer": {"max_tokens": 3}}, True),
         ("/tokenize", {"prompt": "a"}, False),
     ):
-        lines.records.clear()
         answer = apart.post(path, body)
         assert answer.status_code == 200, answer.text
-        told = lines.answered()
+        told = lines.answered(answer)
         assert told["route"] == path and ("prompt_tokens" in told) == tokens and told["status"] == 200
         if tokens:
             assert told["prompt_tokens"] > 0 and told["generated_tokens"] >= (0 if "embed" in path else 1)
             assert ("time_to_first_token" in told) == ("embed" not in path)
     for path, template in (("/v1/models/tiny", "/v1/models/{model}"), ("/v1/models", "/v1/models")):
-        lines.records.clear()
-        apart.get(path)
-        told = lines.answered()
+        told = lines.answered(apart.get(path))
         assert told["route"] == template and told["level"] == "INFO" and "prompt_tokens" not in told
 
 
@@ -248,10 +243,8 @@ def test_sessions(apart: Running, lines: Lines) -> None:
     session = apart.post(root, {"prompt": "the fox"}).json()["id"]
     apart.post(f"{root}/{session}/fork", {"n": 1})
     for body, tokens in (({"branches": [0, 1]}, 6), ({}, 3)):
-        lines.records.clear()
         body |= {"max_tokens": 3, "ignore_eos": True, "temperature": 0}
-        assert apart.post(f"{root}/{session}/generate", body).status_code == 200
-        told = lines.answered()
+        told = lines.answered(apart.post(f"{root}/{session}/generate", body))
         assert told["route"] == root + "/{session_id}/generate" and told["generated_tokens"] == tokens
         assert told["model"] == "tiny" and told["finish_reason"] == "length" and "prompt_tokens" not in told
     apart.client.delete(f"{apart.url}{root}/{session}")
@@ -259,47 +252,39 @@ def test_sessions(apart: Running, lines: Lines) -> None:
 
 def test_what_machines_ask_is_told_at_level_debug(apart: Running, lines: Lines) -> None:
     for path in ("/live", "/ready", "/health", "/metrics", "/v1/octavo/stats", "/", "/page/main.js"):
-        lines.records.clear()
-        assert apart.get(path).status_code == 200
-        told = lines.answered()
-        assert told["level"] == "DEBUG" and told["route"] == path
+        told = lines.answered(apart.get(path))
+        assert told["status"] == 200 and told["level"] == "DEBUG" and told["route"] == path
 
 
 def test_requests_that_are_refused(apart: Running, lines: Lines) -> None:
-    lines.records.clear()
-    apart.post(PATH, {"prompt": "x", "temperature": "SECRET"})
-    told = lines.answered()
+    told = lines.answered(apart.post(PATH, {"prompt": "x", "temperature": "SECRET"}))
     assert (told["status"], told["route"], told["level"]) == (400, PATH, "INFO")
-    lines.records.clear()
-    apart.get("/v1/nowhere/%0d%0aSECRET?key=sekret")
-    told = lines.answered()
+    told = lines.answered(apart.get("/v1/nowhere/%0d%0aSECRET?key=sekret"))
     assert told["status"] == 404 and told["path"] == "/v1/nowhere/\r\nSECRET" and "route" not in told
     assert "sekret" not in str([one.__dict__ for one in lines.records])
-    lines.records.clear()
-    apart.get("/" + "x" * 3000)
-    assert len(lines.answered()["path"]) == 200
+    assert len(lines.answered(apart.get("/" + "x" * 3000))["path"]) == 200
 
 
 def test_a_client_that_goes_away(apart: Running, lines: Lines) -> None:
-    lines.records.clear()
-    connection = connect(apart, {**LONG, "max_tokens": 1900}, PATH)
-    connection.recv(100)
-    connection.close()
-    until(apart, 0)
-    told = lines.answered()
+    body = {**LONG, "max_tokens": 1900}
+    with apart.client.stream("POST", apart.url + PATH, json=body, timeout=60) as response:
+        next(response.iter_lines())
+    told = lines.answered(response)
     assert told["finish_reason"] == "abort" and told["status"] == 200 and told["generated_tokens"] >= 1
 
 
-def test_an_engine_that_is_killed(apart: Running, lines: Lines) -> None:
-    """In the middle of an answer, which is told as one that failed."""
-    with apart.client.stream("POST", apart.url + PATH, json={**LONG, "max_tokens": 1900}, timeout=60) as response:
+def test_an_engine_that_is_killed(apart: Running, lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of an answer, which is told as one that failed, and so is why."""
+    body = {**LONG, "max_tokens": 1900}
+    with apart.client.stream("POST", apart.url + PATH, json=body, timeout=60) as response:
         answer = response.iter_lines()
         next(answer)
-        lines.records.clear()
         os.kill(apart.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         list(answer)
-    told = lines.answered()
+    told = lines.answered(response)
     assert told["failed"] is True and told["finish_reason"] == "error" and told["level"] == "WARNING"
+    (failed,) = [one for one in caplog.records if one.getMessage().startswith("a request failed: ")]
+    assert failed.octavo_fields["request_id"] == told["request_id"]  # type: ignore[attr-defined]
     limit = time.monotonic() + 60
     while apart.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code != 200:
         assert time.monotonic() < limit
@@ -312,16 +297,16 @@ def test_prompts_are_told_when_asked_for(apart: Running, lines: Lines, monkeypat
     """With parameters that are not the default, and as the model sees them."""
     assert isinstance(apart.llm, ServedLLM)
     monkeypatch.setattr(apart.llm, "tell_request", request_teller(apart.llm.tokenizer.decode, 12))
-    apart.post(PATH, {"prompt": ["the quick fox\njumps", "x"], "max_tokens": 2, "stop": ["zzz"]})
-    told = lines.of("received", 2)
-    assert sorted(one["prompt"] for one in told) == ["the quick fo...", "x"]
-    assert told[0]["params"]["max_tokens"] == 2 and list(told[0]["params"]["stop"]) == ["zzz"]
-    assert "temperature" not in told[0]["params"] and told[0]["engine_id"].startswith("cmpl-")
-    assert told[0]["request_id"] == lines.answered()["request_id"]
+    answer = apart.post(PATH, {"prompt": ["the quick fox\njumps", "x"], "max_tokens": 2, "stop": ["zzz"]})
     apart.post("/v1/octavo/margins", {"document": "all of it", "question": "q", "answer": None})
     apart.post("/v1/octavo/beam_search", {"prompt": "b", "beam_width": 2, "max_tokens": 3})
     apart.post("/v1/embeddings", {"input": "e", "pooling": "last"})
-    margins, beams, embeddings = lines.of("received", 3)
+    *two, margins, beams, embeddings = lines.of("received", 5)
+    assert sorted(one["prompt"] for one in two) == ["the quick fo...", "x"]
+    for one in two:
+        assert one["params"]["max_tokens"] == 2 and list(one["params"]["stop"]) == ["zzz"]
+        assert "temperature" not in one["params"] and one["engine_id"].startswith("cmpl-")
+        assert one["request_id"] == answer.headers["x-request-id"]
     assert margins["prompt"] == "all of it" and "margin" in margins
     assert beams["beams"]["beam_width"] == 2 and embeddings["params"] == {"pooling": "last"}
 

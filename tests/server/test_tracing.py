@@ -19,13 +19,14 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from octavo.server import tracing
 from octavo.server.served_llm import ServedLLM
 from octavo.server.settings import ServerSettings
 from tests.cli.conftest import Invoke, invoke  # noqa: F401 - a fixture
 from tests.server.conftest import MODEL, Lines, Running, serving
 from tests.server.test_logs import CHAT
 from tests.server.test_serve import LONG, ended, served
-from tests.server.test_streams import PATH, until
+from tests.server.test_streams import PATH
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MARKER = "sekretprompt"
@@ -63,13 +64,14 @@ class Collector:
         scopes = [scope for one in self.requests for resource in one.resource_spans for scope in resource.scope_spans]
         return [span for scope in scopes for span in scope.spans]
 
-    def next(self, seen: int) -> Span:
-        """The one that comes after so many."""
-        limit = time.monotonic() + 60
-        while len(self.spans) <= seen:
+    def of(self, response: httpx.Response) -> Span:
+        """The span of the request that had this answer."""
+        limit, mine = time.monotonic() + 60, response.headers["x-request-id"]
+        while not (found := [one for one in self.spans if plain(one)["gen_ai.request.id"] == mine]):
             assert time.monotonic() < limit
             time.sleep(0.005)
-        return self.spans[seen]
+        (span,) = found
+        return span
 
     def close(self) -> None:
         self._server.shutdown()
@@ -120,13 +122,12 @@ def test_a_completion(
     stream: bool,
 ) -> None:
     """In the trace that the request says it is part of, with the attributes of OpenTelemetry and of vLLM."""
-    seen = len(collector.spans)
     body = {**BODY, "n": 2, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stream": stream}
-    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1", "X-Request-Id": "mine"}
-    lines.records.clear()
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1", "X-Request-Id": f"mine-{stream}"}
     before = time.time_ns()
-    assert traced.post(PATH, body, headers=headers).status_code == 200
-    span = collector.next(seen)
+    answer = traced.post(PATH, body, headers=headers)
+    assert answer.status_code == 200
+    span = collector.of(answer)
     assert (span.trace_id.hex(), span.parent_span_id.hex(), span.trace_state) == (TRACE, PARENT, "vendor=1")
     assert span.name == "text_completion tiny" and span.kind == Span.SPAN_KIND_SERVER
     assert before <= span.start_time_unix_nano <= span.end_time_unix_nano <= time.time_ns()
@@ -140,7 +141,7 @@ def test_a_completion(
         "gen_ai.provider.name": "octavo",
         "gen_ai.request.model": "tiny",
         "gen_ai.response.model": "tiny",
-        "gen_ai.request.id": "mine",
+        "gen_ai.request.id": f"mine-{stream}",
         "gen_ai.request.max_tokens": 5,
         "gen_ai.request.temperature": 0.5,
         "gen_ai.request.top_p": 0.9,
@@ -158,7 +159,7 @@ def test_a_completion(
     assert queue + prefill == pytest.approx(first)
     assert prefill + decode == pytest.approx(told["gen_ai.latency.time_in_model_inference"])
     assert first <= told["gen_ai.latency.e2e"] and span.status.code == Status.STATUS_CODE_UNSET
-    assert lines.answered()["trace_id"] == TRACE
+    assert lines.answered(answer)["trace_id"] == TRACE
     (resource,) = collector.requests[-1].resource_spans
     about = {one.key: one.value.string_value for one in resource.resource.attributes}
     assert about["service.name"] == "octavo" and about["deployment.environment"] == "tests"
@@ -179,9 +180,9 @@ def test_other_routes(traced: Running, collector: Collector) -> None:
         ("/v1/octavo/margins", {"document": MARKER, "question": MARKER, "answer": None}, "generate_content tiny"),
         ("/tokenize", {"prompt": MARKER}, "POST /tokenize"),
     ):
-        seen = len(collector.spans)
-        assert traced.post(path, body).status_code == 200
-        span = collector.next(seen)
+        answer = traced.post(path, body)
+        assert answer.status_code == 200, answer.text
+        span = collector.of(answer)
         assert span.name == name and not span.parent_span_id
         assert ("gen_ai.usage.input_tokens" in plain(span)) == ("tiny" in name)
 
@@ -192,9 +193,7 @@ def test_requests_that_are_refused(traced: Running, collector: Collector) -> Non
         (lambda: traced.get(f"/v1/{MARKER}?key=sekret-key"), "GET", 404),
         (lambda: traced.get("/v1/models/x", headers={"x-api-key": "sekret-no"}), "GET", 401),
     ):
-        seen = len(collector.spans)
-        assert send().status_code == status
-        span = collector.next(seen)
+        span = collector.of(send())
         told = plain(span)
         assert span.name == name and told["http.response.status_code"] == status
         assert span.status.code == Status.STATUS_CODE_UNSET and "error.type" not in told
@@ -212,36 +211,34 @@ def test_requests_that_are_refused(traced: Running, collector: Collector) -> Non
 )
 def test_a_parent_that_is_none(traced: Running, collector: Collector, headers: list[tuple[str, str]]) -> None:
     """A trace of its own is begun."""
-    seen = len(collector.spans)
     encoded = [(name, value.encode("latin-1")) for name, value in headers]
-    assert traced.client.get(traced.url + "/v1/models", headers=encoded).status_code == 200
-    span = collector.next(seen)
+    span = collector.of(traced.client.get(traced.url + "/v1/models", headers=encoded))
     assert not span.parent_span_id and span.trace_id.hex() not in (TRACE, "0" * 32) and not span.trace_state
 
 
 def test_what_is_not_sampled_is_not_sent(traced: Running, collector: Collector) -> None:
     """Nor what machines ask again and again."""
-    seen = len(collector.spans)
-    assert traced.get("/v1/models", headers={"traceparent": f"00-{TRACE}-{PARENT}-00"}).status_code == 200
-    for path in ("/live", "/ready", "/health", "/metrics", "/"):
-        assert traced.get(path).status_code == 200
-    assert traced.get("/version").status_code == 200
-    assert collector.next(seen).name == "GET /version"
+    unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
+    answers = [traced.get("/v1/models", headers=unsampled)]
+    answers += [traced.get(path) for path in ("/live", "/ready", "/health", "/metrics", "/")]
+    assert {one.status_code for one in answers} == {200}
+    assert collector.of(traced.get("/version")).name == "GET /version"  # spans come in their order
+    unsent = {one.headers["x-request-id"] for one in answers}
+    assert not [one for one in collector.spans if plain(one)["gen_ai.request.id"] in unsent]
 
 
 def test_clients_that_go_away_and_engines_that_die(traced: Running, collector: Collector) -> None:
-    seen = len(collector.spans)
-    with traced.client.stream("POST", traced.url + PATH, json={**LONG, "max_tokens": 1900}, timeout=60) as response:
+    body = {**LONG, "max_tokens": 1900}
+    with traced.client.stream("POST", traced.url + PATH, json=body, timeout=60) as response:
         next(response.iter_lines())
-    until(traced, 0)
-    span = collector.next(seen)
+    span = collector.of(response)
     assert plain(span)["gen_ai.response.finish_reasons"] == ["abort"] and span.status.code == Status.STATUS_CODE_UNSET
-    with traced.client.stream("POST", traced.url + PATH, json={**LONG, "max_tokens": 1900}, timeout=60) as response:
+    with traced.client.stream("POST", traced.url + PATH, json=body, timeout=60) as response:
         answer = response.iter_lines()
         next(answer)
         os.kill(traced.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         list(answer)
-    span = collector.next(seen + 1)
+    span = collector.of(response)
     assert span.status.code == Status.STATUS_CODE_ERROR and plain(span)["error.type"] == "failed"
     limit = time.monotonic() + 60
     while traced.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code != 200:
@@ -250,35 +247,40 @@ def test_clients_that_go_away_and_engines_that_die(traced: Running, collector: C
 
 def test_what_clients_wrote_is_in_no_trace(traced: Running, collector: Collector) -> None:
     """Of all the tests above."""
-    seen = len(collector.spans)
-    traced.get("/version")
-    collector.next(seen)
+    collector.of(traced.get("/version"))
     assert collector.data and MARKER.encode() not in collector.data and b"sekret" not in collector.data
 
 
 # --- without a collector ---
 
 
-def test_nothing_is_sent_without_an_endpoint(
-    tiny_llama_dir: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def another() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.close()
+
+
+def test_nothing_is_sent_without_an_endpoint(tiny_llama_dir: Path, another: Collector) -> None:
     """Whatever libraries make of the environment: FastAPI would send by itself."""
     variables = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url.removesuffix("/v1/traces"),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": another.url.removesuffix("/v1/traces"),
         "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
         "OTEL_BSP_SCHEDULE_DELAY": "10",
     }
-    before = len(collector.paths)
     with served(tiny_llama_dir, **variables) as (process, url):
         assert httpx.post(url + PATH, json={"prompt": "x", "max_tokens": 2}, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert ended(process)[0] == 0
-    assert len(collector.paths) == before
+    assert not another.paths
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_a_collector_that_does_not_answer(tiny_llama_dir: Path, listens: bool) -> None:
+def test_a_collector_that_does_not_answer(tiny_llama_dir: Path, listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are answered, and the server ends."""
+    before = set(threading.enumerate())
+    monkeypatch.setattr(tracing, "_END_SECONDS", 0.5)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if listens:
@@ -287,18 +289,19 @@ def test_a_collector_that_does_not_answer(tiny_llama_dir: Path, listens: bool) -
         settings = ServerSettings(port=0, otlp_traces_endpoint=url)
         with serving(tiny_llama_dir, settings) as running:
             assert running.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code == 200
+        for thread in set(threading.enumerate()) - before:  # or they would tell of it behind the last test
+            thread.join(60)
 
 
-def test_the_program(tiny_llama_dir: Path, collector: Collector) -> None:
+def test_the_program(tiny_llama_dir: Path, another: Collector) -> None:
     """What waits to be sent at the end is sent."""
-    seen = len(collector.spans)
-    with served(tiny_llama_dir, "--otlp-traces-endpoint", collector.url, OTEL_SERVICE_NAME="mine") as (process, url):
-        assert httpx.get(url + "/v1/models", timeout=60).status_code == 200
+    with served(tiny_llama_dir, "--otlp-traces-endpoint", another.url, OTEL_SERVICE_NAME="mine") as (process, url):
+        answer = httpx.get(url + "/v1/models", timeout=60)
         process.send_signal(signal.SIGTERM)
         code, err = ended(process)
     assert code == 0 and "rror" not in err
-    assert collector.next(seen).name == "GET /v1/models"
-    (resource,) = collector.requests[-1].resource_spans
+    assert another.of(answer).name == "GET /v1/models"
+    (resource,) = another.requests[-1].resource_spans
     assert "mine" in [one.value.string_value for one in resource.resource.attributes if one.key == "service.name"]
 
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.envelope import error_response, is_anthropic, route_path
 from octavo.server.errors import ApiError, retry_after
-from octavo.server.records import RequestRecord, current_record
+from octavo.server.records import RequestRecord, current_record, of_request
 from octavo.server.routes import margins, page
 from octavo.server.settings import MAX_KEY
 
@@ -107,7 +107,7 @@ class Access:
         except Exception as error:
             if record.status is not None:
                 record.failed = True
-                log.exception("an answer broke off; request %s", record.request_id)
+                log.exception("an answer broke off", extra=of_request())
                 return
             await error_response(error, scope)(scope, receive, answer)
 

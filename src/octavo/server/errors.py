@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError, shortened, shown
 from octavo.core.structured import TOO_MANY
+from octavo.server.records import of_request
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +124,13 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RequestFailedError) and str(error).startswith(_NOTHING_LEFT):
         return ApiError(400, printable(str(error)))
     if isinstance(error, RequestFailedError):
-        log.warning("a request failed: %s", printable(str(error)))
+        log.warning("a request failed: %s", printable(str(error)), extra=of_request())
         return ApiError(500, f"the request failed: {scrubbed(str(error))}")
     if isinstance(error, OctavoError):  # of documents, for one
         return ApiError(400, scrubbed(str(error)))
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request was not answered in time")
-    log.error("a request raised", exc_info=error)
+    log.error("a request raised", exc_info=error, extra=of_request())
     return ApiError(500, "internal error; the server's log says more")
 
 

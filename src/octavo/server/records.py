@@ -208,8 +208,13 @@ def tell_turn(session: str, verb: str, given: Mapping[str, Any], most: int | Non
 
 
 def _tell_received(**fields: Any) -> None:
+    log.info("received", extra=of_request(**fields))
+
+
+def of_request(**fields: Any) -> dict[str, Any]:
+    """`extra` of a record: which request it is about, and these fields."""
     record = current_record.get()
-    log.info("received", extra=with_fields(request_id=None if record is None else record.request_id, **fields))
+    return with_fields(request_id=None if record is None else record.request_id, **fields)
 
 
 def cut(text: str, most: int | None) -> str:

@@ -61,7 +61,8 @@ class Tracing:
         if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": "octavo"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("octavo", __version__)
 
     def begin(self, scope: Scope, record: RequestRecord) -> Any:
@@ -91,6 +92,8 @@ class Tracing:
         closing = threading.Thread(target=self._provider.shutdown, name="octavo-traces-end", daemon=True)
         closing.start()
         closing.join(_END_SECONDS)
+        if closing.is_alive():  # nobody answers: it would be tried again and again
+            self._exporter.shutdown()
 
 
 def span_name(record: RequestRecord) -> str:
