@@ -37,8 +37,10 @@ class _Ending:
 
     def __init__(self) -> None:
         self.problem = "is closed"
+        self.is_over = False
 
     def note(self, last: RequestOutput | Exception) -> None:
+        self.is_over = True
         error = str(last) if isinstance(last, Exception) else last.error
         if error is not None:
             self.problem = f"has ended: {error}"
@@ -57,6 +59,11 @@ class SessionClient:
         self._ending = _Ending()
         loop.add_session(spec, self._ending.note)
         weakref.finalize(self, loop.abort, [spec.request_id]).atexit = False
+
+    @property
+    def ended(self) -> str | None:
+        """How it has ended, such as with its engine's process; None while it lives, as far as is known here."""
+        return self._ending.problem if self._ending.is_over else None
 
     def call(self, branch: int, verb: Verb) -> Call:
         return Call(next(self._numbers), branch, verb)

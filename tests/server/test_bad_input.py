@@ -115,6 +115,52 @@ def test_a_body_that_does_not_come(server: Running) -> None:
             assert server.post(PATH, {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+def raw(server: Running, request: bytes) -> httpx.Response:
+    """What is answered to these bytes, and whether the connection ends with it."""
+    url = urlsplit(server.url)
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
+        connection.sendall(request)
+        received = b""
+        while part := connection.recv(4096):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+    return httpx.Response(int(status.split()[1]), headers=headers, content=body)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"hello\r\n\r\n",
+        b"\x16\x03\x01\x00\xa5\x01\r\n\r\n",
+        b"GET /live HTTP/1.1\r\n\r\n",
+        b"GET /live HTTP/1.1\r\nHost : x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_what_is_no_http(server: Running, request_bytes: bytes) -> None:
+    """Has the one envelope too, and the connection ends."""
+    error_of(raw(server, request_bytes), 400)
+
+
+def test_two_lengths_of_one_body(server: Running) -> None:
+    """A proxy that goes by the other one would take the rest for a request of somebody else's."""
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4\r\n"
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    chunks = f"Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    error_of(raw(server, head.encode() + chunks), 400, "Transfer-Encoding")
+
+
+@pytest.mark.parametrize("part", [b"GET /live?%s HTTP/1.1\r\nHost: x", b"GET /live HTTP/1.1\r\nHost: x\r\nX: %s"])
+def test_heads_that_are_too_large(server: Running, part: bytes) -> None:
+    """Whether they come whole or do not end."""
+    most = server.context.settings.limits.max_header_bytes
+    error_of(raw(server, part % (b"a" * most) + b"\r\n\r\n"), 431)
+    error_of(raw(server, (part % (b"a" * most))[: most + 1]), 431)
+
+
 @pytest.mark.parametrize("size", [100_000, 10_000_000])
 def test_huge_headers(server: Running, size: int) -> None:
     url = urlsplit(server.url)
@@ -385,3 +431,20 @@ def test_tokenize(server: Running, body: dict[str, Any], status: int) -> None:
 @pytest.mark.parametrize("tokens", [None, "x", [-1], [272], [2**70], [True], [1.0], [[1]]])
 def test_detokenize(server: Running, tokens: Any) -> None:
     error_of(server.post("/detokenize", {"tokens": tokens}), 400)
+
+
+def test_grammars_of_others(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good request for which there is no turn to compile its grammar may come again, and is no bad one."""
+    grammars = server.llm._frontend.tokens.grammars
+    monkeypatch.setattr("octavo.text.grammars._TURN", 0.0)
+    body = {"prompt": "x", "max_tokens": 3, "structured_outputs": {"choice": ["nobody asked for this"]}}
+    taken = 0
+    while grammars._turns.acquire(blocking=False):
+        taken += 1
+    try:
+        answer = server.post(PATH, body)
+        error_of(answer, 429, "structured_outputs.choice")
+        assert int(answer.headers["retry-after"]) >= 1
+    finally:
+        grammars._turns.release(taken)
+    assert server.post(PATH, body).status_code == 200

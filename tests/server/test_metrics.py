@@ -55,7 +55,9 @@ async def test_requests_are_counted(served: ServedLLM) -> None:
     assert figures["octavo_request_prompt_tokens_sum"] == 4 * prompt
     assert figures["octavo_request_params_n_sum"] == 6
     assert figures["octavo_request_generation_tokens_count"] == 5
-    assert figures["octavo_generation_tokens_total"] >= 3 * 18 + 9
+    # Notes in margins are generated as well; of what was given up no more than what was told.
+    of_ended = figures["octavo_request_generation_tokens_sum"]
+    assert of_ended > 3 * 18 + 9 and 0 <= figures["octavo_generation_tokens_total"] - of_ended < LONG.max_tokens
     for name, number in {"time_to_first_token": 4, "e2e_request_latency": 5, "request_queue_time": 5}.items():
         assert figures[f"octavo_{name}_seconds_count"] == number
         assert 0 <= figures[f"octavo_{name}_seconds_sum"] < 600

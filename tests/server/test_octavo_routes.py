@@ -144,6 +144,26 @@ def test_a_review(server: Running) -> None:
     error_of(server.post(f"{verbs}/accept", {"segment": 0}), 404)
 
 
+def test_a_review_while_the_server_drains(server: Running) -> None:
+    """It is under way, and so is what a person says to it; another document is refused."""
+    body = {**READING, "review": True, "stream": True, "request_id": "r3"}
+    path = "/v1/octavo/margins"
+    with server.client.stream("POST", server.url + path, json=body, timeout=60) as response:
+        blocks = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
+        while json.loads(next(blocks))["type"] != "review_begun":
+            pass
+        server.server._state.draining = True
+        try:
+            error_of(server.post(path, READING), 503)
+            error_of(server.post(f"{path}/margins-other/answer_now", {}), 404, "id")
+            assert server.post(f"{path}/margins-r3/reject", {"segment": 0}).status_code == 200
+            assert server.post(f"{path}/margins-r3/answer_now", {}).status_code == 200
+            told = [json.loads(block) for block in blocks]
+        finally:
+            server.server._state.draining = False
+    assert told[-1]["type"] == "done" and told[-1]["result"]["answers"][0]["margins"][0]["kept"] is False
+
+
 def test_reading_is_stopped(server: Running) -> None:
     body = {**READING, "stream": True, "request_id": "r2"}
     with (

@@ -628,3 +628,12 @@ def test_the_tool_is_told_as_in_chats(server: Running) -> None:
     body = {"input": "hello", "tools": tools, "max_output_tokens": 1, "return_token_ids": True}
     found = server.llm.tokenizer.decode(server.post(PATH, body).json()["prompt_token_ids"], skip_special_tokens=False)
     assert "of two" in found and "strict" not in found
+
+
+def test_very_many_texts_behind_a_call(server: Running) -> None:
+    """They are one message, and are put together in time that grows with them alone: it used to grow with the square,
+    for minutes, in which nobody else was answered."""
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    texts = [{"type": "output_text", "text": "a"}] * 40
+    body = {"input": [*HELLO, call, *[{"role": "assistant", "content": texts}] * 4000]}
+    error_of(server.post(PATH, body), 400)

@@ -298,6 +298,59 @@ def test_clients_that_go_away(session: Callable[..., Client], server: Running) -
     assert len(mine("generate", max_tokens=5, ignore_eos=True)["outputs"][0]["token_ids"]) == 5
 
 
+def test_no_text_is_taken_while_too_much_waits(tiny_llama_dir: Path) -> None:
+    """What a session begins with is computed at once, like what it is extended by: both are refused then."""
+    settings = ServerSettings(port=0, max_num_queued_reqs=0)
+    with serving(tiny_llama_dir, settings) as running:
+        empty = Client(running)
+        with running.context.admission.admit(running.context.admission.places, 0):
+            empty.refused("extend", 429, prompt=PROMPT)
+            error_of(running.post(PATH, {"prompt": PROMPT}), 429)
+            assert len(running.get(PATH).json()["data"]) == 1
+        Client(running, prompt=PROMPT).close()
+        empty.close()
+        running.until_idle()
+
+
+def test_forks_at_once_have_no_more_room(tiny_llama_dir: Path) -> None:
+    """While the engine stands still: a second fork counts what the first one will add."""
+    settings = ServerSettings(port=0, limits=Limits(max_branches=4))
+    with serving(tiny_llama_dir, settings, kind=ServedLLM) as running:
+        mine = Client(running, prompt=PROMPT)
+        mine("fork")
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(mine("fork", n=2)))
+        pid = running.llm._loop.pid  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            thread.start()
+            (held_one,) = running.context.sessions.of(None)
+            until(lambda: bool(held_one.num_calls))
+            mine.refused("fork", 400, "n", branch=1, n=2)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        thread.join(60)
+        assert len(answers[0]["branches"]) == 2
+        mine.refused("fork", 400, "n")
+        mine("drop", branch=1)
+        mine("fork")
+        mine.close()
+
+
+def test_an_engine_that_ends_leaves_room(tiny_llama_dir: Path) -> None:
+    """Its sessions are gone for everybody, long before their leases end."""
+    settings = ServerSettings(port=0, limits=Limits(max_sessions=2))
+    with serving(tiny_llama_dir, settings, kind=ServedLLM) as running:
+        first, second = (Client(running, prompt=PROMPT, lease=900) for _ in range(2))
+        error_of(running.post(PATH, {}), 429)
+        os.kill(running.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        until(lambda: running.llm._loop.num_restarts == 1)  # type: ignore[attr-defined]
+        first.refused("renew", 404, "id")
+        error_of(running.get(f"{second.path}/branches/0"), 404, "id")
+        assert running.get(PATH).json()["data"] == []
+        Client(running, prompt=PROMPT).close()
+
+
 def test_an_engine_that_ends(tiny_llama_dir: Path) -> None:
     """Its sessions are gone, which their clients are told; new ones are opened."""
     with serving(tiny_llama_dir, kind=ServedLLM) as running:

@@ -195,3 +195,15 @@ def test_what_a_reader_makes_of_pieces() -> None:
 def test_refused(server: Running, given: dict[str, Any], param: str) -> None:
     error_of(server.post("/v1/chat/completions", {"messages": HELLO, **given}), 400, param)
     server.until_idle()
+
+
+def test_calls_of_searches_and_sessions(server: Running) -> None:
+    """A search is held to the calls that are demanded; a session, which promises nothing of what its branches will
+    generate, takes no such demand."""
+    body = {"messages": HELLO, "tools": [WEATHER, ADD], "tool_choice": "required"}
+    found = server.post("/v1/octavo/beam_search", {**body, "beam_width": 2, "max_tokens": 60}).json()["outputs"]
+    assert all(one["text"].startswith("<tool_call>") for one in found)
+    error_of(server.post("/v1/octavo/sessions", body), 400, "tool_choice")
+    error_of(server.post("/v1/octavo/sessions", {**body, "tool_choice": "auto", "parallel_tool_calls": False}), 400)
+    opened = server.post("/v1/octavo/sessions", {**body, "tool_choice": "auto"})
+    assert server.client.delete(f"{server.url}/v1/octavo/sessions/{opened.json()['id']}").status_code == 200

@@ -22,6 +22,8 @@ from octavo.core.values import (
 MAX_GRAMMAR = 1 << 20  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of a schema
 MAX_CHOICES = 1 << 12
+# How the error begins of a grammar that could not be compiled for those of others: its request is a good one.
+TOO_MANY = "too many grammars are being compiled"
 _KINDS = "json", "regex", "choice", "grammar", "json_object"
 
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.server.envelope import error_response, is_anthropic, route_path
 from octavo.server.errors import ApiError, retry_after
 from octavo.server.records import RequestRecord, current_record, of_request
-from octavo.server.routes import page
+from octavo.server.routes import margins, page
 from octavo.server.settings import MAX_KEY
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # To everybody: a browser sends no key for the page, which asks for one; its files are the same everywhere.
 OPEN = frozenset(["/live"]) | page.PATHS
-PROBES = frozenset(["/live", "/health", "/ready"])  # also answered while the server drains
+PROBES = frozenset(["/live", "/health", "/ready"])
 # Asked again and again by machines: told at level debug, and in no trace.
 QUIET = PROBES | page.PATHS | {"/metrics", "/v1/octavo/stats"}
 _ID = re.compile(rb"[A-Za-z0-9._:-]+")
@@ -85,7 +85,7 @@ class Access:
 
         scope["octavo.request_id"] = record.request_id
         try:
-            self._check_size(scope)
+            self._check_head(scope)
             record.request_id = scope["octavo.request_id"] = self._request_id(scope) or record.request_id
             key = self._check(scope)
             scope["octavo.key"] = key
@@ -111,10 +111,15 @@ class Access:
                 return
             await error_response(error, scope)(scope, receive, answer)
 
-    def _check_size(self, scope: Scope) -> None:
+    def _check_head(self, scope: Scope) -> None:
         most = self._context.settings.limits.max_header_bytes
-        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > most:
+        path = len(scope["path"]) + len(scope["query_string"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + path > most:
             raise ApiError(431, f"path and headers may have at most {most} bytes")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            # A proxy before us may have gone by the other one, and takes what follows for another request.
+            problem = "is not for requests that have a Content-Length"
+            raise ApiError(400, problem, "Transfer-Encoding", {"Connection": "close"})
 
     def _request_id(self, scope: Scope) -> str | None:
         most = self._context.settings.limits.max_request_id
@@ -131,7 +136,7 @@ class Access:
         key = None
         if self._keys and not (path in OPEN and scope["method"] in ("GET", "HEAD")):
             key = self._authenticated(scope)
-        if self._context.draining and path not in PROBES:
+        if self._context.draining and not _is_answered_at_the_end(path):
             seconds = self._context.settings.shutdown_timeout
             raise ApiError(503, "the server is shutting down", headers=retry_after(seconds))
         return key
@@ -145,6 +150,12 @@ class Access:
             problem = "an API key is needed, as `Authorization: Bearer KEY`" if given is None else "wrong API key"
             raise ApiError(401, problem, headers={"WWW-Authenticate": "Bearer"})
         return digest
+
+
+def _is_answered_at_the_end(path: str) -> bool:
+    """Whether requests to it are taken while the server drains: they ask how it is, or belong to a review that is under
+    way, which would else wait for verdicts that cannot come."""
+    return path in PROBES or path == "/metrics" or path.startswith(margins.PATH + "/")
 
 
 def _digest(key: bytes) -> bytes:

@@ -16,6 +16,7 @@ import msgspec
 from starlette.responses import Response
 
 from octavo.core.errors import EngineClosedError, InvalidRequestError, OctavoError, RequestFailedError, shortened, shown
+from octavo.core.structured import TOO_MANY
 from octavo.server.records import of_request
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ TYPES = {
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
 }
+_RETRY_GRAMMAR = 5  # seconds after which one of the grammars that are compiled has ended, or was given up
 RETRY_CLOSED = 5  # seconds after which an engine that was closed may be there again
 # How the sampler's error begins where a request's own constraints leave no token: known when one is to be drawn, and
 # the client's to mend.
@@ -113,6 +115,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequestError):
+        if error.problem.startswith(TOO_MANY):
+            return ApiError(429, printable(str(error)), error.field, retry_after(_RETRY_GRAMMAR))
         return ApiError(400, printable(str(error)), error.field)
     if isinstance(error, EngineClosedError):
         message = "the engine is not running"

@@ -102,6 +102,7 @@ class Watch:
         self._metrics = metrics
         self._spec = spec
         self._last: float | None = None  # when tokens came
+        self._counted = 0  # tokens
         self._ended = False
 
     def take(self, output: RequestOutput | MarginsOutput | PoolingOutput | Exception) -> None:
@@ -114,7 +115,7 @@ class Watch:
             if self._last is not None:
                 self._metrics.observe("inter_token_latency_seconds", now - self._last)
             self._last = now
-            self._metrics.count("generation_tokens", tokens)
+            self._count(tokens)
         if output.finished:
             reasons = [one.finish_reason for one in completions_of(output) if one.finish_reason is not None]
             self._observe(output.metrics)
@@ -133,6 +134,7 @@ class Watch:
         if decode is not None and tokens > 1:
             observe("request_time_per_output_token_seconds", decode / (tokens - 1))
         observe("request_generation_tokens", tokens)
+        self._count(tokens - self._counted)  # those of no text that is told, such as notes in margins
         observe("request_num_preemptions", found.num_preemptions)
         self._metrics.count("prompt_tokens_cached", found.num_cached_tokens)
         self._metrics.count("prompt_tokens", num_prompt_tokens(spec))
@@ -141,6 +143,10 @@ class Watch:
         if isinstance(spec, RequestSpec):
             observe("request_params_n", spec.params.n)
             observe("request_params_max_tokens", spec.max_tokens)
+
+    def _count(self, tokens: int) -> None:
+        self._counted += tokens
+        self._metrics.count("generation_tokens", tokens)
 
     def end(self, reason: str) -> None:
         """Idempotent: whoever goes away early ends it with "abort"."""

@@ -5,8 +5,12 @@ whatever else it has sent."""
 from __future__ import annotations
 
 import asyncio
+import secrets
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from octavo.server.errors import ApiError, encode
 
 _AHEAD = 1 << 16  # bytes of further requests that are taken while one is answered
 
@@ -34,6 +38,28 @@ class TimedProtocol(H11Protocol):
         self._forget()
         self._reads_again()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, or has a head that is too long, is answered in the one envelope too."""
+        del msg
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, which breaks off
+            most = self.config.h11_max_incomplete_event_size or 0
+            if len(self.conn.trailing_data[0]) > most:
+                error = ApiError(431, f"path and headers may have at most {most} bytes")
+            else:
+                error = ApiError(400, "this is no request of HTTP/1.1")
+            body = encode(error.body)
+            headers = {
+                b"content-type": b"application/json",
+                b"content-length": str(len(body)).encode(),
+                b"connection": b"close",
+                b"x-request-id": secrets.token_hex(16).encode(),
+            }
+            reason = STATUS_PHRASES[error.status]
+            head = h11.Response(status_code=error.status, headers=[*headers.items()], reason=reason)
+            parts = [self.conn.send(one) or b"" for one in (head, h11.Data(data=body), h11.EndOfMessage())]
+            self.transport.write(b"".join(parts))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -45,21 +45,25 @@ class Items:
         self.messages: list[dict[str, Any]] = []
         self.names: list[str] = []
         self._limits = limits
+        self._texts: list[list[str]] = []  # of each message: put together at the end, since one may have very many
         if instructions is not None:
             if not isinstance(instructions, str):
                 raise invalid("instructions", f"must be a string, not {shown(instructions)}")
-            self._add("instructions", {"role": "system", "content": instructions})
+            self._add("instructions", "system", [instructions])
         if isinstance(value, str):
-            self._add("input", {"role": "user", "content": value})
-            return
-        if not isinstance(value, list):
+            self._add("input", "user", [value])
+        elif not isinstance(value, list):
             raise invalid("input", f"must be a string or a list of items, not {shown(value)}")
-        for number, item in enumerate(listed("input", value, limits.max_messages)):
-            self._take(f"input[{number}]", item)
+        else:
+            for number, item in enumerate(listed("input", value, limits.max_messages)):
+                self._take(f"input[{number}]", item)
+        for message, texts in zip(self.messages, self._texts, strict=True):
+            message["content"] = text_parts(texts) if texts else None
 
-    def _add(self, name: str, message: dict[str, Any]) -> None:
-        self.messages.append(message)
+    def _add(self, name: str, role: str, texts: list[str], **more: Any) -> None:
+        self.messages.append({"role": role, "content": None, **more})
         self.names.append(name)
+        self._texts.append(texts)
 
     def _take(self, field: str, item: object) -> None:
         kind = (item.get("type") or "message") if isinstance(item, dict) else None
@@ -72,19 +76,18 @@ class Items:
         elif kind == "function_call":
             self._call(field, known)
         else:
-            content = _content(f"{field}.output", known.get("output"))
-            self._add(field, {"role": "tool", "tool_call_id": filled(field, known, "call_id"), "content": content})
+            texts = _content(f"{field}.output", known.get("output"))
+            self._add(field, "tool", texts, tool_call_id=filled(field, known, "call_id"))
 
     def _message(self, field: str, item: dict[str, Any]) -> None:
         role = item.get("role")
         if role == "tool" or not isinstance(role, str) or role not in ROLES:
             raise invalid(f"{field}.role", f"must be user, assistant, system or developer, not {shown(role)}")
-        content = _content(f"{field}.content", item.get("content"))
-        last = self.messages[-1] if self.messages else {}
-        if role == "assistant" and last.get("tool_calls"):  # an answer goes on behind its calls
-            last["content"] = text_parts([*_texts(last["content"]), *_texts(content)])
+        texts = _content(f"{field}.content", item.get("content"))
+        if role == "assistant" and self.messages and self.messages[-1].get("tool_calls"):
+            self._texts[-1] += texts  # an answer goes on behind its calls
         else:
-            self._add(field, {"role": ROLES[role], "content": content})
+            self._add(field, ROLES[role], texts)
 
     def _call(self, field: str, item: dict[str, Any]) -> None:
         """Of the assistant's message before it, or one of calls alone."""
@@ -92,17 +95,17 @@ class Items:
         function = {"name": filled(field, item, "name"), "arguments": arguments}
         call = {"id": filled(field, item, "call_id"), "type": "function", "function": function}
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            self._add(field, {"role": "assistant", "content": None})
+            self._add(field, "assistant", [])
         calls = self.messages[-1].setdefault("tool_calls", [])
         calls.append(call)
         if len(calls) > self._limits.max_tool_calls:
             raise invalid(field, f"may have at most {self._limits.max_tool_calls - 1} calls before it")
 
 
-def _content(field: str, value: object) -> Any:
-    """A text, or parts with text."""
+def _content(field: str, value: object) -> list[str]:
+    """Of a text, or of parts with text."""
     if isinstance(value, str):
-        return value
+        return [value]
     if not isinstance(value, list):
         raise invalid(field, f"must be a string or a list of text parts, not {shown(value)}")
     texts = []
@@ -117,13 +120,7 @@ def _content(field: str, value: object) -> Any:
         texts.append(known["text"])
     if not texts:
         raise invalid(field, "is empty")
-    return text_parts(texts)
-
-
-def _texts(content: Any) -> list[str]:
-    if isinstance(content, list):
-        return [part["text"] for part in content]
-    return [] if content is None else [content]
+    return texts
 
 
 def flat_tools(value: object, limits: Limits) -> list[Tool]:

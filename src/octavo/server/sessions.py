@@ -31,8 +31,14 @@ class HeldSession:
         self.session = session
         self.branches: dict[int, AsyncBranch] = {0: session}
         self.num_calls = 0  # under way
+        self.num_forking = 0  # branches that calls under way will add
         self.ends_at = 0.0  # on the loop's clock, while there is no call
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def ended(self) -> str | None:
+        """How it ended by itself; None: it has not."""
+        return self.session._client.ended
 
     def branch(self, number: object, name: str = "branch") -> AsyncBranch:
         """Raises ApiError."""
@@ -59,6 +65,7 @@ class Sessions:
 
     def check_room(self, identity: str) -> None:
         """Raises ApiError if no other one may be opened, or this one is."""
+        self._forget_ended()
         if identity in self._held:
             raise invalid("request_id", "is that of another session that is open")
         if len(self._held) >= self.most:
@@ -75,6 +82,7 @@ class Sessions:
 
     def of(self, key: bytes | None) -> list[HeldSession]:
         """Those that a client with this key has open."""
+        self._forget_ended()
         return [held for held in self._held.values() if held.key == key]
 
     def find(self, identity: str, key: bytes | None) -> HeldSession:
@@ -82,7 +90,15 @@ class Sessions:
         held = self._held.get(identity)
         if held is None or held.key != key:
             raise ApiError(404, "no such session is open: its lease may have ended", "id")
+        if (problem := held.ended) is not None:
+            self.close(held)
+            raise ApiError(404, f"the session {problem}", "id")
         return held
+
+    def _forget_ended(self) -> None:
+        """Of sessions that ended by themselves, with their engine for one: they hold no place for their leases."""
+        for held in [one for one in self._held.values() if one.ended is not None]:
+            self.close(held)
 
     @contextmanager
     def used(self, held: HeldSession) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.core.errors import InvalidRequestError
 from octavo.core.grammar import GrammarState
-from octavo.core.structured import StructuredOutputsParams
+from octavo.core.structured import TOO_MANY, StructuredOutputsParams
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Grammars:
             needed = "needs the package llguidance: pip install octavo[structured]"
             raise InvalidRequestError("structured_outputs", needed) from None
         if not self._turns.acquire(timeout=_TURN):
-            raise InvalidRequestError(field, "too many grammars are being compiled: try it again")
+            raise InvalidRequestError(field, f"{TOO_MANY}: try it again")
         with self._lock:
             found = self._cached.get(params)  # somebody else's, meanwhile
             if found is not None:

@@ -15,6 +15,7 @@ from octavo.core.errors import shown
 from octavo.server.answer_types import BeamSearch
 from octavo.server.answers import answering, usage_of
 from octavo.server.context import ServerContext
+from octavo.server.conversation import under_calls
 from octavo.server.errors import JSONBytes, invalid
 from octavo.server.fields import TextFields, documented, integer, number
 from octavo.server.generation import Deadline, Generation, answer_id, answered, engine_ids, tokenised
@@ -59,10 +60,12 @@ async def beam_search(
     model = context.model_named(body.model)
     params = beam_params({name: getattr(body, name) for name in body.model_fields_set & _PARAMS}, limits)
     identity, chosen = answer_id(request, body.request_id, "beams", limits.max_request_id)
+    names: dict[str, str] = {}
     async with deadline.hold():
         check_either(body, body.prompt)
         if body.messages is not None:
-            prompt = (await written(context, body))[0]
+            prompt, use = await written(context, body)
+            params, names = under_calls(context, params, use, "structured_outputs")
         else:
             if not isinstance(body.prompt, str | list):
                 raise invalid("prompt", f"must be a string or a list of token ids, not {shown(body.prompt)}")
@@ -74,6 +77,7 @@ async def beam_search(
         params,
         body.priority,
         body.cache_salt,
+        names,
     )
     outputs = await answered(context, work, deadline)
     found = [

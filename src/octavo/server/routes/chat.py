@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -122,7 +123,7 @@ async def written(context: ServerContext, body: ConversationFields) -> tuple[Pro
     """The conversation as the chat template writes it, tokenised; and what it says of calls. Raises ApiError,
     InvalidRequestError."""
     limits = context.settings.limits
-    messages = messages_of(body.messages, limits)
+    messages = await asyncio.to_thread(messages_of, body.messages, limits)
     use = tool_use(tools_of(body.tools, limits), choice_of(body.tool_choice), body.parallel_tool_calls)
     conversation = Conversation(
         messages=messages,

@@ -27,6 +27,7 @@ from octavo.server.streams import event, unless_gone
 
 router = APIRouter()
 
+PATH = "/v1/octavo/margins"
 _DIRECT = (  # fields that are those of MarginsParams
     "segment_tokens",
     "classification",
@@ -113,7 +114,7 @@ def margins_params(body: MarginsFields, limits: Limits) -> dict[str, Any]:
 
 
 @router.post(
-    "/v1/octavo/margins",
+    PATH,
     **describes(MarginsRequest, Margins, "Read a document with notes in its margins", streams=True),
 )
 @answering(MarginsRequest)
@@ -165,7 +166,7 @@ def _read(context: ServerContext, run: AsyncMarginsRun, deadline: Deadline, key:
 
 
 def _say(verb: str, kind: type[Body], summary: str, say: Callable[[AsyncMarginsRun, Any], Awaitable[None]]) -> None:
-    @router.post(f"/v1/octavo/margins/{{run_id}}/{verb}", name=verb, **describes(kind, Status, summary))
+    @router.post(f"{PATH}/{{run_id}}/{verb}", name=verb, **describes(kind, Status, summary))
     @route
     async def endpoint(request: Request, context: ServerContext) -> Response:
         body = await body_of(request, context, kind)

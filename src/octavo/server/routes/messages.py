@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, ClassVar
 
 from fastapi import APIRouter
@@ -90,7 +91,7 @@ async def messages(request: Request, context: ServerContext, body: MessagesReque
     limits = context.settings.limits
     model = context.model_named(body.model)
     params, names = _params(body, context)
-    conversation = _conversation(body, context)
+    conversation = await asyncio.to_thread(_conversation, body, context)
     identity, chosen = answer_id(request, body.request_id, "msg", limits.max_request_id)
     async with deadline.hold():
         prompt = await write(context, conversation)
@@ -121,7 +122,7 @@ async def count_tokens(
     del request
     context.model_named(body.model)
     _format(body)
-    conversation = _conversation(body, context)
+    conversation = await asyncio.to_thread(_conversation, body, context)
     async with deadline.hold():
         prompt = await write(context, conversation)
     return JSONBytes({"input_tokens": len(prompt.token_ids)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, ClassVar
 
 from fastapi import APIRouter
@@ -117,7 +118,8 @@ async def responses(request: Request, context: ServerContext, body: ResponsesReq
     use = flat_use(tools, body.tool_choice, body.parallel_tool_calls)
     told = Told(_top_logprobs(body, use), bool(body.return_token_ids))
     params, names = _params(body, context, told)
-    items = Items(body.instructions, body.input, limits)
+    # On another thread, here and on the other routes: of many megabytes it takes a while.
+    items = await asyncio.to_thread(Items, body.instructions, body.input, limits)
     identity, chosen = answer_id(request, body.request_id, "resp", limits.max_request_id)
     conversation = Conversation(
         messages=items.messages,

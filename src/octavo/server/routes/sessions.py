@@ -33,6 +33,7 @@ from octavo.server.errors import JSONBytes, invalid
 from octavo.server.events import output_json
 from octavo.server.fields import Body, DrawParams, RequestFields, documented, flag, integer
 from octavo.server.generation import Deadline, unique_id
+from octavo.server.messages import ToolUse
 from octavo.server.openapi import describes
 from octavo.server.records import current_record, tell_turn
 from octavo.server.routes.chat import ConversationFields, check_either, check_no_conversation, written
@@ -124,7 +125,7 @@ async def open_session(request: Request, context: ServerContext, body: SessionRe
         session = context.llm.session(seed=body.seed, priority=body.priority, cache_salt=body.cache_salt)
         try:
             if begin is not None:
-                with renamed(_NAMES):
+                with context.admission.admit(1, 0), renamed(_NAMES):
                     await session.extend(begin)
             context.sessions.check_room(identity)  # others may have come meanwhile
             held = HeldSession(identity, model, request.scope["octavo.key"], session, lease)
@@ -141,8 +142,18 @@ async def _beginning(context: ServerContext, body: SessionRequest) -> Any:
     else:
         check_no_conversation(body)
     if body.messages is not None:
-        return {"prompt_token_ids": (await written(context, body))[0].token_ids}
+        prompt, use = await written(context, body)
+        _check_no_promise(use)
+        return {"prompt_token_ids": prompt.token_ids}
     return None if body.prompt is None else _as_prompt("prompt", body.prompt)
+
+
+def _check_no_promise(use: ToolUse) -> None:
+    """What a session's branches generate is for their calls to say. Raises ApiError."""
+    strict = [f"{tool.field}.strict" for tool in use.tools if tool.strict]
+    demanded = ["tool_choice"] if use.demanded else []
+    for field in [*demanded, *strict, *([] if use.several else [use.several_name])]:
+        raise invalid(field, "cannot be promised for a session: give structured_outputs where it generates")
 
 
 @router.get(_ROOT, **describes(None, Sessions, "Sessions that are open"))
@@ -304,10 +315,16 @@ def _selected(result: SelectResult) -> dict[str, Any]:
 async def fork(context: ServerContext, held: HeldSession, body: ForkRequest) -> dict[str, Any]:
     _, branch = _branch_of(held, body)
     n, most = 1 if body.n is None else body.n, context.settings.limits.max_branches
-    if isinstance(n, int) and len(held.branches) + n > most:
-        raise invalid("n", f"a session may have at most {most} branches; this one has {len(held.branches)}")
-    made = {one.number: one for one in await branch.fork(n)}
-    held.branches |= made
+    places = n if isinstance(n, int) else 0  # what is no number is refused below
+    found = len(held.branches) + held.num_forking
+    if found + places > most:
+        raise invalid("n", f"a session may have at most {most} branches; this one has {found}")
+    held.num_forking += places
+    try:
+        made = {one.number: one for one in await branch.fork(n)}
+        held.branches |= made
+    finally:
+        held.num_forking -= places
     return {"branches": [_of_branch(*one) for one in made.items()]}
 
 
