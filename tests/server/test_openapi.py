@@ -13,7 +13,6 @@ from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks, not_a_server_error
 from schemathesis.specs.openapi import checks
 
-from tests.server.calls import ANTHROPIC_TOOLS, FLAT_TOOLS
 from tests.server.conftest import MODEL, Running
 from tests.server.test_octavo_routes import ASKING, READING
 
@@ -60,7 +59,6 @@ def no_session_is_left(server: Running) -> Iterator[None]:
 PROMPT = {"prompt": "the fox", "max_tokens": 3}
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 INPUT = {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 3, "return_token_ids": True}
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 RIGHT: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/v1/completions", PROMPT),
     ("POST", "/v1/completions", {**PROMPT, "logprobs": 2, "echo": True, "n": 2, "return_token_ids": True}),
@@ -69,14 +67,14 @@ RIGHT: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/v1/completions", {**PROMPT, "stream": True}),
     ("POST", "/v1/chat/completions", MESSAGES),
     ("POST", "/v1/chat/completions", {**MESSAGES, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}),
-    ("POST", "/v1/chat/completions", {**MESSAGES, "prompt_logprobs": 1, "tools": TOOLS}),
+    ("POST", "/v1/chat/completions", {**MESSAGES, "prompt_logprobs": 1}),
     ("POST", "/v1/chat/completions", {**MESSAGES, "stream": True}),
     ("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 3}),
     ("POST", "/v1/responses", {**INPUT, "include": ["message.output_text.logprobs"], "top_logprobs": 2}),
-    ("POST", "/v1/responses", {**INPUT, "tools": FLAT_TOOLS, "text": {"format": {"type": "json_object"}}}),
+    ("POST", "/v1/responses", {**INPUT, "text": {"format": {"type": "json_object"}}}),
     ("POST", "/v1/responses", {**INPUT, "stream": True}),
     ("POST", "/v1/messages", MESSAGES),
-    ("POST", "/v1/messages", {**MESSAGES, "tools": ANTHROPIC_TOOLS, "system": "be brief"}),
+    ("POST", "/v1/messages", {**MESSAGES, "system": "be brief"}),
     ("POST", "/v1/messages", {**MESSAGES, "stream": True}),
     ("POST", "/v1/messages/count_tokens", {"messages": MESSAGES["messages"]}),
     ("GET", "/v1/models", None),

@@ -210,7 +210,7 @@ def test_a_verb_there_is_not(session: Callable[..., Client]) -> None:
 @pytest.fixture(scope="module")
 def strict(tiny_llama_dir: Path) -> Iterator[Running]:
     """With keys, and little room."""
-    limits = Limits(max_sessions=3, max_branches=4)
+    limits = Limits(max_sessions=3, max_branches=4, max_choice_tokens=50)
     settings = ServerSettings(
         port=0, served_model_name=(MODEL,), api_key=("a", "b"), limits=limits, max_session_lease=100
     )
@@ -262,6 +262,10 @@ def test_room_for_sessions_and_branches(strict: Running) -> None:
     error_of(strict.post(f"{verbs}/fork", {}, headers=KEYS["a"]), 400, "n")
     assert strict.post(f"{verbs}/drop", {"branch": 0}, headers=KEYS["a"]).status_code == 200
     assert strict.post(f"{verbs}/fork", {"branch": 1}, headers=KEYS["a"]).status_code == 200
+    verbs = f"{PATH}/{opened[1]}"
+    assert strict.post(f"{verbs}/extend", {"prompt": "the"}, headers=KEYS["a"]).status_code == 200
+    assert strict.post(f"{verbs}/select", {"choices": [[5] * 30, [6] * 20]}, headers=KEYS["a"]).status_code == 200
+    error_of(strict.post(f"{verbs}/select", {"choices": [[5] * 30, [6] * 21]}, headers=KEYS["a"]), 400, "choices")
     for one in opened:
         assert strict.client.delete(f"{strict.url}{PATH}/{one}", headers=KEYS["a"]).status_code == 200
     assert strict.post(PATH, {"lease": 0.01}, headers=KEYS["b"]).status_code == 200

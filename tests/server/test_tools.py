@@ -154,11 +154,13 @@ def test_calls_of_llama(llama_server: Running) -> None:
     llama_server.until_idle()
 
 
-def test_strict_tools_of_a_model_that_knows_no_calls(shared_server: Running) -> None:
+def test_tools_of_a_model_that_knows_no_calls(shared_server: Running) -> None:
+    """Nor of tools: it would never hear of them."""
     body = {"messages": HELLO, "max_tokens": 2}
-    error_of(shared_server.post("/v1/chat/completions", {**body, "tools": [STRICT]}), 400, "tools[0].function.strict")
-    plain = shared_server.post("/v1/chat/completions", {**body, "tools": [ADD], "parallel_tool_calls": False})
-    assert plain.status_code == 200, "no calls are no more than one"
+    error_of(shared_server.post("/v1/chat/completions", {**body, "tools": [STRICT]}), 400, "tools")
+    error_of(shared_server.post("/v1/chat/completions", {**body, "tools": [ADD]}), 400, "tools")
+    unused = shared_server.post("/v1/chat/completions", {**body, "tools": [ADD], "tool_choice": "none"})
+    assert unused.status_code == 200
 
 
 def test_what_a_reader_makes_of_pieces() -> None:

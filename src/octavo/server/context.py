@@ -52,8 +52,17 @@ class ServerContext:
     @property
     def tool_format(self) -> str | None:
         """In which the chat template teaches the model to call tools; None: in none that is known."""
+        return format_of(self._tool_template)
+
+    @property
+    def tells_of_tools(self) -> bool:
+        """Whether the chat template does anything with tools that it is given."""
+        return "tools" in self._tool_template
+
+    @property
+    def _tool_template(self) -> str:
         templates = self.llm.tokenizer.chat_templates
-        return format_of(templates.get("tool_use") or templates.get("default") or "")
+        return templates.get("tool_use") or templates.get("default") or ""
 
     @property
     def draining(self) -> bool:

@@ -41,6 +41,8 @@ async def write(context: ServerContext, conversation: Conversation) -> PromptTok
     """The conversation as the chat template writes it, tokenised. Raises InvalidRequestError."""
     going_on, opening = conversation.continue_final_message, conversation.add_generation_prompt
     told = conversation.use.told
+    if told and not context.tells_of_tools:
+        raise invalid("tools", "this model's chat template tells it of none")
     more: dict[str, Any] = {} if told is None else {"tools": told}
     render = partial(
         context.llm.chat_prompt,

@@ -189,6 +189,8 @@ class BatchInput:
             return "invalid_url", "url", f"must be one of {', '.join(URLS)}, not {shown(url)}"
         if isinstance(body, dict) and body.get("stream"):
             return "invalid_body", "body.stream", "must not be true: an answer in a batch is one line"
+        if isinstance(body, dict) and body.get("request_id") is not None:  # of two that are equal one would fail
+            return "invalid_body", "body.request_id", "is not for batches, whose requests are named by custom_id"
         return None
 
 

@@ -274,7 +274,9 @@ async def generate(context: ServerContext, held: HeldSession, body: GenerateRequ
     with context.admission.admit(len(branches), tokens):
         outputs = await _all([branch.generate(params) for branch in branches])
     if context.metrics is not None:
-        context.metrics.count("generation_tokens", sum(len(one.token_ids) for one in outputs))
+        for one in outputs:
+            context.metrics.count("generation_tokens", len(one.token_ids))
+            context.metrics.count("request_success", 1, one.finish_reason or "stop")
     if (record := current_record.get()) is not None:
         record.take_turns(outputs)
     return {"outputs": [_output_of(*one) for one in zip(numbers, branches, outputs, strict=True)]}
@@ -291,7 +293,11 @@ async def select(context: ServerContext, held: HeldSession, body: SelectRequest)
         raise invalid("choices", f"must be a list of texts, or of lists of token ids, not {shown(body.choices)}")
     choices = [_as_prompt(f"choices[{at}]", one) for at, one in enumerate(body.choices)]
     by = "mean" if body.by is None else body.by
-    with context.admission.admit(1, branch.num_tokens):
+    found = await asyncio.to_thread(context.llm._frontend.choices, choices, branch.token_ids)
+    tokens, most = sum(len(token_ids) for _, token_ids in found), context.settings.limits.max_choice_tokens
+    if tokens > most:
+        raise invalid("choices", f"may have at most {most} tokens together, not {tokens}")
+    with context.admission.admit(1, branch.num_tokens + tokens):
         result = await branch.select(choices, by=by, extend=False if body.extend is None else body.extend)
     return {**_of_branch(number, branch), **_selected(result)}
 
