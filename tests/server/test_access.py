@@ -79,6 +79,12 @@ def test_every_route_needs_a_key_but_for_live_and_the_page(guarded: Running) -> 
     assert guarded.get("/live").status_code == guarded.get("/llm/live").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/live", "/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(server: Running, path: str) -> None:
+    answer = server.client.head(server.url + path)
+    assert answer.status_code == 200 and not answer.content
+
+
 def test_the_page_for_people_comes_from_here_alone(server: Running) -> None:
     page = server.get("/docs").text
     found = re.findall(r'(?:src|href|url)=?:? ?["\']([^"\']+)', page)

@@ -28,6 +28,7 @@ CHECKS = [
 
 
 def hold(case: Any) -> None:
+    case.headers.pop("X-Request-Timeout", None)  # what is late is answered by a 504
     if isinstance(case.body, dict):
         # How long an answer takes is not what is looked at.
         case.body.update(

@@ -75,6 +75,24 @@ def _error() -> dict[str, Any]:
     return {"description": "an error", "content": {"application/json": {"schema": schema}}}
 
 
+def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
+
+
+_HEADERS = [
+    _header(
+        "X-Request-Id",
+        "comes back, and is in the answer's id; made where there is none",
+        {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    ),
+    _header(
+        "X-Request-Timeout",
+        "seconds in which the request is to be answered",
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+    ),
+]
+
+
 def _parameter(name: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
@@ -87,9 +105,9 @@ def page_of(app: FastAPI, root_path: str) -> dict[str, Any]:
     known.update({"Error": ERROR_SCHEMA, **schemas.get("$defs", {})})
     for path, methods in page["paths"].items():
         named = [_parameter(name) for name in re.findall(r"{(\w+)}", path)]
-        for method in methods.values():
+        for name, method in methods.items():
             asked = [one for one in method.get("parameters", ()) if one["in"] == "query"]
-            method["parameters"] = named + asked
+            method["parameters"] = named + asked + (_HEADERS if name == "post" else [])
     known.pop("HTTPValidationError", None)
     known.pop("ValidationError", None)
     if root_path:

@@ -56,6 +56,10 @@ async def _check_engine(context: ServerContext) -> None:
         raise ApiError(503, "the engine does not answer", headers=retry_after(_PATIENCE)) from None
 
 
+for _path, _probe in (("/live", live), ("/health", health), ("/ready", ready)):
+    router.head(_path, include_in_schema=False)(_probe)  # as load balancers ask
+
+
 @router.get("/version", **describes(None, Version, "The version of Octavo"))
 async def version() -> Response:
     return JSONBytes({"version": __version__})
