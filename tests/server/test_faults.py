@@ -38,8 +38,10 @@ class Program:
     @property
     def engine(self) -> int:
         """The process that steps; 0 while there is none."""
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        children = [int(one) for task in tasks for one in (task / "children").read_text().split()]
+        children: list[int] = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(OSError):  # a thread that has ended meanwhile
+                children += map(int, (task / "children").read_text().split())
         return next((child for child in children if "engine_process" in _command(child)), 0)
 
     def stats(self) -> dict[str, Any]:
