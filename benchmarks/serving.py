@@ -22,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,28 +118,26 @@ async def answer_from_the_library(model: str, threads: int) -> None:
 
 
 def restart(model: str, threads: int) -> float:
-    """Seconds from the engine's end under load to the first answer of a request that came after it."""
+    """Seconds from the engine's end, with 8 clients at work, to the first answer of a request that came after it."""
     process, url = octavo_server(model, threads)
+    command = [sys.executable, "-m", "octavo.cli.main", "bench", "serve", "--base-url", url, "--max-concurrency", "8"]
+    load = subprocess.Popen([*command, "--num-prompts", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        load = subprocess.Popen(
-            [sys.executable, "-m", "octavo.cli.main", "bench", "serve", "--base-url", url, "--num-prompts", "64"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(2)
+        time.sleep(3)
         tasks = Path(f"/proc/{process.pid}/task").iterdir()
-        (engine,) = {int(one) for task in tasks for one in (task / "children").read_text().split()}
+        children = {int(one) for task in tasks for one in (task / "children").read_text().split()}
+        (engine,) = (one for one in children if "engine_process" in Path(f"/proc/{one}/cmdline").read_text())
+        body = json.dumps({"prompt": "A", "max_tokens": 1}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         began = time.perf_counter()
         os.kill(engine, signal.SIGKILL)
-        while over_http(url, 1, 1, 1)["completed"] < 1:
-            pass
-        elapsed = time.perf_counter() - began
-        load.kill()
-        load.wait()
-        return elapsed
+        while True:
+            with suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60):
+                return time.perf_counter() - began
     finally:
-        process.kill()
-        process.wait()
+        for one in (load, process):
+            one.kill()
+            one.wait()
 
 
 def median(values: list[float]) -> float:
