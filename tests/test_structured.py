@@ -398,6 +398,9 @@ def test_a_mask_that_is_computed_while_the_process_forks() -> None:
             assert go_on.wait(30)
             return b"\x01"
 
+        def is_error(self) -> bool:
+            return False
+
     begun, go_on = threading.Event(), threading.Event()
     state = GrammarState(Slow())  # type: ignore[arg-type]
     mask = state.mask()
@@ -460,7 +463,7 @@ def test_bad_values(given: Any, field: str, problem: str) -> None:
         ({"regex": r"[^\x00-\U0010FFFF]"}, "admits no output"),
         ({"json": {"enum": []}}, "Unsatisfiable"),
         ({"json": {"$ref": "#"}}, "admits no output"),
-        ({"json": {"type": "strong"}}, ""),
+        ({"json": {"type": "strong"}}, "."),
         ({"json": {"unevaluatedProperties": 5, "type": "object"}}, "."),
         ({"grammar": "start: x"}, "unknown name"),
         ({"grammar": 'root ::= "a'}, "."),
@@ -491,6 +494,19 @@ def test_a_deadline(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "_DEADLINE", 60.0)
     assert tiny.generate("A", params_of({"choice": ["quick"]}), use_tqdm=False)[0].outputs[0].text == "quick"
     released.set()
+
+
+def test_a_mask_that_takes_too_much_is_none(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all rows of the step would wait for it. At once, or when it comes to it: then its request ends alone."""
+    ambiguous = params_of({"grammar": "start: e+\ne: e e | /[a-z ]/ | e e e"}, ignore_eos=True)
+    monkeypatch.setattr(grammars, "_MAX_ITEMS", 20)
+    with pytest.raises(InvalidRequestError, match="Too many items"):
+        tiny.generate("A", ambiguous, use_tqdm=False)
+    monkeypatch.setattr(grammars, "_MAX_ITEMS", 300)
+    (output,) = tiny.generate("A", ambiguous, use_tqdm=False)
+    assert "Too many items" in (output.error or "") and output.outputs[0].finish_reason == "error"
+    assert len(output.outputs[0].token_ids) > 1
+    assert tiny.generate("A", params_of({"choice": ["fine"]}), use_tqdm=False)[0].outputs[0].text == "fine"
 
 
 def test_many_new_grammars_at_once_wait_for_their_turn(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,9 @@ class GrammarState:
 
     def _bits(self) -> bytes:
         try:
-            return self._matcher.compute_bitmask()
+            bits = self._matcher.compute_bitmask()
+            # One that met a limit allows the end: an output that is no whole would look as if it were.
+            return b"\0" if self._matcher.is_error() else bits
         except BaseException as error:  # or else it is raised where a step looks at the mask, and ends all requests
             self._panic = f"{type(error).__name__}: {_first_line(str(error))}"
             return b"\0"

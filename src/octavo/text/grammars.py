@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 128
 _DEADLINE = 5.0  # seconds that a grammar may take to compile
+# Of Earley's parser, for one mask: some 10 ms, for which all rows of the step wait. What is ambiguous without end takes
+# more and more, and ends with an error; schemas and ordinary grammars take a few hundred.
+_MAX_ITEMS = 10_000
 _MAX_COMPILING = 4  # at once; one that is late goes on until its limits end it
 _TURN = 5.0  # seconds that others wait for one of these to end: most take a few milliseconds
 
@@ -122,12 +125,16 @@ class Grammars:
 
     def _compile(self, params: StructuredOutputsParams, field: str) -> LLMatcher:
         try:
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLParserLimits
 
-            matcher = LLMatcher(self._vocabulary(), _source(params), log_level=0)
+            limits = LLParserLimits(step_max_items=_MAX_ITEMS)
+            matcher = LLMatcher(self._vocabulary(), _source(params), log_level=0, limits=limits)
             if matcher.is_error():
                 raise InvalidRequestError(field, _problem(matcher.get_error()))
-            if not any(matcher.compute_bitmask()) or (matcher.is_stopped() and not matcher.is_accepting()):
+            admits = any(matcher.compute_bitmask())
+            if "limit" in (problem := matcher.get_error()):
+                raise InvalidRequestError(field, _problem(problem))
+            if not admits or (matcher.is_stopped() and not matcher.is_accepting()):
                 raise InvalidRequestError(field, "admits no output")
             return matcher
         except ValueError as error:
