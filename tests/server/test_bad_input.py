@@ -314,6 +314,8 @@ def test_parameters(server: Running, fields: dict[str, Any], stream: bool) -> No
         ({"qqq": 4}, "qqq", "allowed are allowed_token_ids, "),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "is not known here"),
         ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format", "did you mean json_schema?"),
+        ({"user": 5}, "user", "should be a valid string, not 5"),
+        ({"metadata": "x"}, "metadata", "should be a valid dictionary, not 'x'"),
     ],
 )
 def test_names_that_are_not_known(server: Running, fields: dict[str, Any], param: str, told: str) -> None:

@@ -161,8 +161,8 @@ class SamplingFields(DrawParams, TextFields):
     use_beam_search: bool | None = Field(None, description="search for the n most probable outputs")
     length_penalty: Any = number("of a beam search: above 0 favours long outputs")
     return_token_ids: bool | None = Field(None, description="tell token ids of prompt and outputs as well")
-    user: Any = text("without effect, for compatibility")
-    metadata: Any = documented("without effect, for compatibility", {"type": "object"})
+    user: str | None = Field(None, description="without effect, for compatibility")
+    metadata: dict[str, Any] | None = Field(None, description="without effect, for compatibility")
 
 
 Parsed = TypeVar("Parsed", bound=Body)

@@ -8,6 +8,7 @@ import base64
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +18,7 @@ from octavo.server.answer_types import Embeddings
 from octavo.server.answers import answering, usage
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
-from octavo.server.fields import RequestFields, documented, flag, integer, text
+from octavo.server.fields import RequestFields, documented, flag, integer
 from octavo.server.generation import Deadline, answer_id, engine_ids, prompts_of, tokenised
 from octavo.server.openapi import describes
 
@@ -36,7 +37,7 @@ class EmbeddingRequest(RequestFields):
     dimensions: Any = integer("keep so many of the first numbers", minimum=1)
     pooling: Any = documented("mean (default) or last", {"type": "string", "enum": ["mean", "last"]})
     normalize: Any = flag("to length 1; on without")
-    user: Any = text("has no effect")
+    user: str | None = Field(None, description="without effect, for compatibility")
 
 
 @router.post("/v1/embeddings", **describes(EmbeddingRequest, Embeddings, "Turn texts into vectors"))
