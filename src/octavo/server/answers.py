@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,9 +12,9 @@ from starlette.responses import Response
 from octavo.core.outputs import RequestOutput
 from octavo.server.context import ServerContext, context_of
 from octavo.server.envelope import error_response
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, JSONBytes
 from octavo.server.fields import Parsed, parsed
-from octavo.server.generation import Deadline, Generation, Piece, generate, merged
+from octavo.server.generation import Deadline, Generation, Piece, answered, generate, merged
 from octavo.server.json_body import ClientGoneError, read_json
 from octavo.server.streams import EventStream, Outbox, first_pieces, unless_gone
 
@@ -111,16 +111,33 @@ def usage_of(prompt_tokens: int, outputs: Iterable[RequestOutput]) -> dict[str, 
     return count.as_dict()
 
 
-async def stream(
+class Writer(Protocol):
+    """One answer in the form of its route."""
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]: ...
+
+    def chunks(self, pieces: list[Piece]) -> bytes:
+        """Events."""
+        ...
+
+    def last(self) -> bytes:
+        """Events behind all pieces."""
+        ...
+
+
+async def answer(
     context: ServerContext,
     work: Generation,
     deadline: Deadline,
-    write: Callable[[list[Piece]], bytes],
-    last: Callable[[], bytes],
-    error: Callable[[ApiError], bytes] | None = None,
-) -> EventStream:
-    """Answer as server-sent events; `write`, `last` and `error` are those of EventStream. Raises what goes wrong before
-    the first token: it gets a status."""
+    writer: Writer,
+    *,
+    streams: bool,
+    failed: Callable[[ApiError], bytes] | None = None,
+) -> Response:
+    """As a whole, or as server-sent events, of which `failed` makes the last one of an error. Raises what goes wrong
+    before the first token: it gets a status."""
+    if not streams:
+        return JSONBytes(writer.whole(await answered(context, work, deadline)))
     settings = context.settings
     outbox: Outbox[Piece] = Outbox(settings.limits.stream_buffer, merged)
 
@@ -132,9 +149,9 @@ async def stream(
     return EventStream(
         outbox,
         first,
-        write,
-        last,
+        writer.chunks,
+        writer.last,
         keep_alive=settings.sse_keep_alive_interval,
         write_timeout=settings.write_timeout,
-        error=error,
+        error=failed,
     )

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import shown
 from octavo.core.outputs import RequestOutput, joined_outputs
-from octavo.server.context import ServerContext
+from octavo.server.context import ServerContext, context_of
 from octavo.server.errors import ApiError, invalid
-from octavo.server.fields import SamplingFields
+from octavo.server.fields import RequestFields, SamplingFields
 from octavo.server.sampling import Params, renamed, written_as
 
 _ID = re.compile(r"[A-Za-z0-9._:-]+")
@@ -114,6 +114,21 @@ def unique_id(request: Request, given: object, kind: str, limits_chars: int) -> 
     """The id of a run, which routes name and no other has."""
     identity, chosen = answer_id(request, given, kind, limits_chars)
     return identity if chosen else f"{identity}-{secrets.token_hex(4)}"
+
+
+def generation_of(
+    request: Request,
+    body: RequestFields,
+    kind: str,
+    prompts: Sequence[PromptTokens],
+    params: Params,
+    names: dict[str, str] | None = None,
+) -> Generation:
+    """What a request asks of the engine, for an answer with an id of this kind. Raises ApiError."""
+    limits = context_of(request).settings.limits
+    identity, chosen = answer_id(request, body.request_id, kind, limits.max_request_id)
+    ids = engine_ids(identity, chosen, len(prompts))
+    return Generation(identity, ids, tuple(prompts), params, body.priority, body.cache_salt, names or {})
 
 
 # --- prompts ---

@@ -18,7 +18,7 @@ from octavo.server.context import ServerContext
 from octavo.server.conversation import under_calls
 from octavo.server.errors import JSONBytes, invalid
 from octavo.server.fields import TextFields, documented, integer, number
-from octavo.server.generation import Deadline, Generation, answer_id, answered, engine_ids, tokenised
+from octavo.server.generation import Deadline, answered, generation_of, tokenised
 from octavo.server.logprobs import plain_logprobs
 from octavo.server.openapi import describes
 from octavo.server.routes.chat import ConversationFields, check_either, written
@@ -59,7 +59,6 @@ async def beam_search(
     limits = context.settings.limits
     model = context.model_named(body.model)
     params = beam_params({name: getattr(body, name) for name in body.model_fields_set & _PARAMS}, limits)
-    identity, chosen = answer_id(request, body.request_id, "beams", limits.max_request_id)
     names: dict[str, str] = {}
     async with deadline.hold():
         check_either(body, body.prompt)
@@ -70,15 +69,7 @@ async def beam_search(
             if not isinstance(body.prompt, str | list):
                 raise invalid("prompt", f"must be a string or a list of token ids, not {shown(body.prompt)}")
             (prompt,) = await tokenised(context, [body.prompt], ["prompt"], body.cache_salt)
-    work = Generation(
-        identity,
-        engine_ids(identity, chosen, 1),
-        (prompt,),
-        params,
-        body.priority,
-        body.cache_salt,
-        names,
-    )
+    work = generation_of(request, body, "beams", [prompt], params, names)
     outputs = await answered(context, work, deadline)
     found = [
         {
@@ -95,7 +86,7 @@ async def beam_search(
     ]
     return JSONBytes(
         {
-            "id": identity,
+            "id": work.id,
             "object": "octavo.beam_search",
             "created": int(time.time()),
             "model": model,

@@ -13,21 +13,19 @@ from starlette.responses import Response
 
 from octavo.core.outputs import CompletionOutput, RequestOutput
 from octavo.server.answer_types import ChatCompletion
-from octavo.server.answers import UsageCount, answering, stream, usage_of
+from octavo.server.answers import UsageCount, answer, answering, usage_of
 from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
-from octavo.server.errors import JSONBytes, invalid
+from octavo.server.errors import invalid
 from octavo.server.fields import Body, SamplingFields, documented, integer
 from octavo.server.generation import (
     Deadline,
     Generation,
     Piece,
     PromptTokens,
-    answer_id,
-    answered,
     check_outputs,
-    engine_ids,
+    generation_of,
     names_of,
 )
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
@@ -86,23 +84,12 @@ async def chat_completions(
     model = context.model_named(body.model)
     params = _params(body, context)
     check_outputs(params, 1, limits.max_outputs)
-    identity, chosen = answer_id(request, body.request_id, "chatcmpl", limits.max_request_id)
     async with deadline.hold():
         prompt, use = await written(context, body)
     params, names = under_calls(context, params, use, written_as(body))
-    work = Generation(
-        identity,
-        engine_ids(identity, chosen, 1),
-        (prompt,),
-        params,
-        body.priority,
-        body.cache_salt,
-        {**names, **_names(body)},
-    )
+    work = generation_of(request, body, "chatcmpl", [prompt], params, {**names, **_names(body)})
     writer = _Writer(context, work, body, model, use)
-    if body.stream:
-        return await stream(context, work, deadline, writer.chunks, writer.last)
-    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+    return await answer(context, work, deadline, writer, streams=bool(body.stream))
 
 
 def check_either(body: ConversationFields, prompt: object) -> None:

@@ -15,18 +15,16 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.outputs import CompletionOutput, RequestOutput
 from octavo.core.params import SamplingParams
 from octavo.server.answer_types import Completion
-from octavo.server.answers import UsageCount, answering, stream, usage_of
+from octavo.server.answers import UsageCount, answer, answering, usage_of
 from octavo.server.context import ServerContext
-from octavo.server.errors import JSONBytes, invalid
+from octavo.server.errors import invalid
 from octavo.server.fields import SamplingFields, documented, integer
 from octavo.server.generation import (
     Deadline,
     Generation,
     Piece,
-    answer_id,
-    answered,
     check_outputs,
-    engine_ids,
+    generation_of,
     names_of,
     prompts_of,
     tokenised,
@@ -68,22 +66,11 @@ async def completions(
     params, nothing = _params(body, context)
     prompts, names = prompts_of(body.prompt, limits.max_prompts)
     check_outputs(params, len(prompts), limits.max_outputs)
-    identity, chosen = answer_id(request, body.request_id, "cmpl", limits.max_request_id)
     async with deadline.hold():
         tokens = await tokenised(context, prompts, names, body.cache_salt)
-    work = Generation(
-        identity,
-        engine_ids(identity, chosen, len(prompts)),
-        tokens,
-        params,
-        body.priority,
-        body.cache_salt,
-        names_of(body),
-    )
+    work = generation_of(request, body, "cmpl", tokens, params, names_of(body))
     writer = _Writer(context, work, body, model, nothing)
-    if body.stream:
-        return await stream(context, work, deadline, writer.chunks, writer.last)
-    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+    return await answer(context, work, deadline, writer, streams=bool(body.stream))
 
 
 def _params(body: CompletionRequest, context: ServerContext) -> tuple[Params, bool]:

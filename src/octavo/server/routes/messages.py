@@ -13,7 +13,7 @@ from starlette.responses import Response
 from octavo.core.errors import shown
 from octavo.core.params import SamplingParams
 from octavo.server.answer_types import AnthropicMessage, TokenCount
-from octavo.server.answers import answering, stream
+from octavo.server.answers import answer, answering
 from octavo.server.anthropic_input import Turns, check_cache_control, use_of
 from octavo.server.anthropic_output import MessageWriter
 from octavo.server.chat_output import reader_for
@@ -21,7 +21,7 @@ from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
 from octavo.server.errors import JSONBytes, invalid, unknown_field
 from octavo.server.fields import Body, Draws, EngineFields, OutputParams, documented, sampling_fields
-from octavo.server.generation import Deadline, Generation, answer_id, answered, engine_ids
+from octavo.server.generation import Deadline, generation_of
 from octavo.server.messages import known_fields
 from octavo.server.openapi import describes
 from octavo.server.sampling import drawn, renamed
@@ -88,28 +88,16 @@ class CountTokensRequest(MessagesFields):
 )
 @answering(MessagesRequest)
 async def messages(request: Request, context: ServerContext, body: MessagesRequest, deadline: Deadline) -> Response:
-    limits = context.settings.limits
     model = context.model_named(body.model)
     params, names = _params(body, context)
     conversation = await asyncio.to_thread(_conversation, body, context)
-    identity, chosen = answer_id(request, body.request_id, "msg", limits.max_request_id)
     async with deadline.hold():
         prompt = await write(context, conversation)
     use = conversation.use
     params, more = under_calls(context, params, use, names["structured_outputs"])
-    work = Generation(
-        identity,
-        engine_ids(identity, chosen, 1),
-        (prompt,),
-        params,
-        body.priority,
-        body.cache_salt,
-        {**more, **names},
-    )
+    work = generation_of(request, body, "msg", [prompt], params, {**more, **names})
     writer = MessageWriter(work, model, reader_for(context.tool_format, use.names), request.scope)
-    if body.stream:
-        return await stream(context, work, deadline, writer.chunks, writer.last, writer.failed)
-    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+    return await answer(context, work, deadline, writer, streams=bool(body.stream), failed=writer.failed)
 
 
 @router.post(

@@ -13,13 +13,13 @@ from starlette.responses import Response
 from octavo.core.errors import shown
 from octavo.core.params import SamplingParams
 from octavo.server.answer_types import ModelResponse
-from octavo.server.answers import answering, stream
+from octavo.server.answers import answer, answering
 from octavo.server.chat_output import reader_for
 from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
-from octavo.server.errors import JSONBytes, invalid, unknown_field
+from octavo.server.errors import invalid, unknown_field
 from octavo.server.fields import Body, DrawParams, EngineFields, documented, integer, sampling_fields, text
-from octavo.server.generation import Deadline, Generation, answer_id, answered, engine_ids
+from octavo.server.generation import Deadline, generation_of
 from octavo.server.messages import ToolUse
 from octavo.server.openapi import describes
 from octavo.server.responses_input import Items, flat_tools, flat_use
@@ -120,7 +120,6 @@ async def responses(request: Request, context: ServerContext, body: ResponsesReq
     params, names = _params(body, context, told)
     # On another thread, here and on the other routes: of many megabytes it takes a while.
     items = await asyncio.to_thread(Items, body.instructions, body.input, limits)
-    identity, chosen = answer_id(request, body.request_id, "resp", limits.max_request_id)
     conversation = Conversation(
         messages=items.messages,
         use=use,
@@ -133,19 +132,9 @@ async def responses(request: Request, context: ServerContext, body: ResponsesReq
     async with deadline.hold():
         prompt = await write(context, conversation)
     params, more = under_calls(context, params, use, names["structured_outputs"])
-    work = Generation(
-        identity,
-        engine_ids(identity, chosen, 1),
-        (prompt,),
-        params,
-        body.priority,
-        body.cache_salt,
-        {**more, **names},
-    )
+    work = generation_of(request, body, "resp", [prompt], params, {**more, **names})
     writer = ResponseWriter(work, _head(body, model, params), reader_for(context.tool_format, use.names), told)
-    if body.stream:
-        return await stream(context, work, deadline, writer.chunks, writer.last, writer.failed)
-    return JSONBytes(writer.whole(await answered(context, work, deadline)))
+    return await answer(context, work, deadline, writer, streams=bool(body.stream), failed=writer.failed)
 
 
 def _params(body: ResponsesRequest, context: ServerContext, told: Told) -> tuple[SamplingParams, dict[str, str]]:
