@@ -13,10 +13,10 @@ from octavo.server.messages import (
     Named,
     Tool,
     ToolUse,
+    Transcript,
     filled,
     known_fields,
     listed,
-    text_parts,
     tool_of,
     tool_use,
 )
@@ -45,21 +45,18 @@ _ROLES = ("user", "assistant", "system")
 _CHOICES = {"auto": None, "any": "required", "none": "none"}
 
 
-class Turns:
-    """Messages of a conversation, and what the request calls each. What one side says in a row is one message."""
+class Turns(Transcript):
+    """Of blocks. What one side says in a row is one message."""
 
     def __init__(self, system: object, value: object, limits: Limits) -> None:
         """Raises ApiError."""
-        self.messages: list[dict[str, Any]] = []
-        self.names: list[str] = []
+        super().__init__()
         self._limits = limits
-        self._texts: list[list[str]] = []  # of each message
         if system not in (None, "", []):
             self._add("system", "system", _texts("system", system))
         for number, one in enumerate(listed("messages", value, limits.max_messages)):
             self._take(f"messages[{number}]", one)
-        for message, texts in zip(self.messages, self._texts, strict=True):
-            message["content"] = text_parts(texts) if texts else None
+        self._put_together()
 
     @property
     def going_on(self) -> bool:
@@ -82,11 +79,6 @@ class Turns:
             self._block(f"{field}.content[{number}]", field, role, block)
         if len(self.messages[-1].get("tool_calls", ())) > self._limits.max_tool_calls:
             raise invalid(f"{field}.content", f"may have at most {self._limits.max_tool_calls} tool_use blocks")
-
-    def _add(self, name: str, role: str, texts: list[str], **more: Any) -> None:
-        self.messages.append({"role": role, "content": None, **more})
-        self.names.append(name)
-        self._texts.append(texts)
 
     def _turn(self, name: str, role: str) -> int:
         """Number of the message of this side that is being written."""

@@ -109,8 +109,26 @@ def filled(field: str, given: dict[str, Any], key: str) -> str:
     return value
 
 
-def text_parts(texts: Sequence[str]) -> str | list[dict[str, str]]:
-    """A message's content: one text, or several as parts."""
+class Transcript:
+    """Messages of a conversation that a request has in another form, and what it calls each."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self._texts: list[list[str]] = []  # of each message: put together at the end, since one may have very many
+
+    def _add(self, name: str, role: str, texts: list[str], **more: Any) -> None:
+        self.messages.append({"role": role, "content": None, **more})
+        self.names.append(name)
+        self._texts.append(texts)
+
+    def _put_together(self) -> None:
+        for message, texts in zip(self.messages, self._texts, strict=True):
+            message["content"] = _content(texts) if texts else None
+
+
+def _content(texts: Sequence[str]) -> str | list[dict[str, str]]:
+    """One text, or several as parts."""
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
 
 

@@ -13,12 +13,12 @@ from octavo.server.messages import (
     Named,
     Tool,
     ToolUse,
+    Transcript,
     choice_of,
     decoded,
     filled,
     known_fields,
     listed,
-    text_parts,
     tool_of,
     tool_use,
 )
@@ -37,15 +37,13 @@ _PARTS = {
 _TOOL_KEYS = frozenset(["type", "name", "description", "parameters", "strict"])
 
 
-class Items:
-    """Messages of a conversation, and what the request calls each."""
+class Items(Transcript):
+    """Of items."""
 
     def __init__(self, instructions: object, value: object, limits: Limits) -> None:
         """Raises ApiError."""
-        self.messages: list[dict[str, Any]] = []
-        self.names: list[str] = []
+        super().__init__()
         self._limits = limits
-        self._texts: list[list[str]] = []  # of each message: put together at the end, since one may have very many
         if instructions is not None:
             if not isinstance(instructions, str):
                 raise invalid("instructions", f"must be a string, not {shown(instructions)}")
@@ -57,13 +55,7 @@ class Items:
         else:
             for number, item in enumerate(listed("input", value, limits.max_messages)):
                 self._take(f"input[{number}]", item)
-        for message, texts in zip(self.messages, self._texts, strict=True):
-            message["content"] = text_parts(texts) if texts else None
-
-    def _add(self, name: str, role: str, texts: list[str], **more: Any) -> None:
-        self.messages.append({"role": role, "content": None, **more})
-        self.names.append(name)
-        self._texts.append(texts)
+        self._put_together()
 
     def _take(self, field: str, item: object) -> None:
         kind = (item.get("type") or "message") if isinstance(item, dict) else None
