@@ -1,9 +1,20 @@
-"""Tools, and grammars by which a random model writes text with calls among it, in both forms."""
+"""Tools; grammars by which a random model writes text with calls among it, in both forms; such answers in pieces."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import random
+from typing import Any, Literal
+
+import pydantic
+
+from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo.server.answers import Writer
+from octavo.server.generation import Piece, merged
+
+CHAT = "/v1/chat/completions"
+DRAWN = {"temperature": 1.0, "seed": 3}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 
 # Text here, a call there (of Llama calls alone, since it is one or the other), and all of it other with each seed.
 _ADD = {
@@ -29,3 +40,43 @@ ANTHROPIC_TOOLS: list[Any] = [
     {"name": "add", "description": "of two", "input_schema": _ADD},
     {"name": "get_weather", "input_schema": CITY},
 ]
+
+
+class City(pydantic.BaseModel):
+    """A city."""
+
+    name: Literal["Paris", "Rome"]
+    large: bool
+
+
+_PARTS = ["<tool_call>", "</tool_call>", '{"name": "add", "arguments": ', '{"name": "add", "parameters": ', "{", "}"]
+_PARTS += ['{"a": 1}', "}", "; ", "so ", '"', "\n"]
+
+
+def random_pieces(rng: random.Random, reason: str) -> list[Piece]:
+    """An answer with calls that are whole, or broken, or none; with this reason at its end."""
+    size = rng.randint(1, 30)
+    pieces: list[Piece] = []
+    for number in range(size):
+        end = reason if number == size - 1 else None
+        one = CompletionOutput(0, rng.choice(_PARTS), [number], finish_reason=end)
+        pieces.append((0, RequestOutput("r", None, [1], [one], end is not None)))
+    return pieces
+
+
+def together(pieces: list[Piece]) -> RequestOutput:
+    """What a reader gets who has read nothing before."""
+    whole = pieces[0]
+    for piece in pieces[1:]:
+        whole = merged(whole, piece) or whole
+    return whole[1]
+
+
+def events_in_parts(writer: Writer, pieces: list[Piece], rng: random.Random, most: int) -> str:
+    """What the writer makes of the pieces, up to so many at a time."""
+    left, told = list(pieces), b""
+    while left:
+        count = rng.randint(1, most)
+        told += writer.chunks(left[:count])
+        left = left[count:]
+    return (told + writer.last()).decode()

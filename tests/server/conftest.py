@@ -137,6 +137,14 @@ def llama_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
+def servers(hermes_server: Running, llama_server: Running) -> Iterator[dict[str, Running]]:
+    """Both, by the form of calls. After each test nothing was left behind."""
+    yield {"hermes": hermes_server, "llama3_json": llama_server}
+    hermes_server.until_idle()
+    llama_server.until_idle()
+
+
+@pytest.fixture
 def server(shared_server: Running) -> Iterator[Running]:
     """One for all tests that change nothing of it. After each, the engine lives, and nothing was left behind."""
     yield shared_server

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
@@ -30,6 +29,7 @@ from octavo.server.logs import JSONFormatter, LogFormat, QueuedHandler, TextForm
 from octavo.server.records import request_teller
 from octavo.server.served_llm import ServedLLM
 from octavo.server.settings import ServerSettings
+from tests.server.broken_streams import killed, left, until_answered
 from tests.server.conftest import Lines, Running, serving
 from tests.server.test_serve import LONG, SOURCE, ended, served
 from tests.server.test_streams import PATH
@@ -266,28 +266,17 @@ def test_requests_that_are_refused(apart: Running, lines: Lines) -> None:
 
 
 def test_a_client_that_goes_away(apart: Running, lines: Lines) -> None:
-    body = {**LONG, "max_tokens": 1900}
-    with apart.client.stream("POST", apart.url + PATH, json=body, timeout=60) as response:
-        next(response.iter_lines())
-    told = lines.answered(response)
+    told = lines.answered(left(apart, PATH, {**LONG, "max_tokens": 1900}))
     assert told["finish_reason"] == "abort" and told["status"] == 200 and told["generated_tokens"] >= 1
 
 
 def test_an_engine_that_is_killed(apart: Running, lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
     """In the middle of an answer, which is told as one that failed, and so is why."""
-    body = {**LONG, "max_tokens": 1900}
-    with apart.client.stream("POST", apart.url + PATH, json=body, timeout=60) as response:
-        answer = response.iter_lines()
-        next(answer)
-        os.kill(apart.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-        list(answer)
-    told = lines.answered(response)
+    told = lines.answered(killed(apart, PATH, {**LONG, "max_tokens": 1900}))
     assert told["failed"] is True and told["finish_reason"] == "error" and told["level"] == "WARNING"
     (failed,) = [one for one in caplog.records if one.getMessage().startswith("a request failed: ")]
     assert failed.octavo_fields["request_id"] == told["request_id"]  # type: ignore[attr-defined]
-    limit = time.monotonic() + 60
-    while apart.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code != 200:
-        assert time.monotonic() < limit
+    until_answered(apart, PATH, {"prompt": "x", "max_tokens": 2})
 
 
 # --- prompts ---

@@ -5,26 +5,36 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import pytest
 from openai import APIError, BadRequestError, OpenAI, pydantic_function_tool
 from openai.types.responses import Response, ResponseStreamEvent
 
-from octavo.core.outputs import CompletionOutput, RequestOutput
+from octavo import SamplingParams
 from octavo.server.chat_output import reader_for
-from octavo.server.generation import Generation, Piece, PromptTokens, merged
+from octavo.server.generation import Generation, PromptTokens
 from octavo.server.responses_output import ResponseWriter, Told
-from tests.pace import held
-from tests.server.calls import ADD, CHAT_TOOLS, FLAT_TOOLS, FORMS, MIXED
+from tests.server.broken_streams import FAILING, SECRET, fail, late
+from tests.server.calls import (
+    ADD,
+    CHAT,
+    CHAT_TOOLS,
+    DRAWN,
+    FLAT_TOOLS,
+    FORMS,
+    MIXED,
+    SCHEMA,
+    City,
+    events_in_parts,
+    random_pieces,
+    together,
+)
 from tests.server.conftest import MODEL, Running, error_of
 
 PATH = "/v1/responses"
-CHAT = "/v1/chat/completions"
 LOGPROBS = "message.output_text.logprobs"
-DRAWN = {"temperature": 1.0, "seed": 3}
-SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
 
 
@@ -32,13 +42,6 @@ EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
 def server(hermes_server: Running) -> Iterator[Running]:
     yield hermes_server
     hermes_server.until_idle()
-
-
-@pytest.fixture
-def servers(hermes_server: Running, llama_server: Running) -> Iterator[dict[str, Running]]:
-    yield {"hermes": hermes_server, "llama3_json": llama_server}
-    hermes_server.until_idle()
-    llama_server.until_idle()
 
 
 def events_of(server: Running, body: dict[str, Any], path: str = PATH) -> list[dict[str, Any]]:
@@ -292,46 +295,22 @@ def test_streams_of_text_and_calls(servers: dict[str, Running], form: str) -> No
 def test_pieces_of_any_size(form: str) -> None:
     """A slow reader gets several steps as one: whatever is merged, the events are those of the same answer."""
     rng = random.Random(5)
-    parts = ["<tool_call>", "</tool_call>", '{"name": "add", "arguments": ', '{"name": "add", "parameters": ', "{", "}"]
-    parts += ['{"a": 1}', "}", "; ", "so ", '"', "\n"]
     for _ in range(300):
         reason = rng.choice(["stop", "length"])
-        pieces: list[Piece] = []
-        size = rng.randint(1, 30)
-        for number in range(size):
-            end = reason if number == size - 1 else None
-            one = CompletionOutput(0, rng.choice(parts), [number], finish_reason=end)
-            pieces.append((0, RequestOutput("r", None, [1], [one], end is not None)))
-        together = pieces[0]
-        for piece in pieces[1:]:
-            together = merged(together, piece) or together
-        whole = writer_for(form).whole([together[1]])
+        pieces = random_pieces(rng, reason)
+        whole = writer_for(form).whole([together(pieces)])
         for most in (1, 4):
-            left, writer, told = list(pieces), writer_for(form), b""
-            while left:
-                count = rng.randint(1, most)
-                told += writer.chunks(left[:count])
-                left = left[count:]
-            told += writer.last()
-            events = [json.loads(line[6:]) for line in told.decode().split("\n") if line.startswith("data: ")]
+            told = events_in_parts(writer_for(form), pieces, rng, most)
+            events = [json.loads(line[6:]) for line in told.split("\n") if line.startswith("data: ")]
             assert without_ids(replayed(events)) == without_ids(whole)
 
 
 def writer_for(form: str) -> ResponseWriter:
-    from octavo import SamplingParams
-
     work = Generation("resp-1", ("1",), (PromptTokens("x", [1], "input"),), SamplingParams())
     return ResponseWriter(work, {}, reader_for(form, ["add"]), Told(token_ids=True))
 
 
 # --- the client's own helpers ---
-
-
-class City(pydantic.BaseModel):
-    """A city."""
-
-    name: Literal["Paris", "Rome"]
-    large: bool
 
 
 @pytest.fixture
@@ -589,35 +568,20 @@ def test_errors_as_the_client_has_them(openai: OpenAI) -> None:
 
 def test_a_stream_that_fails(server: Running, openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last event says so; the whole answer has a status."""
-    ops = server.engine._executor._runner._ops
-    sample, rows = ops.sample, 0
-
-    def failing(logits: Any, requests: Any) -> Any:
-        nonlocal rows
-        meant = any(request.want.draws[0].seed == 666 for request in requests)
-        rows += meant
-        if meant and rows > 10:
-            raise ArithmeticError("bad row in /home/somebody/octavo/ops.py\nline 5")
-        return sample(logits, requests)
-
-    monkeypatch.setattr(ops, "sample", failing)
-    given: Any = {"model": MODEL, "input": "hello", "extra_body": {"seed": 666, "ignore_eos": True}}
+    fail(server, monkeypatch, after=10)
+    given: Any = {"model": MODEL, "input": "hello", "extra_body": {"seed": FAILING, "ignore_eos": True}}
     events = list(openai.responses.create(**given, stream=True))
     last = events[-1]
     assert last.type == "response.failed" and last.response.status == "failed" and len(events) > 4
     assert last.response.error is not None and last.response.error.code == "server_error"
-    assert "bad row" in last.response.error.message and "somebody" not in last.response.error.message
+    assert "bad row" in last.response.error.message and SECRET not in last.response.error.message
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert last.response.output_text == "".join(e.delta for e in events if e.type == "response.output_text.delta")
-    error_of(server.post(PATH, {"input": "hello", "seed": 666, "ignore_eos": True}), 500)
+    error_of(server.post(PATH, {"input": "hello", "seed": FAILING, "ignore_eos": True}), 500)
 
 
 def test_a_stream_that_is_late(server: Running) -> None:
-    with held(server.engine, lambda: server.llm.num_unfinished_requests == 0, after=6):
-        headers = {"X-Request-Timeout": "0.5"}
-        body = {"input": "hello", "ignore_eos": True, "stream": True}
-        with server.client.stream("POST", server.url + PATH, json=body, headers=headers) as response:
-            lines = [line for line in response.iter_lines() if line.startswith("data")]
+    lines, _ = late(server, PATH, {"input": "hello", "ignore_eos": True})
     last = json.loads(lines[-1][6:])
     assert last["type"] == "response.failed" and "in time" in last["response"]["error"]["message"]
 

@@ -20,6 +20,7 @@ from octavo import LLM, SamplingParams
 from octavo.server.settings import Limits, ServerSettings
 from octavo.server.streams import Outbox, event
 from tests.pace import held
+from tests.server.broken_streams import FAILING, SECRET, fail, late
 from tests.server.conftest import MODEL, Running, error_of, serving
 
 PATH = "/v1/completions"
@@ -360,27 +361,16 @@ def test_clients_that_are_given_up(tiny_llama_dir: Path) -> None:
 
 def test_an_error_in_the_middle_of_a_stream(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an event of its own, without paths, and the stream ends without [DONE]; others go on."""
-    ops = server.engine._executor._runner._ops  # type: ignore[attr-defined]
-    sample, rows = ops.sample, 0
-
-    def failing(logits: Any, requests: Any) -> Any:
-        nonlocal rows
-        meant = any(request.want.draws[0].seed == 666 for request in requests)
-        rows += meant
-        if meant and rows > 20:
-            raise ArithmeticError("bad row in /home/somebody/octavo/ops.py\nline 5")
-        return sample(logits, requests)
-
-    monkeypatch.setattr(ops, "sample", failing)
-    body = {**LONG, "seed": 666, "stream": True}
+    fail(server, monkeypatch, after=20)
+    body = {**LONG, "seed": FAILING, "stream": True}
     with server.client.stream("POST", server.url + PATH, json=body, timeout=60) as response:
         assert response.status_code == 200
         lines = [line for line in response.iter_lines() if line.startswith("data")]
     error = json.loads(lines[-1][6:])["error"]
     assert error["code"] == 500 and "bad row" in error["message"]
-    assert "somebody" not in error["message"] and "line 5" not in error["message"]
+    assert SECRET not in error["message"] and "line 5" not in error["message"]
     assert len(lines) > 1 and "data: [DONE]" not in lines
-    error_of(server.post(PATH, {**LONG, "seed": 666}), 500)
+    error_of(server.post(PATH, {**LONG, "seed": FAILING}), 500)
     assert server.post(PATH, {**LONG, "max_tokens": 5}).status_code == 200
 
 
@@ -388,12 +378,7 @@ def test_a_deadline(server: Running) -> None:
     """In time or not at all: a status, or in a stream an error."""
     with held(server.engine, lambda: server.llm.num_unfinished_requests == 0, after=3):
         error_of(server.post(PATH, LONG, headers={"X-Request-Timeout": "0.2"}), 504)
-    with held(server.engine, lambda: server.llm.num_unfinished_requests == 0, after=6):
-        headers = {"X-Request-Timeout": "0.5"}
-        with server.client.stream(
-            "POST", server.url + PATH, json={**LONG, "stream": True}, headers=headers
-        ) as response:
-            lines = [line for line in response.iter_lines() if line.startswith("data")]
+    lines, _ = late(server, PATH, LONG)
     assert json.loads(lines[-1][6:])["error"]["code"] == 504
     for wrong in ("soon", "-1", "0", "nan", "1e9"):
         error_of(server.post(PATH, LONG, headers={"X-Request-Timeout": wrong}), 400, "X-Request-Timeout")

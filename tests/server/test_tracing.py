@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ from octavo.server import tracing
 from octavo.server.served_llm import ServedLLM
 from octavo.server.settings import ServerSettings
 from tests.cli.conftest import Invoke, invoke  # noqa: F401 - a fixture
+from tests.server.broken_streams import killed, left, until_answered
 from tests.server.conftest import MODEL, Lines, Running, serving
 from tests.server.test_logs import CHAT
 from tests.server.test_serve import LONG, ended, served
@@ -229,20 +229,11 @@ def test_what_is_not_sampled_is_not_sent(traced: Running, collector: Collector) 
 
 def test_clients_that_go_away_and_engines_that_die(traced: Running, collector: Collector) -> None:
     body = {**LONG, "max_tokens": 1900}
-    with traced.client.stream("POST", traced.url + PATH, json=body, timeout=60) as response:
-        next(response.iter_lines())
-    span = collector.of(response)
+    span = collector.of(left(traced, PATH, body))
     assert plain(span)["gen_ai.response.finish_reasons"] == ["abort"] and span.status.code == Status.STATUS_CODE_UNSET
-    with traced.client.stream("POST", traced.url + PATH, json=body, timeout=60) as response:
-        answer = response.iter_lines()
-        next(answer)
-        os.kill(traced.llm._loop.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-        list(answer)
-    span = collector.of(response)
+    span = collector.of(killed(traced, PATH, body))
     assert span.status.code == Status.STATUS_CODE_ERROR and plain(span)["error.type"] == "failed"
-    limit = time.monotonic() + 60
-    while traced.post(PATH, {"prompt": "x", "max_tokens": 2}).status_code != 200:
-        assert time.monotonic() < limit
+    until_answered(traced, PATH, {"prompt": "x", "max_tokens": 2})
 
 
 def test_what_clients_wrote_is_in_no_trace(traced: Running, collector: Collector) -> None:
