@@ -39,6 +39,11 @@ NOT_SUPPORTED = {
     "echo": "is not supported here",
 }
 
+# Schemas of fields on several routes.
+OBJECTS = {"type": "array", "items": {"type": "object"}}
+INTEGERS = {"type": "array", "items": {"type": "integer"}}
+PROMPT = {"anyOf": [{"type": "string"}, INTEGERS]}
+
 _SAMPLING_FIELDS = frozenset(one.name for one in fields(SamplingParams))
 
 
@@ -64,7 +69,7 @@ def text(description: str) -> Any:
 
 
 def token_ids(description: str, default: Any = None) -> Any:
-    return documented(description, {"type": "array", "items": {"type": "integer"}}, default)
+    return documented(description, INTEGERS, default)
 
 
 class Body(BaseModel):

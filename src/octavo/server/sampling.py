@@ -118,11 +118,17 @@ def written_as(body: SamplingFields) -> str:
 
 def _structured(body: SamplingFields) -> tuple[Any, str]:
     """`structured_outputs`, and what the request calls it."""
-    form, name = form_of("response_format", body.response_format)
+    field = "response_format"
+    return either_form(field, *form_of(field, body.response_format), body.structured_outputs)
+
+
+def either_form(field: str, form: Any, name: str, structured_outputs: Any) -> tuple[Any, str]:
+    """The form of an answer that a request gives by a field of its route, as structured outputs, or by
+    `structured_outputs`; and what it calls it: `name`, of the first. Raises ApiError where both are given."""
     if form is None:
-        return body.structured_outputs, "structured_outputs"
-    if body.structured_outputs is not None:
-        raise invalid("response_format", "cannot be given beside structured_outputs")
+        return structured_outputs, "structured_outputs"
+    if structured_outputs is not None:
+        raise invalid(field, "cannot be given beside structured_outputs")
     return form, name
 
 

@@ -17,7 +17,7 @@ from octavo.server.answers import answering, usage_of
 from octavo.server.context import ServerContext
 from octavo.server.conversation import under_calls
 from octavo.server.errors import JSONBytes, invalid
-from octavo.server.fields import TextFields, documented, integer, number
+from octavo.server.fields import PROMPT, TextFields, documented, integer, number
 from octavo.server.generation import Deadline, answered, generation_of, tokenised
 from octavo.server.logprobs import plain_logprobs
 from octavo.server.openapi import describes
@@ -34,7 +34,7 @@ class BeamSearchRequest(TextFields, ConversationFields):
 
     prompt: Any = documented(
         "a text or token ids; or give messages",
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+        PROMPT,
     )
     beam_width: Any = integer("hypotheses kept in each step; 4 without", minimum=1)
     num_beams: Any = integer("the same", minimum=1)

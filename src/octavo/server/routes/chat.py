@@ -18,7 +18,7 @@ from octavo.server.chat_output import MessageReader, reader_for
 from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
 from octavo.server.errors import invalid
-from octavo.server.fields import Body, SamplingFields, documented, integer
+from octavo.server.fields import OBJECTS, Body, SamplingFields, documented, integer
 from octavo.server.generation import (
     Deadline,
     Generation,
@@ -36,8 +36,6 @@ from octavo.server.streams import DONE, event
 
 router = APIRouter()
 
-_OBJECTS = {"type": "array", "items": {"type": "object"}}
-
 
 class TemplateFields(Body):
     """How the chat template writes a conversation."""
@@ -53,9 +51,9 @@ class ConversationFields(TemplateFields):
     messages: Any = documented(
         "objects with role and content, which is a text or a list of text parts; of assistants also tool_calls, of "
         "tools tool_call_id",
-        _OBJECTS,
+        OBJECTS,
     )
-    tools: Any = documented("functions that the chat template tells the model of", _OBJECTS)
+    tools: Any = documented("functions that the chat template tells the model of", OBJECTS)
     tool_choice: Any = documented(
         '"auto", "none", "required", or {"type": "function", "function": {"name": ...}}: the tool to call',
         {"anyOf": [{"type": "string", "enum": ["auto", "none", "required"]}, {"type": "object"}]},
@@ -66,7 +64,7 @@ class ConversationFields(TemplateFields):
 class ChatCompletionRequest(SamplingFields, ConversationFields):
     """Answer a conversation."""
 
-    messages: Any = documented(ConversationFields.model_fields["messages"].description or "", _OBJECTS, ...)
+    messages: Any = documented(ConversationFields.model_fields["messages"].description or "", OBJECTS, ...)
     max_tokens: Any = integer("most tokens to generate; up to the model's context without", minimum=1)
     max_completion_tokens: Any = integer("the same", minimum=1)
     logprobs: bool | None = Field(None, description="tell log-probabilities of tokens")

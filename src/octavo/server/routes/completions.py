@@ -18,7 +18,7 @@ from octavo.server.answer_types import Completion
 from octavo.server.answers import UsageCount, answer, answering, usage_of
 from octavo.server.context import ServerContext
 from octavo.server.errors import invalid
-from octavo.server.fields import SamplingFields, documented, integer
+from octavo.server.fields import INTEGERS, SamplingFields, documented, integer
 from octavo.server.generation import (
     Deadline,
     Generation,
@@ -37,7 +37,6 @@ from octavo.server.streams import DONE, event
 router = APIRouter()
 
 _STRINGS = {"type": "array", "items": {"type": "string"}}
-_IDS = {"type": "array", "items": {"type": "integer"}}
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _TOLD = "text", "finish_reason", "logprobs", "token_ids", "prompt_token_ids"
@@ -48,7 +47,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Any = documented(
         "a text, token ids, or a list of these",
-        {"anyOf": [{"type": "string"}, _STRINGS, _IDS, {"type": "array", "items": _IDS}]},
+        {"anyOf": [{"type": "string"}, _STRINGS, INTEGERS, {"type": "array", "items": INTEGERS}]},
         ...,
     )
     max_tokens: Any = integer("most tokens to generate, 16 without; 0 with echo generates none", minimum=0)

@@ -20,16 +20,15 @@ from octavo.server.chat_output import reader_for
 from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
 from octavo.server.errors import JSONBytes, invalid, unknown_field
-from octavo.server.fields import Body, Draws, EngineFields, OutputParams, documented, sampling_fields
+from octavo.server.fields import OBJECTS, Body, Draws, EngineFields, OutputParams, documented, sampling_fields
 from octavo.server.generation import Deadline, generation_of
 from octavo.server.messages import known_fields
 from octavo.server.openapi import describes
-from octavo.server.sampling import drawn, renamed
+from octavo.server.sampling import drawn, either_form, renamed
 
 router = APIRouter()
 
-_OBJECTS = {"type": "array", "items": {"type": "object"}}
-_TEXT = {"anyOf": [{"type": "string"}, _OBJECTS]}
+_TEXT = {"anyOf": [{"type": "string"}, OBJECTS]}
 
 
 class MessagesFields(Body):
@@ -50,11 +49,11 @@ class MessagesFields(Body):
     messages: Any = documented(
         "objects with role and content, which is a text or blocks: text; of assistants also tool_use, of users "
         "tool_result. A last one of the assistant is gone on in",
-        _OBJECTS,
+        OBJECTS,
         ...,
     )
     system: Any = documented("a text or text blocks before the messages", _TEXT)
-    tools: Any = documented("tools that the model may use: name, description, input_schema", _OBJECTS)
+    tools: Any = documented("tools that the model may use: name, description, input_schema", OBJECTS)
     tool_choice: Any = documented(
         "an object of type auto, any, none, or tool with a name; with disable_parallel_tool_use", {"type": "object"}
     )
@@ -139,15 +138,13 @@ def _params(body: MessagesRequest, context: ServerContext) -> tuple[SamplingPara
     stops = body.stop_sequences
     if not isinstance(stops, list | None):
         raise invalid("stop_sequences", f"must be a list of strings, not {shown(stops)}")
-    given = sampling_fields(body)
-    schema, name = _format(body), "structured_outputs"
-    if schema is not None:
-        if body.structured_outputs is not None:
-            raise invalid("output_config.format", "cannot be given beside structured_outputs")
-        given[name], name = {"json": schema}, "output_config.format.schema"
+    schema, field = _format(body), "output_config.format"
+    form = None if schema is None else {"json": schema}
+    form, name = either_form(field, form, f"{field}.schema", body.structured_outputs)
+    given = {**sampling_fields(body), "stop": stops, "structured_outputs": form}
     names = {"structured_outputs": name, "stop": "stop_sequences"}
     with renamed(names):
-        return drawn({**given, "stop": stops}, context, streamed=bool(body.stream)), names
+        return drawn(given, context, streamed=bool(body.stream)), names
 
 
 def _format(body: MessagesFields) -> Any:

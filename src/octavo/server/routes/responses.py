@@ -18,19 +18,18 @@ from octavo.server.chat_output import reader_for
 from octavo.server.context import ServerContext
 from octavo.server.conversation import Conversation, under_calls, write
 from octavo.server.errors import invalid, unknown_field
-from octavo.server.fields import Body, DrawParams, EngineFields, documented, integer, sampling_fields, text
+from octavo.server.fields import OBJECTS, Body, DrawParams, EngineFields, documented, integer, sampling_fields, text
 from octavo.server.generation import Deadline, generation_of
 from octavo.server.messages import ToolUse
 from octavo.server.openapi import describes
 from octavo.server.responses_input import Items, flat_tools, flat_use
 from octavo.server.responses_output import ResponseWriter, Told
 from octavo.server.routes.chat import TemplateFields
-from octavo.server.sampling import drawn, form_of, renamed
+from octavo.server.sampling import drawn, either_form, form_of, renamed
 
 router = APIRouter()
 
 _LOGPROBS = "message.output_text.logprobs"
-_OBJECTS = {"type": "array", "items": {"type": "object"}}
 _KEPT = "is not supported: nothing is kept, so give the whole conversation as input"
 
 
@@ -72,13 +71,13 @@ class ResponsesRequest(DrawParams, EngineFields, TemplateFields):
     input: Any = documented(
         "a text, or items: messages with role and content, which is a text or parts input_text and output_text; "
         "function_call; function_call_output",
-        {"anyOf": [{"type": "string"}, _OBJECTS]},
+        {"anyOf": [{"type": "string"}, OBJECTS]},
         ...,
     )
     instructions: Any = text("a system message before the input")
     max_output_tokens: Any = integer("most tokens to generate; up to the model's context without", minimum=1)
     tools: Any = documented(
-        'functions that the model may call: {"type": "function", "name": ..., "parameters": ...}', _OBJECTS
+        'functions that the model may call: {"type": "function", "name": ..., "parameters": ...}', OBJECTS
     )
     tool_choice: Any = documented(
         '"auto", "none", "required", or {"type": "function", "name": ...}: the tool to call',
@@ -141,13 +140,9 @@ def _params(body: ResponsesRequest, context: ServerContext, told: Told) -> tuple
     """And what the request calls fields of the library's."""
     _check_labels(body)
     given = sampling_fields(body)
-    form, name = form_of("text.format", _format(body.text), nested="")
-    if form is None:
-        name = "structured_outputs"
-    elif body.structured_outputs is not None:
-        raise invalid("text.format", "cannot be given beside structured_outputs")
-    else:
-        given["structured_outputs"] = form
+    field = "text.format"
+    found = form_of(field, _format(body.text), nested="")
+    given["structured_outputs"], name = either_form(field, *found, body.structured_outputs)
     given |= {"max_tokens": body.max_output_tokens, "logprobs": told.top_logprobs}
     names = {"structured_outputs": name, "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
     with renamed(names):

@@ -31,7 +31,7 @@ from octavo.server.answers import answering, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import JSONBytes, invalid
 from octavo.server.events import output_json
-from octavo.server.fields import Body, DrawParams, RequestFields, documented, flag, integer
+from octavo.server.fields import INTEGERS, PROMPT, Body, DrawParams, RequestFields, documented, flag, integer
 from octavo.server.generation import Deadline, unique_id
 from octavo.server.messages import ToolUse
 from octavo.server.openapi import describes
@@ -44,7 +44,6 @@ router = APIRouter()
 
 DEFAULT_LEASE = 60.0  # seconds
 _ROOT = "/v1/octavo/sessions"
-_PROMPT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}
 _NAMES = {"prompt_token_ids": "prompt"}  # the library's name of a field -> the request's
 _SECONDS = {"type": "number", "exclusiveMinimum": 0}
 
@@ -52,7 +51,7 @@ _SECONDS = {"type": "number", "exclusiveMinimum": 0}
 class SessionRequest(RequestFields, ConversationFields):
     """Open a session. It ends when it is deleted, or its lease does, which every call begins anew."""
 
-    prompt: Any = documented("a text or token ids to begin with; or give messages; or neither, and extend", _PROMPT)
+    prompt: Any = documented("a text or token ids to begin with; or give messages; or neither, and extend", PROMPT)
     seed: Any = integer("of all draws; drawn without", minimum=0)
     lease: Any = documented("seconds that it stays open while nobody uses it; 60 without", _SECONDS)
 
@@ -72,13 +71,13 @@ class BranchRequest(Body):
 class ExtendRequest(BranchRequest):
     """Append text."""
 
-    prompt: Any = documented("a text or token ids", _PROMPT, ...)
+    prompt: Any = documented("a text or token ids", PROMPT, ...)
 
 
 class GenerateRequest(BranchRequest, DrawParams):
     """Continue branches, several of them in one batch."""
 
-    branches: Any = documented("numbers of several", {"type": "array", "items": {"type": "integer"}})
+    branches: Any = documented("numbers of several", INTEGERS)
     max_tokens: Any = integer("most tokens to generate, 16 without", minimum=1)
     logprobs: Any = integer("log-probabilities of each token, and of so many best ones in its place", minimum=0)
 
@@ -86,7 +85,7 @@ class GenerateRequest(BranchRequest, DrawParams):
 class SelectRequest(BranchRequest):
     """Which of some texts would best go on here."""
 
-    choices: Any = documented("texts, or lists of token ids", {"type": "array", "items": _PROMPT}, ...)
+    choices: Any = documented("texts, or lists of token ids", {"type": "array", "items": PROMPT}, ...)
     by: Any = documented(
         "what the best goes by: log-probability per token (mean, the default) or of the text (total)",
         {"type": "string", "enum": ["mean", "total"]},
