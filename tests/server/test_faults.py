@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.server.processes import engines_of
 from tests.server.test_serve import ended, served
 from tests.server.traffic import Traffic
 
@@ -38,11 +39,7 @@ class Program:
     @property
     def engine(self) -> int:
         """The process that steps; 0 while there is none."""
-        children: list[int] = []
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            with suppress(OSError):  # a thread that has ended meanwhile
-                children += map(int, (task / "children").read_text().split())
-        return next((child for child in children if "engine_process" in _command(child)), 0)
+        return next(iter(engines_of(self.process.pid)), 0)
 
     def stats(self) -> dict[str, Any]:
         return dict(httpx.get(f"{self.url}/v1/octavo/stats").json())
@@ -56,12 +53,6 @@ class Program:
             return nothing and stats["available_blocks"] == stats["blocks"] and load["num_open"] == 1  # this one
 
         until(idle)
-
-
-def _command(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
 
 
 def until(condition: Callable[[], Any]) -> None:

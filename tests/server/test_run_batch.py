@@ -19,6 +19,7 @@ from octavo.server.batch.requests import URLS
 from tests.cli.conftest import Invoke, invoke  # noqa: F401 - a fixture
 from tests.server.batches import BODIES, COMPLETIONS, MODEL, all_kinds, answers, as_lines, by_id, plain, request
 from tests.server.conftest import ENGINE, Running, serving
+from tests.server.processes import engines_of, is_engine
 
 pytestmark = pytest.mark.usefixtures("_own_home")
 
@@ -53,22 +54,6 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
 
 def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def engines_of(process: subprocess.Popen[str]) -> list[int]:
-    """Processes of the program's that step."""
-    try:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    except OSError:  # it has ended
-        return []
-    return [int(child) for child in children if is_engine(int(child))]
-
-
-def is_engine(pid: int) -> bool:
-    try:
-        return b"octavo.server.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 # --- answers ---
@@ -299,7 +284,7 @@ def killed_and_resumed(model: Path, tmp_path: Path, invoke: Invoke, kills: int, 
         process.stdin.write(lines)
         process.stdin.flush()
         assert until(lambda most=most: num_lines(output) >= most, process)
-        engines = engines_of(process)
+        engines = engines_of(process.pid)
         process.kill()
         process.communicate()
         for engine in engines:  # it ends with the program
@@ -395,7 +380,7 @@ def test_an_engine_that_dies(tiny_dir: Path, tmp_path: Path) -> None:
     source.write_text(as_lines(LONG))
     with started(tiny_dir, source, output) as process:
         assert until(lambda: num_lines(output) > 0, process)
-        (engine,) = engines_of(process)
+        (engine,) = engines_of(process.pid)
         os.kill(engine, signal.SIGKILL)
         _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from tests.cli.conftest import Invoke, invoke  # noqa: F401 - a fixture
+from tests.server.processes import engines_of
 
 SOURCE = Path(__file__).parents[2] / "src"
 LONG = {"prompt": "the fox", "max_tokens": 1500, "ignore_eos": True, "stream": True}
@@ -85,8 +86,7 @@ def test_a_signal_that_goes_to_all_processes(tiny_llama_dir: Path) -> None:
         with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            engines = [int(one) for one in children if "engine_process" in Path(f"/proc/{one}/cmdline").read_text()]
+            engines = engines_of(process.pid)
             assert len(engines) == 1
             for pid in (*engines, process.pid):
                 os.kill(pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "margins": ("octavo.cli.margins", "read a document with notes in its margins, and answer a question"),
     "ask": ("octavo.cli.ask", "answer a question from the documents in a folder, with citations"),
     "chat": ("octavo.cli.chat", "talk with a model in the terminal"),
-    "serve": ("octavo.cli.serve", "serve a model over HTTP, with the routes of OpenAI's API"),
+    "serve": ("octavo.cli.serve", "serve a model over HTTP, with the routes of OpenAI's API and Anthropic's"),
     "run-batch": ("octavo.cli.run_batch", "answer a file of requests in OpenAI's batch format"),
     "pull": ("octavo.cli.pull", "fetch models, or verify those that are here"),
     "models": ("octavo.cli.models", "list the models on this machine"),

@@ -1,9 +1,9 @@
-"""Serve a model over HTTP, with the routes of OpenAI's API.
+"""Serve a model over HTTP, with the routes of OpenAI's API and Anthropic's.
 
 MODEL is as everywhere: a short name, a Hugging Face name, a .gguf file or a folder. Any client of OpenAI's API can
-use it at http://HOST:PORT/v1; for people there is a page at /. Keys come from --api-key, --api-key-file and the
-variable OCTAVO_API_KEY; with a key, every route but /live and the page, which asks for it, needs one. The first SIGTERM
-or Ctrl-C lets requests finish, the second ends them.
+use it at http://HOST:PORT/v1, one of Anthropic's at http://HOST:PORT; for people there is a page at /. Keys come from
+--api-key, --api-key-file, the variable OCTAVO_API_KEY and the file of --config; with a key, every route but /live and
+the page, which asks for it, needs one. The first SIGTERM or Ctrl-C lets requests finish, the second ends them.
 """
 
 from __future__ import annotations
