@@ -20,7 +20,8 @@ from octavo.server.streams import EventStream, Outbox, first_pieces, unless_gone
 
 Handler = Callable[[Request, ServerContext], Coroutine[Any, Any, Response]]
 Answerer = Callable[[Request, ServerContext, Parsed, Deadline], Coroutine[Any, Any, Response]]
-_FIRST = 10.0  # seconds to wait, at most, for the first token before a stream is begun without
+Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]  # puts pieces
+_FIRST = 10.0  # seconds to wait, at most, for the first piece before a stream is begun without
 
 
 def route(handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -138,20 +139,33 @@ async def answer(
     before the first token: it gets a status."""
     if not streams:
         return JSONBytes(writer.whole(await answered(context, work, deadline)))
+
+    def run(put: Callable[[Piece], None]) -> Coroutine[Any, Any, None]:
+        return generate(context, work, deadline, lambda number, output: put((number, output)))
+
+    return await stream(context, run, merged, writer.chunks, writer.last, failed)
+
+
+async def stream(
+    context: ServerContext,
+    work: Work,
+    merge: Callable[[Any, Any], Any | None],
+    write: Callable[[list[Any]], bytes],
+    last: Callable[[], bytes],
+    error: Callable[[ApiError], bytes] | None = None,
+) -> EventStream:
+    """What work puts, as server-sent events: `merge` is that of Outbox, the others those of EventStream. Raises what
+    goes wrong before the first piece."""
     settings = context.settings
-    outbox: Outbox[Piece] = Outbox(settings.limits.stream_buffer, merged)
-
-    def deliver(number: int, output: RequestOutput) -> None:
-        outbox.put((number, output))
-
-    outbox.start(generate(context, work, deadline, deliver))
+    outbox: Outbox[Any] = Outbox(settings.limits.stream_buffer, merge)
+    outbox.start(work(outbox.put))
     first = await first_pieces(outbox, min(_FIRST, settings.sse_keep_alive_interval))
     return EventStream(
         outbox,
         first,
-        writer.chunks,
-        writer.last,
+        write,
+        last,
         keep_alive=settings.sse_keep_alive_interval,
         write_timeout=settings.write_timeout,
-        error=failed,
+        error=error,
     )

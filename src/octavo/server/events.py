@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +15,12 @@ from octavo.core.ask import DocumentEvent
 from octavo.core.margins import AnswerDelta
 from octavo.core.outputs import CompletionOutput, RequestMetrics, joined_outputs
 from octavo.margins import MarginsAnswer, MarginsDone, MarginsResult
-from octavo.server.answers import usage
+from octavo.server.answers import Work, stream, usage
 from octavo.server.context import ServerContext
-from octavo.server.errors import JSONBytes
+from octavo.server.errors import ApiError, JSONBytes
 from octavo.server.logprobs import plain_logprobs
-from octavo.server.streams import EventStream, Outbox, event, first_pieces
+from octavo.server.streams import event
 
-Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]  # puts what a run tells
 _CAPITAL = re.compile(r"(?<!^)([A-Z])")
 
 
@@ -39,10 +38,6 @@ async def typed_answer(
         told: list[Any] = []
         await work(told.append)
         return JSONBytes({**head, **result_json(told[-1].result)})
-    settings = context.settings
-    outbox: Outbox[Any] = Outbox(settings.limits.stream_buffer, merged_events)
-    outbox.start(work(outbox.put))
-    first = await first_pieces(outbox, settings.sse_keep_alive_interval)
     opening = [begun]
 
     def written(piece: Any) -> bytes:
@@ -55,15 +50,10 @@ async def typed_answer(
         opening.clear()
         return b"".join(parts)
 
-    return EventStream(
-        outbox,
-        first,
-        write,
-        lambda: b"",
-        keep_alive=settings.sse_keep_alive_interval,
-        write_timeout=settings.write_timeout,
-        error=lambda error: event({"type": "error", **error.body}, "error"),
-    )
+    def failed(error: ApiError) -> bytes:
+        return event({"type": "error", **error.body}, "error")
+
+    return await stream(context, work, merged_events, write, lambda: b"", failed)
 
 
 def type_of(told: Any) -> str:

@@ -15,10 +15,10 @@ from octavo.core.ask_params import AskParams
 from octavo.core.errors import shown
 from octavo.core.margins_params import MarginsParams
 from octavo.server.answer_types import Ask
-from octavo.server.answers import answering
+from octavo.server.answers import Work, answering
 from octavo.server.context import ServerContext
 from octavo.server.errors import invalid
-from octavo.server.events import Work, ask_json, typed_answer
+from octavo.server.events import ask_json, typed_answer
 from octavo.server.fields import RequestFields, documented, flag, integer, parsed
 from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes

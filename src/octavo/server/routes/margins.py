@@ -14,10 +14,10 @@ from starlette.responses import Response
 from octavo.core.margins_params import MarginsParams
 from octavo.margins import AsyncMarginsRun
 from octavo.server.answer_types import Margins, Status
-from octavo.server.answers import answering, body_of, route
+from octavo.server.answers import Work, answering, body_of, route
 from octavo.server.context import ServerContext
 from octavo.server.errors import ApiError, JSONBytes, invalid
-from octavo.server.events import Work, margins_json, typed_answer
+from octavo.server.events import margins_json, typed_answer
 from octavo.server.fields import Body, RequestFields, documented, flag, integer, number
 from octavo.server.generation import Deadline, unique_id
 from octavo.server.openapi import describes
