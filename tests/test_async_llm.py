@@ -9,7 +9,9 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from octavo import LLM, SamplingParams, async_llm
 from octavo.async_llm import AsyncLLM
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import Event, EventKind, Reason
-from octavo.core.outputs import RequestOutput
+from octavo.core.outputs import RequestOutput, joined_outputs
 from tests.pace import held
+from tests.test_margins_pairs import gave_way, scarce, together
 
 PROMPT = "the quick brown fox"
 
@@ -294,6 +297,115 @@ def test_several_event_loops(tiny_llama_dir: Path) -> None:
     with LLM(str(tiny_llama_dir)) as sync:
         expected = {s: sync.generate(PROMPT, params(seed=s, max_tokens=60))[0].outputs[0].token_ids for s in range(4)}
     assert got == expected
+    llm.close()
+
+
+@pytest.mark.parametrize("is_closed_at_once", [False, True])
+def test_an_event_loop_that_is_closed_is_forgotten(tiny_llama_dir: Path, is_closed_at_once: bool) -> None:
+    """With all that came for it and that nobody took: a program may have one loop after the other."""
+    llm = AsyncLLM(str(tiny_llama_dir))
+    engine = llm._loop.engine
+    forgotten: list[weakref.ref[Any]] = []
+    for _ in range(5):
+        loop = asyncio.new_event_loop()
+
+        async def begin(answer: Any) -> None:
+            await anext(answer)
+
+        answers = [llm.generate(PROMPT, params(max_tokens=60, seed=seed)) for seed in range(3)]
+        for answer in answers:
+            loop.run_until_complete(begin(answer))
+        steps = engine.num_steps
+        while not is_closed_at_once and llm.num_unfinished_requests and engine.num_steps < steps + 10:
+            time.sleep(0.001)  # meanwhile outputs come, and wait for the loop
+        forgotten.append(weakref.ref(loop))
+        loop.close()
+        del loop, answer, answers
+    gc.collect()
+    assert asyncio.run(last(llm, PROMPT, params())).finished
+    while llm.num_unfinished_requests:
+        time.sleep(0.001)
+    llm._loop.ask(lambda engine: None).result()  # what came last was handed out
+    gc.collect()
+    assert [one() for one in forgotten] == [None] * 5
+    llm.close()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float16", "int8"])
+def test_event_loops_that_come_and_go(tiny_gemma3_dir: Path, tmp_path: Path, kv_cache_dtype: str) -> None:
+    """Several at a time over one engine whose pool is too small, each with callers who stay, who go away and who are
+    left behind as their loop is closed: nothing that comes is lost, or another's."""
+    rng = random.Random(8)
+    settings: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "kv_cache_dtype": kv_cache_dtype}
+    prompts = [PROMPT * rng.randint(1, 6) + str(number) for number in range(24)]
+    sampling = [params(seed=n, n=rng.choice([1, 1, 3]), max_tokens=rng.randint(5, 40), logprobs=1) for n in range(24)]
+    with LLM(str(tiny_gemma3_dir), max_model_len=256, enable_prefix_caching=False, **settings) as sync:
+        alone = [sync.generate(p, s, use_tqdm=False)[0].outputs for p, s in zip(prompts, sampling, strict=True)]
+        settings |= scarce(sync, 256) | {"kv_offload_dir": str(tmp_path / "kv")}
+    llm = AsyncLLM(str(tiny_gemma3_dir), **settings)
+    found: dict[int, Any] = {}
+
+    async def stay(number: int) -> None:
+        pieces: dict[int, list[Any]] = {}
+        async for output in llm.generate(prompts[number], sampling[number].but(output_kind="delta")):
+            for one in output.outputs:
+                pieces.setdefault(one.index, []).append(one)
+        joined = [reduce(joined_outputs, pieces[index]) for index in sorted(pieces)]
+        found[number] = [(one.text, one.token_ids, one.logprobs, one.finish_reason) for one in joined]
+
+    async def leave(number: int, outputs: int) -> None:
+        answer = llm.generate(prompts[number], sampling[number].but(output_kind="delta"))
+        async for _ in answer:
+            outputs -= 1
+            if outputs <= 0:
+                break
+        await answer.aclose()
+
+    async def be_cancelled(number: int, outputs: int) -> None:
+        heard = asyncio.Event()
+
+        async def hear() -> None:
+            count = 0
+            async for _ in llm.generate(prompts[number], sampling[number].but(output_kind="delta")):
+                count += 1
+                if count >= outputs:
+                    heard.set()
+            heard.set()
+
+        task = asyncio.create_task(hear())
+        if outputs:
+            await heard.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def all_of(numbers: list[int], rng: random.Random) -> None:
+        gone = [kind(rng.randrange(24), rng.randint(0, 6)) for kind in (leave, be_cancelled, leave, be_cancelled)]
+        await asyncio.gather(*map(stay, numbers), *gone)
+
+    def live(first: int) -> None:
+        rng = random.Random(first)
+        mine = list(range(first, 24, 4))
+        for at in range(0, len(mine), 2):
+            if rng.random() < 0.5:
+                asyncio.run(all_of(mine[at : at + 2], rng))
+                continue
+            loop = asyncio.new_event_loop()
+            left_behind = [llm.generate(prompts[n], sampling[n].but(max_tokens=200)) for n in rng.sample(range(24), 2)]
+            for one in left_behind:
+                loop.run_until_complete(one.__anext__())
+            loop.run_until_complete(all_of(mine[at : at + 2], rng))
+            loop.close()
+
+    together(*(lambda first=first: live(first) for first in range(4)))  # type: ignore[misc]
+    expected = [[(one.text, one.token_ids, one.logprobs, one.finish_reason) for one in outputs] for outputs in alone]
+    assert [found[number] for number in range(24)] == expected
+    while llm.num_unfinished_requests:  # of those left behind, which go on to their ends
+        time.sleep(0.001)
+    llm._loop.ask(lambda engine: None).result()
+    assert gave_way(llm), "the pool was large enough for all"  # type: ignore[arg-type]
+    assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
+    gc.collect()
+    assert not llm._inboxes
     llm.close()
 
 

@@ -304,6 +304,7 @@ def test_a_panic_ends_its_request_alone(tiny_dir: Path, backend: str, monkeypatc
         assert len(good[1].outputs[0].token_ids) == 20
         (searched,) = llm.beam_search("A", BeamSearchParams(beam_width=3, max_tokens=9, structured_outputs=broken))
         assert searched.error is None or "no beam can go on" in searched.error
+        assert searched.error == "no beam can go on: structured_outputs: Panic: index out of bounds"
         assert llm._loop.ask(lambda engine: engine.kv.num_blocks - engine.kv.num_available).result() == 0
 
 

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
@@ -48,18 +48,20 @@ def _unless_late(write: Callable[[], _Written], asked: float) -> _Written:
 
 
 class _Inbox:
-    """What the engine's thread gives to the queues of one event loop, which is woken once for all that a step gave."""
+    """What the engine's thread gives to the queues of one event loop, which is woken once for all that a step gave.
+    Held by the requests of that loop alone: what was put in for a loop that is closed goes with the last of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
         self._is_woken = False
 
-    def put(self, loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Any], output: Any) -> None:
+    def put(self, outputs: asyncio.Queue[Any], output: Any) -> None:
         self._items.append((outputs, output))
         if not self._is_woken:
             self._is_woken = True
             with suppress(RuntimeError):  # the event loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(self._hand_out)
+                self._loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
         self._is_woken = False  # before: what comes from now on wakes it again
@@ -76,7 +78,7 @@ class AsyncLLM(BaseLLM):
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         super().__init__(model, **config)
-        self._inboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Inbox] = WeakKeyDictionary()
+        self._inboxes: WeakValueDictionary[int, _Inbox] = WeakValueDictionary()  # by id of the loop, which it holds
         self._guests: tuple[int, ThreadPoolExecutor] | None = None
         # Questions over documents, by id: they are at work before the engine hears of them, and in several requests.
         self._asked: WeakValueDictionary[str, AsyncAskRun] = WeakValueDictionary()
@@ -160,10 +162,10 @@ class AsyncLLM(BaseLLM):
 
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        inbox = self._inboxes.setdefault(loop, _Inbox())
+        inbox = self._inboxes.setdefault(id(loop), _Inbox(loop))
 
         def deliver(output: Any) -> None:
-            inbox.put(loop, outputs, output)
+            inbox.put(outputs, output)
 
         left = {spec.request_id for spec in specs}
         self._loop.add(specs, deliver)

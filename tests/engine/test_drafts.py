@@ -220,3 +220,19 @@ def test_a_listener_that_raises_is_called_no_more() -> None:
     harness.run()
     assert harness.tokens("r") == expected([1, 2, 3], 5)
     assert len(calls) == 1 and harness.engine.step_listeners == [verified]
+
+
+def test_a_listener_of_plans_that_raises_is_called_no_more() -> None:
+    """It ends no request, let alone all."""
+    harness, calls = Harness(), []
+
+    def broken(plan: StepPlan) -> None:
+        calls.append(plan.step)
+        raise KeyError("oops")
+
+    heard: list[int] = []
+    harness.engine.plan_listeners += [broken, lambda plan: heard.append(plan.step)]
+    harness.add("r", [1, 2, 3], max_tokens=5)
+    harness.run()
+    assert harness.tokens("r") == expected([1, 2, 3], 5)
+    assert calls == heard[:1] and len(heard) > 1

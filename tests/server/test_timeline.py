@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from octavo import LLM
 from octavo.core.errors import RequestFailedError
 from octavo.core.events import EventKind
 from octavo.core.params import SamplingParams
@@ -24,9 +26,12 @@ from octavo.server.served_llm import ServedLLM
 from octavo.server.settings import ServerSettings
 from octavo.server.timeline import Timeline, chrome_trace
 from tests.engine.fake import Harness
+from tests.pace import held
 from tests.server.conftest import MODEL, Running, error_of, serving
 from tests.server.test_serve import LONG
 from tests.server.test_streams import PATH, until
+from tests.test_margins_pairs import check_home, gave_way, scarce, together
+from tests.test_structured_pairs import SETTINGS, a_request, leave
 
 _ROUNDING = 0.002  # microseconds
 PHASES = {"queued", "prefilling", "decoding", "preempted", "idle"}
@@ -270,6 +275,55 @@ def test_a_step_that_stands_still_does_not_hold_it_up() -> None:
     checked(watched.trace())
 
 
+# --- over an engine with a model ---
+
+
+@pytest.mark.parametrize("breaks", [None, "_clock", "_steps", "_moments", "_now"])
+def test_it_changes_nothing(tiny_gemma3_dir: Path, tmp_path: Path, breaks: str | None) -> None:
+    """With it and without it, and if it breaks in the middle, each answer is the same: in a pool too small, with blocks
+    in files, and callers who go away, while others look at it."""
+    rng = random.Random(5)
+    asked = [a_request(rng) for _ in range(16)]
+    with LLM(str(tiny_gemma3_dir), **SETTINGS) as llm:
+        alone = [ask(llm) for ask in asked]
+        settings = SETTINGS | scarce(llm, 256) | {"kv_offload_dir": str(tmp_path / "kv")}
+    with LLM(str(tiny_gemma3_dir), **settings) as llm:
+        engine, found = llm._engine, dict[int, Any]()
+        kept = Timeline(SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+        is_over = threading.Event()
+
+        def work(first: int) -> None:
+            found.update({number: asked[number](llm) for number in range(first, len(asked), 4)})
+
+        def look() -> None:
+            while not is_over.is_set():
+                checked(chrome_trace(kept.snapshot(60.0)))
+                is_over.wait(0.01)
+
+        def ask_all() -> None:
+            try:
+                works: list[Callable[[], None]] = [lambda first=first: work(first) for first in range(4)]  # type: ignore[misc]
+                together(*works, lambda: leave(llm, random.Random(5)))
+            finally:
+                is_over.set()
+
+        with held(engine, lambda: engine.num_requests >= 4):
+            if breaks is None:
+                together(ask_all, look)
+            else:
+                setattr(kept, breaks, None)
+                ask_all()
+        assert [found[number] for number in range(len(asked))] == alone
+        assert gave_way(llm), "the pool was large enough for all"
+        check_home(llm)
+        if breaks is None:
+            assert not kept._now and not kept._seen
+            assert (len(engine.plan_listeners), len(engine.step_listeners), len(engine.events._listeners)) == (1, 1, 1)
+        else:
+            left = len(engine.plan_listeners) + len(engine.step_listeners) + len(engine.events._listeners)
+            assert left < 3
+
+
 # --- over HTTP ---
 
 
@@ -295,7 +349,8 @@ def test_the_route(watching: Running) -> None:
         answer = watching.get("/debug/timeline")
     assert answer.headers["content-type"] == "application/json"
     events = checked(answer.json())
-    assert names_of(events, "cmpl-long-0") == ["queued", "prefilling", "decoding"]
+    told = [phase for phase in names_of(events, "cmpl-long-0") if phase != "idle"]  # as if, where a machine is slow
+    assert [phase for phase, _ in groupby(told)] == ["queued", "prefilling", "decoding"]
     assert len([one for one in events if one["ph"] == "b" and one["name"] == "queued"]) == 6
     assert {one["name"] for one in events if one["ph"] == "X"} == {"step", "model", "sample"}
     until(watching, 0)

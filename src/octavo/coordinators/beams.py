@@ -123,6 +123,9 @@ class BeamCoordinator(RequestCoordinator):
         answers = {result.sequence.id: row for result in results for row in result.rows if row.candidates}
         if not answers:
             return  # part of the prompt, or of what is restored
+        if (problem := self._grammar_problem()) is not None:
+            self.finish("error", problem)
+            return
         chosen: Counter[int] = Counter()  # tokens that earlier groups took in this step
         moves: list[tuple[_Group, _Beam, Candidate]] = []
         for group in self._groups:
@@ -139,6 +142,16 @@ class BeamCoordinator(RequestCoordinator):
         self._move(moves, answers)
         if not moves:
             self._end = self._best()[0].hypothesis.finish_reason
+
+    def _grammar_problem(self) -> str | None:
+        """Of beams whose grammar met a limit. Without them the best might be missed, and look as if it were found."""
+        beams = [beam for group in self._groups if not group.search.ended for beam in group.beams]
+        states = [beam.sequence.attached(GrammarState) for beam in beams]
+        errors = [state.error for state in states if state is not None and state.error is not None]
+        if not errors:
+            return None
+        who = "no beam can" if len(errors) == len(beams) else f"{len(errors)} of {len(beams)} beams cannot"
+        return f"{who} go on: structured_outputs: {errors[0]}"
 
     def _step(self, group: _Group, answers: dict[int, RowResult], chosen: Counter[int]) -> list[Candidate]:
         """One step of a group: the candidates that become its beams."""

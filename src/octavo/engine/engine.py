@@ -55,8 +55,9 @@ class _AtOnce:
 class Engine:
     """Single-threaded: `add`, `abort` and `step` are called by one thread at a time.
 
-    `step_listeners` are called with each plan, as far as it was carried out, and its results, before requests get them.
-    One that raises is called no more. `background` is set before the first request comes.
+    `plan_listeners` are called with each plan before it is carried out, and `step_listeners` with it, as far as it was
+    carried out, and its results, before requests get them. One that raises is called no more. `background` is set
+    before the first request comes.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Engine:
         self.clock = clock
         self.kv = kv
         self.events = EventRing(clock)
-        self.plan_listeners: list[Callable[[StepPlan], None]] = []  # told of each plan before it is carried out
+        self.plan_listeners: list[Callable[[StepPlan], None]] = []
         self.step_listeners: list[StepListener] = []
         self.background: Background = _AtOnce()
         self.scheduler = Scheduler(config, kv, self.events, proposer)
@@ -222,17 +223,11 @@ class Engine:
         for coordinator in self._requests_of(plan):
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
-        for told in self.plan_listeners:
-            told(plan)
+        _tell(self.plan_listeners, plan)
         plan, result = self._execute(plan)
         self.kv.stats.computed_tokens += plan.num_tokens
         self._learn_speed(plan, result)
-        for listener in tuple(self.step_listeners):
-            try:
-                listener(plan, result)
-            except Exception:
-                log.exception("a listener of steps raised, and is called no more")
-                self.step_listeners.remove(listener)
+        _tell(self.step_listeners, plan, result)
         return outputs + self._update(plan, result)
 
     def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:
@@ -419,6 +414,15 @@ class Engine:
         kind = EventKind.FAILED if ended is Reason.ERROR else EventKind.FINISHED
         self.events.emit(kind, request_id, ended, output.error or "")
         return output
+
+
+def _tell(listeners: list[Any], *what: Any) -> None:
+    for listener in tuple(listeners):
+        try:
+            listener(*what)
+        except Exception:
+            log.exception("a listener of steps raised, and is called no more")
+            listeners.remove(listener)
 
 
 def num_accepted(grant: Grant, rows: SequenceOf[RowResult]) -> int:
