@@ -124,12 +124,15 @@ def test_a_fork_of_the_process(tiny_dir: Path, docs: Path) -> None:
     params = params.but(answer=DRAWN.but(max_tokens=40, ignore_eos=True))
     with LLM(str(tiny_dir), **SETTINGS) as llm:
         alone = facts(llm.ask(question, docs, params))
-        run = llm.stream_ask(question, docs, params)
-        for event in run:
-            if type(event).__name__ == "AnswerBegun":
-                break
-        next(run)  # under way
-        child = os.fork()
+        forked: list[int] = []
+        with held(llm._engine, lambda: bool(forked), after=20):  # of the 40 steps and more that an answer takes
+            run = llm.stream_ask(question, docs, params)
+            for event in run:
+                if type(event).__name__ == "AnswerBegun":
+                    break
+            next(run)  # under way
+            child = os.fork()
+            forked.append(child)
         if child == 0:
             code = 1
             try:

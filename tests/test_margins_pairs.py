@@ -166,10 +166,13 @@ def test_a_fork_of_the_process(llm: LLM, tiny_dir: Path) -> None:
     is not touched."""
     with LLM(str(tiny_dir), **SETTINGS) as other:
         alone, elsewhere = ask(llm, 0), ask(other, 1)
-        run = llm.stream_margins(DOCUMENTS[0], QUESTIONS[0], reading(classification=KINDS[0]))
-        for _ in range(3):
-            next(run)
-        child = os.fork()
+        forked: list[int] = []
+        with held(llm._engine, lambda: bool(forked), after=20):
+            run = llm.stream_margins(DOCUMENTS[0], QUESTIONS[0], reading(classification=KINDS[0]))
+            for _ in range(3):
+                next(run)
+            child = os.fork()
+            forked.append(child)
         if child == 0:
             code = 1
             try:
