@@ -43,6 +43,16 @@ def test_metrics(apart: Running, server: Running) -> None:
     error_of(server.get("/metrics"), 404)
 
 
+def test_sessions_are_measured(apart: Running) -> None:
+    opened = apart.post("/v1/octavo/sessions", {"prompt": PROMPT}).json()["id"]
+    assert apart.post(f"/v1/octavo/sessions/{opened}/fork", {"n": 2}).status_code == 200
+    told = apart.get("/metrics").text
+    assert 'octavo_num_sessions{model_name="tiny"} 1.0' in told
+    assert 'octavo_num_session_branches{model_name="tiny"} 3.0' in told
+    assert apart.client.delete(f"{apart.url}/v1/octavo/sessions/{opened}").status_code == 200
+    assert 'octavo_num_sessions{model_name="tiny"} 0.0' in apart.get("/metrics").text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_goes_away(apart: Running, kind: str) -> None:
     path, body = KINDS[kind]

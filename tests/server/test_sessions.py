@@ -210,7 +210,7 @@ def test_a_verb_there_is_not(session: Callable[..., Client]) -> None:
 @pytest.fixture(scope="module")
 def strict(tiny_llama_dir: Path) -> Iterator[Running]:
     """With keys, and little room."""
-    limits = Limits(max_sessions=3, max_branches=4, max_choice_tokens=50)
+    limits = Limits(max_sessions=3, max_sessions_per_key=2, max_branches=4, max_choice_tokens=50)
     settings = ServerSettings(
         port=0, served_model_name=(MODEL,), api_key=("a", "b"), limits=limits, max_session_lease=100
     )
@@ -253,10 +253,16 @@ def test_others_sessions_do_not_exist(strict: Running) -> None:
 
 
 def test_room_for_sessions_and_branches(strict: Running) -> None:
-    opened = [strict.post(PATH, {"lease": 90}, headers=KEYS["a"]).json()["id"] for _ in range(3)]
+    opened = [strict.post(PATH, {"lease": 90}, headers=KEYS["a"]).json()["id"] for _ in range(2)]
+    of_this_key = strict.post(PATH, {}, headers=KEYS["a"])
+    error_of(of_this_key, 429)
+    assert "2 sessions of this key are open" in of_this_key.text
+    other = strict.post(PATH, {"lease": 90}, headers=KEYS["b"]).json()["id"]
     answer = strict.post(PATH, {}, headers=KEYS["b"])
     error_of(answer, 429)
+    assert "3 sessions are open" in answer.text
     assert 1 <= int(answer.headers["retry-after"]) <= 90
+    assert strict.client.delete(f"{strict.url}{PATH}/{other}", headers=KEYS["b"]).status_code == 200
     verbs = f"{PATH}/{opened[0]}"
     assert strict.post(f"{verbs}/fork", {"n": 3}, headers=KEYS["a"]).status_code == 200
     error_of(strict.post(f"{verbs}/fork", {}, headers=KEYS["a"]), 400, "n")

@@ -98,6 +98,10 @@ def make_context(
         _CONTEXTS_QUEUED * llm.max_model_len if most is None else most,
         refused=None if metrics is None else partial(metrics.count, "admission_rejections", 1),
     )
+    sessions = Sessions(settings.limits.max_sessions, settings.limits.max_sessions_per_key)
+    if metrics is not None:
+        metrics.gauge("num_sessions", "sessions that are open", sessions.__len__)
+        metrics.gauge("num_session_branches", "branches of sessions that are open", lambda: sessions.num_branches)
     return ServerContext(
         llm=llm,
         settings=settings,
@@ -109,7 +113,7 @@ def make_context(
         state=state,
         metrics=metrics,
         tracing=tracing,
-        sessions=Sessions(settings.limits.max_sessions),
+        sessions=sessions,
         templates=ThreadPoolExecutor(_TEMPLATES, "octavo-http-templates"),
     )
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -61,12 +61,12 @@ class Metrics:
 
     def __init__(self, figures: Callable[[], Mapping[str, Any]], model: str, *, vllm_names: bool = False) -> None:
         self._model = model
-        self._registries = []
+        self._registries: dict[str, CollectorRegistry] = {}  # by prefix of the names in it
         self._histograms: dict[str, list[Histogram]] = {name: [] for name in _HISTOGRAMS}
         self._counters: dict[str, list[Counter]] = {name: [] for name in _COUNTERS}
         for prefix in ("octavo_", "vllm:") if vllm_names else ("octavo_",):
             registry = CollectorRegistry()
-            self._registries.append(registry)
+            self._registries[prefix] = registry
             for name, (told, buckets) in _HISTOGRAMS.items():
                 made = Histogram(prefix + name, told, ["model_name"], buckets=buckets, registry=registry)
                 self._histograms[name].append(made.labels(model))  # once: to look it up takes longer than to count
@@ -77,7 +77,12 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Text in Prometheus' format 0.0.4."""
-        return b"".join(generate_latest(registry) for registry in self._registries)
+        return b"".join(generate_latest(registry) for registry in self._registries.values())
+
+    def gauge(self, name: str, told: str, value: Callable[[], float]) -> None:
+        """Another figure, asked for when somebody reads."""
+        for prefix, registry in self._registries.items():
+            Gauge(prefix + name, told, ["model_name"], registry=registry).labels(self._model).set_function(value)
 
     def observe(self, name: str, value: float | None) -> None:
         """Into a histogram; None is left out."""

@@ -54,27 +54,28 @@ class Sessions:
 
     Args:
         most: that may be open at a time.
+        most_per_key: of one API key, or of all clients where there are no keys.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_per_key: int) -> None:
         self.most = most
+        self.most_per_key = most_per_key
         self._held: dict[str, HeldSession] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def check_room(self, identity: str) -> None:
-        """Raises ApiError if no other one may be opened, or this one is."""
+    @property
+    def num_branches(self) -> int:
+        return sum(len(held.branches) for held in self._held.values())
+
+    def check_room(self, identity: str, key: bytes | None) -> None:
+        """Raises ApiError if a client with this key may open no other one, or this one is open."""
         self._forget_ended()
         if identity in self._held:
             raise invalid("request_id", "is that of another session that is open")
-        if len(self._held) >= self.most:
-            now = asyncio.get_running_loop().time()
-            idle = [one.ends_at - now if not one.num_calls else one.lease for one in self._held.values()]
-            problem = (
-                f"{self.most} sessions are open, which is as many as may be: close some, or wait for a lease to end"
-            )
-            raise ApiError(429, problem, headers=retry_after(min(idle)))
+        _check_room("", list(self._held.values()), self.most)
+        _check_room(" of this key", self.of(key), self.most_per_key)
 
     def add(self, held: HeldSession) -> None:
         self._held[held.id] = held
@@ -137,6 +138,15 @@ class Sessions:
         loop = asyncio.get_running_loop()
         held.ends_at = loop.time() + held.lease
         held.timer = loop.call_at(held.ends_at, self.close, held)
+
+
+def _check_room(whose: str, found: list[HeldSession], most: int) -> None:
+    if len(found) < most:
+        return
+    now = asyncio.get_running_loop().time()
+    idle = [one.ends_at - now if not one.num_calls else one.lease for one in found]
+    problem = f"{most} sessions{whose} are open, which is as many as may be: close some, or wait for a lease to end"
+    raise ApiError(429, problem, headers=retry_after(min(idle)))
 
 
 def _stop(held: HeldSession) -> None:

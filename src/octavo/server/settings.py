@@ -44,6 +44,7 @@ class Limits:
     max_request_id: int = _limit(128, "characters of a request's id")
     max_header_bytes: int = _limit(64 << 10, "bytes of a request's path and headers together")
     max_sessions: int = _limit(64, "sessions that are open at a time")
+    max_sessions_per_key: int = _limit(64, "of these, sessions of one API key")
     max_branches: int = _limit(256, "branches of a session")
     max_choice_tokens: int = _limit(1 << 16, "tokens of all choices that a session compares at once")
     stream_buffer: int = _limit(64, "pieces that wait for a slow reader; beyond, they are merged")

@@ -117,7 +117,8 @@ async def open_session(request: Request, context: ServerContext, body: SessionRe
     else:
         lease = _checked_lease(body.lease, context)
     identity = unique_id(request, body.request_id, "session", context.settings.limits.max_request_id)
-    context.sessions.check_room(identity)
+    key = request.scope["octavo.key"]
+    context.sessions.check_room(identity, key)
     _log(context, identity, "open", body)
     async with deadline.hold():
         begin = await _beginning(context, body)
@@ -126,8 +127,8 @@ async def open_session(request: Request, context: ServerContext, body: SessionRe
             if begin is not None:
                 with context.admission.admit(1, 0), renamed(_NAMES):
                     await session.extend(begin)
-            context.sessions.check_room(identity)  # others may have come meanwhile
-            held = HeldSession(identity, model, request.scope["octavo.key"], session, lease)
+            context.sessions.check_room(identity, key)  # others may have come meanwhile
+            held = HeldSession(identity, model, key, session, lease)
             context.sessions.add(held)
         except BaseException:
             await session.close()
