@@ -36,11 +36,10 @@ void rms_norm(const float* x, const float* weight, const float* residual, std::s
   }
 }
 
-void gated(const float* x, std::size_t n, Gate gate, float* y) {
+void gated(const float* x, const float* up, std::size_t n, Gate gate, float* y) {
   for (std::size_t i = 0; i < n; i += kLanes) {
     const F a = load_some(x + i, n - i);
-    const F up = load_some(x + n + i, n - i);
-    store_some(y + i, mul(gate == Gate::Silu ? silu(a) : gelu_tanh(a), up), n - i);
+    store_some(y + i, mul(gate == Gate::Silu ? silu(a) : gelu_tanh(a), load_some(up + i, n - i)), n - i);
   }
 }
 

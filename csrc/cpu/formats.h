@@ -32,6 +32,11 @@ struct Layout {
   std::size_t group_bytes;  // scales and codes
   std::size_t super_bytes;  // what groups_per_super groups share, before them
 
+  // What a product needs of the activations beside codes and scales; see Quantized.
+  constexpr bool needs_totals() const { return has_minimum && subgroups == 1; }
+  constexpr bool needs_sums() const { return zero != 0 && subgroups == 1; }
+  constexpr bool needs_parts() const { return subgroups == 2; }
+
   constexpr std::size_t panel_bytes(std::size_t inputs) const {
     const std::size_t groups = inputs / kGroup;
     return groups * group_bytes + groups / groups_per_super * super_bytes;

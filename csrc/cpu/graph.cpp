@@ -231,8 +231,52 @@ void Graph::check(const Tap& tap, std::size_t rows) const {
   }
 }
 
-// Gives buffers places in the arena; a place is used again once its buffer was read for the last time.
 void Graph::plan() {
+  plan_memory();
+  plan_codes();
+  planned_ = true;
+}
+
+// Decides who quantises what linear ops multiply: whoever makes a row, where it can, while the row is in its cache. The
+// codes of one input have room at a time.
+void Graph::plan_codes() {
+  std::size_t free = 0;  // the first node behind the last that needs the codes before
+  for (Node& node : nodes_) node.quantizes_for = nullptr, node.has_codes = false;
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    Node& node = nodes_[n];
+    if (node.op != Op::Linear || !node.weight->any_codes()) continue;
+    const View& x = node.x;
+    for (std::size_t p = free; p < n; ++p) {
+      Node& made = nodes_[p];
+      if (made.out != x.buffer || columns_of(made.out) != x.columns) continue;
+      const bool in_rows = made.op == Op::Gated || (made.op == Op::RmsNorm && made.vector.size() == x.columns);
+      const bool in_heads = made.op == Op::Attention && x.columns / made.layer->view.kv_heads % kGroup == 0;
+      node.has_codes = in_rows || in_heads;
+      if (node.has_codes) made.quantizes_for = node.weight.get();
+    }
+    free = n + 1;
+  }
+}
+
+// Of as many rows as the graph runs on; what the formats of this weight need.
+Quantized Graph::codes_for(const Weight& weight, std::size_t rows) const {
+  const std::size_t groups = rows * (weight.inputs / kGroup);
+  auto* codes = codes_.as<int8_t>();
+  auto* scales = reinterpret_cast<float*>(codes + groups * kGroup);
+  auto* minus_sums = reinterpret_cast<int32_t*>(scales + 2 * groups);
+  Quantized result{rows, weight.inputs, codes, scales, nullptr, nullptr, nullptr};
+  for (const Weight::Segment& segment : weight.segments) {
+    if (is_float(segment.format)) continue;
+    const Layout layout = layout_of(segment.format);
+    if (layout.needs_totals()) result.totals = scales + groups;
+    if (layout.needs_sums()) result.minus_sums = minus_sums;
+    if (layout.needs_parts()) result.minus_parts = minus_sums + groups;
+  }
+  return result;
+}
+
+// Gives buffers places in the arena; a place is used again once its buffer was read for the last time.
+void Graph::plan_memory() {
   struct Place {
     std::size_t at, columns;
   };
@@ -261,14 +305,13 @@ void Graph::plan() {
       }
     }
   }
-  planned_ = true;
 }
 
 std::size_t Graph::scratch_bytes(std::size_t rows, std::size_t seqs, std::size_t context) {
   const std::unique_lock<std::mutex> lock(in_use_);
   if (!planned_) plan();
   std::size_t columns = arena_columns_ * sizeof(float);
-  columns += quantized_inputs_ + quantized_inputs_ / kGroup * (2 * sizeof(float) + sizeof(int32_t));
+  columns += quantized_inputs_ / kGroup * Quantized::bytes_of_group();
   for (const auto& table : tables_) columns += 2 * table.size() * sizeof(float);
   const std::size_t with_states = std::min(rows, times(seqs, AttentionPlan::kFewRows));
   std::size_t states = 0, scratch = 0;
@@ -300,6 +343,14 @@ struct Place {
   std::size_t stride;
 };
 
+constexpr std::size_t kGatedPart = 512;   // values
+constexpr std::size_t kFewValues = 2048;  // so many are done before another thread has heard of them
+
+// Whole tiles, so that no two threads write to the same cache line of codes; of few rows, what is worth a thread.
+std::size_t rows_of_piece(std::size_t rows, std::size_t columns) {
+  return rows < 2 * kRowTile ? std::max<std::size_t>(1, kFewValues / columns) : kRowTile;
+}
+
 std::size_t grain_of(std::size_t count, int threads) {
   return std::max<std::size_t>(1, count / (static_cast<std::size_t>(threads) * 8));
 }
@@ -324,10 +375,7 @@ void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bo
   }
   if (!planned_) plan();
   arena_.grow(arena_columns_ * rows * sizeof(float));
-  codes_.grow(quantized_inputs_ * rows);
-  scales_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
-  sums_.grow(quantized_inputs_ / kGroup * rows * sizeof(int32_t));
-  totals_.grow(quantized_inputs_ / kGroup * rows * sizeof(float));
+  codes_.grow(quantized_inputs_ / kGroup * rows * Quantized::bytes_of_group());
   const int32_t* positions = batch == nullptr ? nullptr : batch->view().positions;  // no rope without a batch
   std::size_t angles = 0;
   for (const auto& table : tables_) angles += 2 * table.size() * rows;
@@ -383,6 +431,10 @@ void Graph::run_node(const Node& node, Work& work) {
   const Place x = place(node.x);
   const Place residual = place(node.residual);
   const Place y = place({node.out, 0, 0});
+  const Quantized to = node.quantizes_for == nullptr ? Quantized{} : codes_for(*node.quantizes_for, rows);
+  const auto quantize = [&](std::size_t t, std::size_t first, std::size_t last) {  // columns of row t of the output
+    kernels.quantize(y.data + t * y.stride + first, t, first / kGroup, last / kGroup, to);
+  };
   switch (node.op) {
     case Op::Embed:
       pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
@@ -395,13 +447,14 @@ void Graph::run_node(const Node& node, Work& work) {
     case Op::RmsNorm: {
       const std::size_t n = node.vector.size();
       const std::size_t heads = node.x.columns / n;
-      pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
+      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < heads; ++h) {
             const float* r = residual.data == nullptr ? nullptr : residual.data + t * residual.stride + h * n;
             kernels.rms_norm(x.data + t * x.stride + h * n, node.vector.data(), r, n, node.number,
                              y.data + t * y.stride + h * n);
           }
+          if (node.quantizes_for != nullptr) quantize(t, 0, y.stride);
         }
       });
       return;
@@ -435,9 +488,18 @@ void Graph::run_node(const Node& node, Work& work) {
     }
     case Op::Gated: {
       const std::size_t n = node.x.columns / 2;
-      pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
-        for (std::size_t t = begin; t < end; ++t)
-          kernels.gated(x.data + t * x.stride, n, node.gate, y.data + t * y.stride);
+      // Rows are cut into parts, so that a few of them are work for several threads.
+      const std::size_t parts = (n + kGatedPart - 1) / kGatedPart;
+      const std::size_t grain = rows < 2 * kRowTile ? kFewValues / kGatedPart : kRowTile * parts;
+      pool.parallel(rows * parts, grain, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i) {
+          const std::size_t t = i / parts;
+          const std::size_t first = i % parts * kGatedPart;
+          const std::size_t last = std::min(first + kGatedPart, n);
+          const float* gate = x.data + t * x.stride + first;
+          kernels.gated(gate, gate + n, last - first, node.gate, y.data + t * y.stride + first);
+          if (node.quantizes_for != nullptr) quantize(t, first, last);
+        }
       });
       return;
     }
@@ -455,13 +517,11 @@ void Graph::run_linear(const Node& node, Work& work) {
   const Weight& weight = *node.weight;
   const float* x = memory_of(node.x.buffer, work) + node.x.first;
   const std::size_t x_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
-  const std::size_t groups = weight.inputs / kGroup;
-  if (weight.any_codes()) {
-    pool.parallel(rows, 4, [&](std::size_t begin, std::size_t end) {
+  const Quantized codes = codes_for(weight, rows);
+  if (weight.any_codes() && !node.has_codes) {
+    pool.parallel(rows, rows_of_piece(rows, weight.inputs), [&](std::size_t begin, std::size_t end) {
       for (std::size_t t = begin; t < end; ++t) {
-        kernels.quantize(x + t * x_stride, weight.inputs, codes_.as<int8_t>() + t * weight.inputs,
-                         scales_.as<float>() + t * groups, sums_.as<int32_t>() + t * groups,
-                         totals_.as<float>() + t * groups);
+        kernels.quantize(x + t * x_stride, t, 0, weight.inputs / kGroup, codes);
       }
     });
   }
@@ -476,19 +536,10 @@ void Graph::run_linear(const Node& node, Work& work) {
     for (const Weight::Segment& segment : weight.segments) {
       const std::size_t last = first + panels_of(segment.outputs);
       if (begin < last && end > first) {
-        kernels.linear({segment.format,
-                        segment.packed.data(),
-                        segment.outputs,
-                        weight.inputs,
-                        std::max(begin, first) - first,
-                        std::min(end, last) - first,
-                        rows,
-                        x,
-                        {codes_.as<int8_t>(), scales_.as<float>(), sums_.as<int32_t>(), totals_.as<float>()},
+        kernels.linear({segment.format, segment.packed.data(), segment.outputs, weight.inputs,
+                        std::max(begin, first) - first, std::min(end, last) - first, rows, x, codes,
                         segment.bias.empty() ? nullptr : segment.bias.data(),
-                        residual == nullptr ? nullptr : residual + segment.first,
-                        y + segment.first,
-                        weight.outputs});
+                        residual == nullptr ? nullptr : residual + segment.first, y + segment.first, weight.outputs});
       }
       first = last;
     }
@@ -517,6 +568,11 @@ void Graph::run_attention(const Node& node, Work& work) {
   const float* q = memory_of(node.x.buffer, work) + node.x.first;
   const std::size_t q_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
   float* out = memory_of(node.out, work);
+  const Quantized codes = node.quantizes_for == nullptr ? Quantized{} : codes_for(*node.quantizes_for, work.rows);
+  const auto quantize = [&](std::size_t row, std::size_t kv_head) {
+    const std::size_t first = kv_head * group * dim;
+    kernels.quantize(out + row * heads * dim + first, row, first / kGroup, (first + group * dim) / kGroup, codes);
+  };
   pool.parallel(pieces, grain, [&](std::size_t begin, std::size_t end, std::size_t thread) {
     for (std::size_t i = begin; i < end; ++i) {
       const AttentionPlan::Item& item = plan.items[i];
@@ -539,6 +595,8 @@ void Graph::run_attention(const Node& node, Work& work) {
                                  plan.tails.data() + item.tail,
                                  item.tail_start};
       kernels.attention(piece, scratch_.as<float>() + thread * scratch);
+      if (node.quantizes_for == nullptr || item.last_tile != 0) continue;  // the latter are folded below
+      for (std::size_t r = 0; r < item.count; ++r) quantize(static_cast<std::size_t>(piece.rows[r]), item.kv_head);
     }
   });
   if (!plan.folds.empty()) {
@@ -547,6 +605,7 @@ void Graph::run_attention(const Node& node, Work& work) {
         const AttentionPlan::Fold& fold = plan.folds[i];
         kernels.fold(states_.as<float>() + fold.state * state_size, fold.tiles, group, dim,
                      out + fold.row * heads * dim + fold.kv_head * group * dim);
+        if (node.quantizes_for != nullptr) quantize(fold.row, fold.kv_head);
       }
     });
   }

@@ -129,7 +129,9 @@ class Graph {
     float number = 0.0f;  // eps, embedding scale or attention scale
     std::size_t head_dim = 0, dim = 0;
     Gate gate = Gate::Silu;
-    int table = -1;  // of cosines and sines
+    int table = -1;                         // of cosines and sines
+    bool has_codes = false;                 // the rows it multiplies were quantised by who made them
+    const Weight* quantizes_for = nullptr;  // its rows as soon as they are made, for an op that multiplies them next
   };
   struct Work;  // of one run
 
@@ -140,6 +142,9 @@ class Graph {
   void check(const Tap& tap, std::size_t rows) const;
   int add(Node node, std::size_t columns);
   void plan();
+  void plan_memory();
+  void plan_codes();
+  Quantized codes_for(const Weight& weight, std::size_t rows) const;
   void run_node(const Node& node, Work& work);
   void copy_out(const Tap& tap, const Work& work) const;
   float* memory_of(int buffer, const Work& work) const;
@@ -157,7 +162,7 @@ class Graph {
   int num_bound_ = 0;
   bool planned_ = false;
   bool all_packed_ = false;  // all weights have their memory
-  Bytes arena_, codes_, scales_, sums_, totals_, angles_, scratch_, states_;
+  Bytes arena_, codes_, angles_, scratch_, states_;
 };
 
 }  // namespace octavo

@@ -13,12 +13,22 @@ namespace octavo {
 enum class KVType : int { F32, F16, I8 };
 enum class Gate : int { Silu, GeluTanh };
 
-// Rows of activations for integer weights: int8 codes with a scale for each group of 32 inputs.
+constexpr std::size_t kRowTile = 8;  // rows that are multiplied by a panel of weights at once
+
+// Rows of activations for integer weights: int8 codes with a scale for each group of 32 inputs. Tiles of 8 rows, of
+// which the last may have fewer, lie in the order in which kernels read them: for each group what belongs to its rows
+// is side by side, so that one address and constants reach all of it.
 struct Quantized {
-  const int8_t* codes;  // [rows, inputs]
-  const float* scales;  // [rows, inputs / 32]
-  const int32_t* sums;  // [rows, inputs / 32]: of the codes
-  const float* totals;  // [rows, inputs / 32]: scale times sum, by which minima are multiplied
+  std::size_t rows, inputs;
+  int8_t* codes;  // of a tile: [groups, rows of the tile, 32]
+  float* scales;  // [groups, rows]
+  // What not every format of weights needs; null if this one does not.
+  float* totals;         // [groups, rows]: scale times sum of the codes, by which minima are multiplied
+  int32_t* minus_sums;   // [groups, rows]: the sum of the codes, negated
+  int32_t* minus_parts;  // [groups, 2, rows]: those of the first and of the last 16 codes
+
+  static std::size_t bytes_of_group() { return 32 + 2 * sizeof(float) + 3 * sizeof(int32_t); }  // and row
+  std::size_t tile_rows(std::size_t first) const { return first + kRowTile < rows ? kRowTile : rows - first; }
 };
 
 struct LinearPiece {
@@ -81,12 +91,13 @@ struct AttentionPiece {
 
 struct Kernels {
   const char* name;
-  void (*quantize)(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums, float* totals);
+  // Groups [first, last) of a row, whose values begin at x.
+  void (*quantize)(const float* x, std::size_t row, std::size_t first, std::size_t last, const Quantized& to);
   void (*linear)(const LinearPiece& piece);
   // out[c] = (values of row `column`) * scale
   void (*embed)(Format format, const uint8_t* packed, std::size_t inputs, std::size_t column, float scale, float* out);
   void (*rms_norm)(const float* x, const float* weight, const float* residual, std::size_t n, float eps, float* y);
-  void (*gated)(const float* x, std::size_t n, Gate gate, float* y);
+  void (*gated)(const float* x, const float* up, std::size_t n, Gate gate, float* y);
   // Rotate one head of one token, halves of the first `dim` elements; angles as cos and sin [dim / 2].
   void (*rope)(const float* x, const float* cosines, const float* sines, std::size_t dim, std::size_t head_dim,
                float* y);

@@ -32,8 +32,9 @@ OCTAVO_INLINE Q code_quad(const uint8_t* p, std::size_t j) {
 
 // --- integer sums: exact, whatever the way ---
 //
-// dot_quads: sums[r] lane c = sum over quads [First, Last) of codes * x, for codes of at most MaxCode. Quads are the
-// outer loop, so that the rows' sums are independent chains and one quad of codes is alive at a time.
+// dot_quads: sums[r] lane c += sum over quads [First, Last) of codes * x, for codes of at most MaxCode; x is [Rows,
+// 32]. Quads are the outer loop, so that the rows' sums are independent chains and one quad of codes is alive at a
+// time.
 
 OCTAVO_INLINE int32_t four_of(const int8_t* x) {
   int32_t four;
@@ -43,26 +44,27 @@ OCTAVO_INLINE int32_t four_of(const int8_t* x) {
 
 #if defined(__AVX512F__)
 
-constexpr std::size_t kRowTile = 8;
+// sum + code * the four inputs at x. In assembly, since GCC makes of the broadcast an instruction of its own.
+OCTAVO_INLINE __m512i multiply_add(__m512i sum, __m512i code, const int8_t* x) {
+  asm("vpdpbusd %[x]%{1to16%}, %[c], %[s]"
+      : [s] "+v"(sum)
+      : [c] "v"(code), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+  return sum;
+}
 
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
   __m512i sum[Rows];
-  for (std::size_t r = 0; r < Rows; ++r) sum[r] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-  for (std::size_t j = First; j < Last; ++j) {
+  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = sums[r].v; });
+  unroll<Last - First>(OCTAVO_EACH(step) {
+    constexpr std::size_t j = First + step;
     const Q code = code_quad<kind>(codes, j);
-#pragma GCC unroll 8
-    for (std::size_t r = 0; r < Rows; ++r) {
-      sum[r] = _mm512_dpbusd_epi32(sum[r], code.v, _mm512_set1_epi32(four_of(x + r * stride + 4 * j)));
-    }
-  }
-  for (std::size_t r = 0; r < Rows; ++r) sums[r].v = sum[r];
+    unroll<Rows>(OCTAVO_EACH(r) { sum[r] = multiply_add(sum[r], code.v, x + r * kGroup + 4 * j); });
+  });
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r].v = sum[r]; });
 }
 
 #elif defined(__AVX2__)
-
-constexpr std::size_t kRowTile = 8;
 
 // words += sums of two products each of the codes and four broadcast inputs. In assembly, since GCC keeps broadcasts
 // for later use and spills them, which costs more than the multiplication.
@@ -76,19 +78,18 @@ OCTAVO_INLINE void multiply_add(__m256i& words, __m256i code, const int8_t* x) {
 // One half (8 outputs) of each quad. vpmaddubsw adds two products into int16, which holds kSteps quads of them before
 // it must be widened: 2 * kSteps * MaxCode * 127 < 2^15.
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows, int Half>
-OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, std::size_t stride, __m256i* sums) {
+OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, __m256i* sums) {
   const auto part = [&](std::size_t j) __attribute__((always_inline)) {
     const Q code = code_quad<kind>(codes, j);
     return Half == 0 ? code.lo : code.hi;
   };
-  for (std::size_t r = 0; r < Rows; ++r) sums[r] = _mm256_setzero_si256();
   if constexpr (MaxCode > 127) {  // bytes that fill all 8 bits: even and odd inputs as int16 pairs
     const __m256i low = _mm256_set1_epi16(0xff);
     for (std::size_t j = First; j < Last; ++j) {
       const __m256i even = _mm256_and_si256(part(j), low);
       const __m256i odd = _mm256_srli_epi16(part(j), 8);
       for (std::size_t r = 0; r < Rows; ++r) {
-        const __m256i four = _mm256_set1_epi32(four_of(x + r * stride + 4 * j));
+        const __m256i four = _mm256_set1_epi32(four_of(x + r * kGroup + 4 * j));
         const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
         const __m256i x_odd = _mm256_srai_epi16(four, 8);
         const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
@@ -108,7 +109,7 @@ OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, std::size_t s
       unroll<kCount>(OCTAVO_EACH(step) {
         const std::size_t j = kBegin + step;
         const __m256i code = part(j);
-        unroll<Rows>(OCTAVO_EACH(r) { multiply_add(words[r], code, x + r * stride + 4 * j); });
+        unroll<Rows>(OCTAVO_EACH(r) { multiply_add(words[r], code, x + r * kGroup + 4 * j); });
       });
       unroll<Rows>(OCTAVO_EACH(r) { sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(words[r], ones)); });
     });
@@ -116,25 +117,26 @@ OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, std::size_t s
 }
 
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
   __m256i half[Rows];
-  dot_half<kind, MaxCode, First, Last, Rows, 0>(codes, x, stride, half);
+  for (std::size_t r = 0; r < Rows; ++r) half[r] = sums[r].lo;
+  dot_half<kind, MaxCode, First, Last, Rows, 0>(codes, x, half);
   for (std::size_t r = 0; r < Rows; ++r) sums[r].lo = half[r];
-  dot_half<kind, MaxCode, First, Last, Rows, 1>(codes, x, stride, half);
+  for (std::size_t r = 0; r < Rows; ++r) half[r] = sums[r].hi;
+  dot_half<kind, MaxCode, First, Last, Rows, 1>(codes, x, half);
   for (std::size_t r = 0; r < Rows; ++r) sums[r].hi = half[r];
 }
 
 #else
 
-constexpr std::size_t kRowTile = 4;
-
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, std::size_t stride, I* sums) {
-  int32_t sum[Rows][kLanes] = {};
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
+  int32_t sum[Rows][kLanes];
+  for (std::size_t r = 0; r < Rows; ++r) std::memcpy(sum[r], sums[r].v, sizeof sum[r]);
   for (std::size_t j = First; j < Last; ++j) {
     const Q code = code_quad<kind>(codes, j);
     for (std::size_t r = 0; r < Rows; ++r) {
-      const int8_t* four = x + r * stride + 4 * j;
+      const int8_t* four = x + r * kGroup + 4 * j;
       for (int c = 0; c < kLanes; ++c) {
         const uint8_t* codes_of = code.v + 4 * c;
         sum[r][c] += codes_of[0] * four[0] + codes_of[1] * four[1] + codes_of[2] * four[2] + codes_of[3] * four[3];
@@ -203,11 +205,6 @@ OCTAVO_INLINE void each_group(const uint8_t* panel, std::size_t groups, const Vi
 
 // --- one panel, Rows rows ---
 
-// Which weights are asked for ahead of their use: those of every `every`-th group from `first` on, `bytes` further on.
-// Tiles of rows that go over the same panel share the next one among them, so that memory is read at an even pace.
-struct Ahead {
-  std::size_t bytes, first, every;
-};
 constexpr std::size_t kAhead = 4096;  // with one tile: what memory delivers to a thread in some 200 nanoseconds
 
 // Adds bias and residual and stores what of the panel belongs to the matrix.
@@ -229,49 +226,46 @@ OCTAVO_INLINE void finish_row(const LinearPiece& piece, std::size_t row, std::si
   std::memcpy(piece.y + at, values, left * sizeof(float));
 }
 
-// Sum of the first or second 16 codes of a group.
-OCTAVO_INLINE int32_t half_sum(const int8_t* x, int half) {
-  int32_t sum = 0;
-  for (int k = 16 * half; k < 16 * (half + 1); ++k) sum += x[k];
-  return sum;
-}
-
+// Weights are asked for ahead of their use: those of every `every`-th group from `next` on, `ahead` bytes further on.
+// Tiles of rows that go over the same panel share the next one among them, so that memory is read at an even pace.
 template <Format format, std::size_t Rows>
-OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, std::size_t row, Ahead ahead) {
+OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, std::size_t row, std::size_t ahead,
+                                  std::size_t next, std::size_t every) {
   constexpr Layout layout = layout_of(format);
   constexpr std::size_t kScaleBytes = layout.group_bytes - layout.code_bytes;
   constexpr std::size_t kPart = kQuads / layout.subgroups;
   const std::size_t groups = piece.inputs / kGroup;
   const uint8_t* packed = piece.packed + panel * layout.panel_bytes(piece.inputs);
-  const int8_t* x = piece.q.codes + row * piece.inputs;
+  const int8_t* x = piece.q.codes + row * piece.inputs;  // what is before the tile lies in full tiles
   const float* scales = piece.q.scales + row * groups;
-  const int32_t* sums = piece.q.sums + row * groups;
-  const float* totals = piece.q.totals + row * groups;
+  const float* totals = layout.needs_totals() ? piece.q.totals + row * groups : nullptr;
+  const int32_t* minus_sums = layout.needs_sums() ? piece.q.minus_sums + row * groups : nullptr;
+  const int32_t* minus_parts = layout.needs_parts() ? piece.q.minus_parts + 2 * row * groups : nullptr;
   F acc[Rows];
   for (std::size_t r = 0; r < Rows; ++r) acc[r] = zero();
   each_group<format>(packed, groups, [&](const uint8_t* super, const uint8_t* group, std::size_t g) {
-    if (g == ahead.first) {
-      for (std::size_t byte = 0; byte < layout.group_bytes; byte += 64)
-        __builtin_prefetch(group + ahead.bytes + byte, 0, 2);
-      ahead.first += ahead.every;
+    if (g == next) {
+      for (std::size_t byte = 0; byte < layout.group_bytes; byte += 64) __builtin_prefetch(group + ahead + byte, 0, 2);
+      next += every;
     }
     const uint8_t* codes = group + kScaleBytes;
     const auto part = [&](auto subgroup) {
       constexpr std::size_t kSub = decltype(subgroup)::value;
       const F scale = scale_of<format>(super, group, kSub);
       I isum[Rows];
-      dot_quads<layout.codes, layout.max_code, kSub * kPart, (kSub + 1) * kPart, Rows>(codes, x + g * kGroup,
-                                                                                       piece.inputs, isum);
-      for (std::size_t r = 0; r < Rows; ++r) {
-        if constexpr (layout.zero != 0) {
-          int32_t sum = sums[r * groups + g];
-          if constexpr (layout.subgroups == 2) sum = half_sum(x + r * piece.inputs + g * kGroup, kSub);
+      unroll<Rows>(OCTAVO_EACH(r) {
+        if constexpr (layout.zero == 0) {
+          isum[r] = set1i(0);
+        } else {
           static_assert(std::has_single_bit(static_cast<unsigned>(layout.zero)));
           constexpr int kShift = std::countr_zero(static_cast<unsigned>(layout.zero));
-          isum[r] = subi(isum[r], shift_left(set1i(sum), kShift));
+          const int32_t minus = layout.needs_sums() ? minus_sums[g * Rows + r] : minus_parts[(2 * g + kSub) * Rows + r];
+          isum[r] = shift_left(set1i(minus), kShift);
         }
-        acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[r * groups + g])), acc[r]);
-      }
+      });
+      dot_quads<layout.codes, layout.max_code, kSub * kPart, (kSub + 1) * kPart, Rows>(codes, x + g * kGroup * Rows,
+                                                                                       isum);
+      unroll<Rows>(OCTAVO_EACH(r) { acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[g * Rows + r])), acc[r]); });
     };
     part(std::integral_constant<std::size_t, 0>{});
     if constexpr (layout.subgroups == 2) part(std::integral_constant<std::size_t, 1>{});
@@ -280,13 +274,14 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
     each_group<format>(packed, groups, [&](const uint8_t* super, const uint8_t* group, std::size_t g) {
       for (int s = 0; s < layout.subgroups; ++s) {
         const F minimum = minimum_of<format>(super, group, s);
-        for (std::size_t r = 0; r < Rows; ++r) {
-          float total = totals[r * groups + g];
-          if constexpr (layout.subgroups == 2) {
-            total = scales[r * groups + g] * static_cast<float>(half_sum(x + r * piece.inputs + g * kGroup, s));
+        unroll<Rows>(OCTAVO_EACH(r) {
+          if constexpr (layout.needs_totals()) {
+            acc[r] = fma(minimum, set1(totals[g * Rows + r]), acc[r]);
+          } else {
+            const int32_t minus = minus_parts[(2 * g + static_cast<std::size_t>(s)) * Rows + r];
+            acc[r] = fma(minimum, set1(scales[g * Rows + r] * static_cast<float>(-minus)), acc[r]);
           }
-          acc[r] = fma(minimum, set1(total), acc[r]);
-        }
+        });
       }
     });
   }
@@ -315,45 +310,46 @@ OCTAVO_INLINE void panel_of_floats(const LinearPiece& piece, std::size_t panel, 
 }
 
 template <Format format, std::size_t Rows>
-__attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t panel, std::size_t row, Ahead ahead) {
+__attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t panel, std::size_t row,
+                                          std::size_t ahead, std::size_t next, std::size_t every) {
   if constexpr (is_float(format)) {
     panel_of_floats<format, Rows>(piece, panel, row);
   } else {
-    panel_of_codes<format, Rows>(piece, panel, row, ahead);
+    panel_of_codes<format, Rows>(piece, panel, row, ahead, next, every);
   }
 }
 
 template <Format format>
 void linear_of_rows(const LinearPiece& piece, std::size_t first_row, std::size_t last_row) {
   const std::size_t tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
-  const std::size_t bytes = tiles == 1 ? kAhead : panel_bytes(format, piece.inputs);
+  const std::size_t ahead = tiles == 1 ? kAhead : panel_bytes(format, piece.inputs);
   for (std::size_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
-    std::size_t row = first_row;
-    Ahead ahead{bytes, 0, tiles};
-    for (; row + kRowTile <= last_row; row += kRowTile, ++ahead.first) {
-      panel_rows<format, kRowTile>(piece, panel, row, ahead);
+    std::size_t tile = 0;
+    for (; first_row + (tile + 1) * kRowTile <= last_row; ++tile) {
+      panel_rows<format, kRowTile>(piece, panel, first_row + tile * kRowTile, ahead, tile, tiles);
     }
+    const std::size_t row = first_row + tile * kRowTile;
     switch (last_row - row) {
       case 7:
-        panel_rows<format, 7 % (kRowTile + 1)>(piece, panel, row, ahead);
+        panel_rows<format, 7>(piece, panel, row, ahead, tile, tiles);
         break;
       case 6:
-        panel_rows<format, 6 % (kRowTile + 1)>(piece, panel, row, ahead);
+        panel_rows<format, 6>(piece, panel, row, ahead, tile, tiles);
         break;
       case 5:
-        panel_rows<format, 5 % (kRowTile + 1)>(piece, panel, row, ahead);
+        panel_rows<format, 5>(piece, panel, row, ahead, tile, tiles);
         break;
       case 4:
-        panel_rows<format, 4 % (kRowTile + 1)>(piece, panel, row, ahead);
+        panel_rows<format, 4>(piece, panel, row, ahead, tile, tiles);
         break;
       case 3:
-        panel_rows<format, 3>(piece, panel, row, ahead);
+        panel_rows<format, 3>(piece, panel, row, ahead, tile, tiles);
         break;
       case 2:
-        panel_rows<format, 2>(piece, panel, row, ahead);
+        panel_rows<format, 2>(piece, panel, row, ahead, tile, tiles);
         break;
       case 1:
-        panel_rows<format, 1>(piece, panel, row, ahead);
+        panel_rows<format, 1>(piece, panel, row, ahead, tile, tiles);
         break;
       default:
         break;
@@ -407,27 +403,63 @@ void linear(const LinearPiece& piece) {
 // Symmetric, to nearest: code = round(x * 127 / max|x|). Looks at each group of the row alone. A group with NaN or
 // infinity has codes of 0 and a scale that is not finite, so that damage shows in the result, as NaN. A group so small
 // that 127 / max|x| is infinite (max|x| below 3.8e-37) is taken for zeros.
-void quantize(const float* x, std::size_t inputs, int8_t* codes, float* scales, int32_t* sums, float* totals) {
-  for (std::size_t g = 0; g < inputs / kGroup; ++g, x += kGroup, codes += kGroup) {
-    const F lo = load(x);
-    const F hi = load(x + kLanes);
-    // Compared as integers: of floats without their sign that is the same order, and NaN comes out on top.
-    const float top = float_of_bits(highest_of(maxi(as_int(abs(lo)), as_int(abs(hi)))));
-    scales[g] = top / 127.0f;
-    sums[g] = 0;
-    totals[g] = scales[g] * 0.0f;
-    const float steps = steps_per_unit(top);
-    if (steps == 0.0f) {
-      std::memset(codes, 0, kGroup);
-      continue;
+void quantize(const float* x, std::size_t row, std::size_t first, std::size_t last, const Quantized& to) {
+  const std::size_t tile = row / kRowTile * kRowTile;
+  const std::size_t rows = to.tile_rows(tile);
+  const std::size_t before = tile * (to.inputs / kGroup);
+  int8_t* codes = to.codes + tile * to.inputs + (row - tile) * kGroup;
+  const std::size_t at = before + row - tile;
+  const std::size_t at_parts = 2 * before + row - tile;
+  float* scales = to.scales + at;
+  for (std::size_t g = first; g < last; g += kFour) {
+    std::size_t group[kFour];  // the last one several times where there are fewer
+    for (std::size_t i = 0; i < kFour; ++i) group[i] = g + i < last ? g + i : last - 1;
+    F lo[kFour], hi[kFour];
+    I tops[kFour];
+    for (std::size_t i = 0; i < kFour; ++i) {
+      const float* values = x + (group[i] - first) * kGroup;
+      lo[i] = load(values);
+      hi[i] = load(values + kLanes);
+      // Compared as integers: of floats without their sign that is the same order, and NaN comes out on top.
+      tops[i] = maxi(as_int(abs(lo[i])), as_int(abs(hi[i])));
     }
-    const F inverse = set1(steps);
-    const I lo_codes = to_int(mul(lo, inverse));
-    const I hi_codes = to_int(mul(hi, inverse));
-    store_bytes(codes, lo_codes);
-    store_bytes(codes + kLanes, hi_codes);
-    sums[g] = sum_of(addi(lo_codes, hi_codes));
-    totals[g] = scales[g] * static_cast<float>(sums[g]);
+    int32_t bits[kFour];
+    highest_of_four(tops, bits);
+    float scale[kFour], steps[kFour];
+    for (std::size_t i = 0; i < kFour; ++i) scale[i] = float_of_bits(bits[i]) / 127.0f;
+    for (std::size_t i = 0; i < kFour; ++i) steps[i] = steps_per_unit(float_of_bits(bits[i]));
+    I lo_codes[kFour], hi_codes[kFour];
+    for (std::size_t i = 0; i < kFour; ++i) {
+      lo_codes[i] = hi_codes[i] = set1i(0);
+      if (steps[i] != 0.0f) {
+        lo_codes[i] = to_int(mul(lo[i], set1(steps[i])));
+        hi_codes[i] = to_int(mul(hi[i], set1(steps[i])));
+      }
+      store_bytes(codes + group[i] * rows * kGroup, lo_codes[i]);
+      store_bytes(codes + group[i] * rows * kGroup + kLanes, hi_codes[i]);
+    }
+    for (std::size_t i = 0; i < kFour; ++i) scales[group[i] * rows] = scale[i];
+    if (to.totals != nullptr || to.minus_sums != nullptr) {
+      I codes_of[kFour];
+      int32_t sums[kFour];
+      for (std::size_t i = 0; i < kFour; ++i) codes_of[i] = addi(lo_codes[i], hi_codes[i]);
+      sum_of_four(codes_of, sums);
+      for (std::size_t i = 0; to.totals != nullptr && i < kFour; ++i) {
+        to.totals[at + group[i] * rows] = scale[i] * static_cast<float>(sums[i]);
+      }
+      for (std::size_t i = 0; to.minus_sums != nullptr && i < kFour; ++i) {
+        to.minus_sums[at + group[i] * rows] = -sums[i];
+      }
+    }
+    if (to.minus_parts != nullptr) {
+      int32_t firsts[kFour], lasts[kFour];
+      sum_of_four(lo_codes, firsts);
+      sum_of_four(hi_codes, lasts);
+      for (std::size_t i = 0; i < kFour; ++i) {
+        to.minus_parts[at_parts + 2 * group[i] * rows] = -firsts[i];
+        to.minus_parts[at_parts + (2 * group[i] + 1) * rows] = -lasts[i];
+      }
+    }
   }
 }
 

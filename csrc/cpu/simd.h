@@ -28,6 +28,7 @@ uint16_t half_of_float(float value);
 namespace octavo::OCTAVO_ISA {
 
 constexpr int kLanes = 16;
+constexpr int kFour = 4;  // vectors whose lanes are summed, or compared, at once
 
 // Calls body(0), body(1), ... body(N - 1) with the index as a constant, so that an array it indexes can live in
 // registers.
@@ -49,6 +50,15 @@ OCTAVO_INLINE float highest_of_eight(__m256 a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// result[i]: what op makes of all lanes of a[i].
+template <class Op>
+OCTAVO_INLINE void across_four(const __m256i* a, const Op& op, int32_t* result) {
+  const __m256i ab = op(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
+  const __m256i cd = op(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
+  const __m256i abcd = op(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m256i all = op(abcd, _mm256_permute2x128_si256(abcd, abcd, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(result), _mm256_castsi256_si128(all));
 }
 #endif
 
@@ -93,8 +103,20 @@ OCTAVO_INLINE float sum_of(F a) { return sum_of_eight(_mm256_add_ps(_mm512_castp
 OCTAVO_INLINE float highest_of(F a) {  // none may be NaN
   return highest_of_eight(_mm256_max_ps(_mm512_castps512_ps256(a.v), upper_half(a.v)));
 }
-OCTAVO_INLINE int32_t sum_of(I a) { return _mm512_reduce_add_epi32(a.v); }
-OCTAVO_INLINE int32_t highest_of(I a) { return _mm512_reduce_max_epi32(a.v); }
+OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {
+  __m256i halves[kFour];
+  for (int i = 0; i < kFour; ++i) {
+    halves[i] = _mm256_add_epi32(_mm512_castsi512_si256(a[i].v), _mm512_extracti64x4_epi64(a[i].v, 1));
+  }
+  across_four(halves, [](__m256i x, __m256i y) { return _mm256_add_epi32(x, y); }, sums);
+}
+OCTAVO_INLINE void highest_of_four(const I* a, int32_t* tops) {
+  __m256i halves[kFour];
+  for (int i = 0; i < kFour; ++i) {
+    halves[i] = _mm256_max_epi32(_mm512_castsi512_si256(a[i].v), _mm512_extracti64x4_epi64(a[i].v, 1));
+  }
+  across_four(halves, [](__m256i x, __m256i y) { return _mm256_max_epi32(x, y); }, tops);
+}
 OCTAVO_INLINE I shift_left(I a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 OCTAVO_INLINE F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
 OCTAVO_INLINE I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
@@ -175,17 +197,15 @@ OCTAVO_INLINE I subi(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_su
 OCTAVO_INLINE I maxi(I a, I b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 OCTAVO_INLINE float sum_of(F a) { return sum_of_eight(_mm256_add_ps(a.lo, a.hi)); }
 OCTAVO_INLINE float highest_of(F a) { return highest_of_eight(_mm256_max_ps(a.lo, a.hi)); }
-OCTAVO_INLINE int32_t sum_of(I a) {
-  const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {
+  __m256i halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_add_epi32(a[i].lo, a[i].hi);
+  across_four(halves, [](__m256i x, __m256i y) { return _mm256_add_epi32(x, y); }, sums);
 }
-OCTAVO_INLINE int32_t highest_of(I a) {
-  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
-  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+OCTAVO_INLINE void highest_of_four(const I* a, int32_t* tops) {
+  __m256i halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_max_epi32(a[i].lo, a[i].hi);
+  across_four(halves, [](__m256i x, __m256i y) { return _mm256_max_epi32(x, y); }, tops);
 }
 OCTAVO_INLINE I shift_left(I a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
 OCTAVO_INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
@@ -332,15 +352,17 @@ OCTAVO_INLINE float highest_of(F a) {
   for (float v : a.v) best = v > best ? v : best;
   return best;
 }
-OCTAVO_INLINE int32_t sum_of(I a) {  // of lanes that do not overflow
-  int32_t sum = 0;
-  for (int32_t v : a.v) sum += v;
-  return sum;
+OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {  // of lanes that do not overflow
+  for (int i = 0; i < kFour; ++i) {
+    sums[i] = 0;
+    for (int32_t v : a[i].v) sums[i] += v;
+  }
 }
-OCTAVO_INLINE int32_t highest_of(I a) {
-  int32_t best = a.v[0];
-  for (int32_t v : a.v) best = v > best ? v : best;
-  return best;
+OCTAVO_INLINE void highest_of_four(const I* a, int32_t* tops) {
+  for (int i = 0; i < kFour; ++i) {
+    tops[i] = a[i].v[0];
+    for (int32_t v : a[i].v) tops[i] = v > tops[i] ? v : tops[i];
+  }
 }
 OCTAVO_INLINE I shift_left(I a, int n) {
   return lanes<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); });

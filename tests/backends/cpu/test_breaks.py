@@ -50,8 +50,8 @@ BREAKS = [
         2,
         "a single row is multiplied and added in two roundings",
         "csrc/cpu/linear.inl",
-        "acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[r * groups + g])), acc[r]);",
-        "const F by = mul(scale, set1(scales[r * groups + g]));\n"
+        "acc[r] = fma(to_float(isum[r]), mul(scale, set1(scales[g * Rows + r])), acc[r]);",
+        "const F by = mul(scale, set1(scales[g * Rows + r]));\n"
         "acc[r] = Rows == 1 ? add(mul(to_float(isum[r]), by), acc[r]) : fma(to_float(isum[r]), by, acc[r]);",
         (f"{CPU}/test_linear.py",),
     ),
@@ -71,8 +71,8 @@ BREAKS = [
         3,
         "a group's scale looks at the group before it",
         "csrc/cpu/linear.inl",
-        "const F hi = load(x + kLanes);\n",
-        "const F hi = max(load(x + kLanes), mul(load(g == 0 ? x : x - kLanes), set1(1e-3f)));\n",
+        "hi[i] = load(values + kLanes);\n",
+        "hi[i] = max(load(values + kLanes), mul(load(group[i] == first ? values : values - kLanes), set1(1e-3f)));\n",
         (f"{CPU}/test_linear.py",),
     ),
     Break(

@@ -239,6 +239,54 @@ def test_captured_is_eager(instruction_set: str, threads: int) -> None:
             bits_equal(ops.to_numpy(taken[number]), states[number][rows], f"{sequences}, state {number}")
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_codes_are_those_of_the_rows_that_are_multiplied(instruction_set: str, threads: int) -> None:
+    """Whoever makes a row quantises it, where he can. Guards against codes of another row, or of another op's: of an
+    input that others are multiplied before, or twice; of a part of a buffer; of heads that share a group of codes; of
+    formats that need other sums."""
+    from octavo.ops import KVSpec
+
+    ops = machine(instruction_set, threads)
+    table = ops.linear_weight([random_tensor("Q4_0", 50, 256)])
+    norms = [ops.vector_weight(vector(256)), np.linspace(0.5, 3.0, 256, dtype=np.float32)]
+    wide = ops.linear_weight([random_tensor("Q2_K", 1000, 256), random_tensor("F16", 24, 256)])
+    mixed = ops.linear_weight([random_tensor(name, 32, 256) for name in ("Q4_1", "Q8_0", "Q3_K", "Q2_K")])
+    last = ops.linear_weight([random_tensor("Q6_K", 96, 256)])
+    of_heads = {columns: ops.linear_weight([random_tensor("Q5_0", 32, columns)]) for columns in (32, 64, 128)}
+    down = ops.linear_weight([random_tensor("Q5_1", 256, 512)])
+    (layer,) = ops.kv_layers([KVSpec(2, 16, None)], 80, 16)
+
+    def run(batch: Any) -> Iterator[Any]:
+        x = ops.embed(batch, table)
+        one, other = (ops.rms_norm(x, norm, 1e-5) for norm in norms)
+        yield ops.linear(one, mixed)
+        up = ops.linear(other, wide)
+        yield up
+        _, part = ops.split_heads(ops.gated(up, Activation.SILU), (384, 128), 16)
+        yield ops.linear(part, of_heads[128])
+        qkv = ops.linear(one, last)
+        yield qkv
+        q, k, v = ops.split_heads(qkv, (32, 32, 32), 16)
+        yield ops.linear(k, of_heads[32])
+        yield ops.linear(q, of_heads[32])
+        ops.store_kv(k, v, batch, layer)
+        yield ops.linear(ops.attention(q, batch, layer, 0.25), of_heads[32])  # 16 columns of each head of KV
+        both, _ = ops.split_heads(qkv, (64, 32), 16)
+        yield ops.linear(ops.attention(both, batch, layer, 0.25), of_heads[64])  # and 32
+        yield ops.linear(ops.gated(up, Activation.GELU_TANH), down, x)
+
+    recorded = ops.capture(run)
+    for seed, sequences in enumerate([[(0, 1)], [(0, 7)], [(0, 9)], *RAGGED.values(), [(3, 4), (16, 1)], [(0, 90)]]):
+        batch = ops.prepare(ragged(sequences, 16, seed=seed)[0])
+        expected = [ops.to_numpy(state) for state in run(batch)]
+        every = np.arange(len(expected[0]), dtype=np.int32)
+        x, taken = recorded(batch, dict.fromkeys(range(len(expected)), every))
+        bits_equal(ops.to_numpy(x), expected[-1], str(sequences))
+        for number, rows in taken.items():
+            bits_equal(ops.to_numpy(rows), expected[number], f"{sequences}, state {number}")
+
+
 QKV = (("Q5_K", 64, 256), ("Q5_K", 32, 256), ("Q6_K", 32, 256))
 
 
