@@ -7,11 +7,9 @@
 // computes which tile.
 #pragma once
 
-#include <algorithm>
-
+#include "attention_codes.inl"
+#include "attention_state.inl"
 #include "elementwise.inl"
-#include "kernels.h"
-#include "math.inl"
 
 namespace octavo::OCTAVO_ISA {
 
@@ -31,9 +29,6 @@ constexpr std::size_t kChunksMany = 1;
 constexpr std::size_t kChunksFew = 1;
 constexpr std::size_t kMostInPlace = kQueryTile;
 #endif
-alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr std::size_t kRowBlock = 8;  // rows that share one conversion of K and V
-constexpr std::size_t kChunks = kTile / kLanes;
 
 // B of the product below: rows of floats or halves. Halves are read where they are stored: while row i is used, `ahead`
 // asks for row i of the next tile. Blocks lie anywhere, so that the processor cannot guess the next one, and asking for
@@ -139,98 +134,35 @@ void product_all(const float* const* a, std::size_t queries, const B& b, std::si
   }
 }
 
-// One tile of keys of one sequence.
-struct Tile {
-  std::size_t start;  // position of its first key
-  std::size_t keys;   // how many of its 64 keys are there
-  std::size_t lanes;  // keys, rounded up to 16: so many are readable
-};
-
-// Addresses and conversions of one tile's K and V.
-struct TileReader {
-  const KVView& kv;
-  const int32_t* table;
-  std::size_t kv_head;
-  std::size_t head_bytes;
-  const int32_t* tail;
-  std::size_t tail_start;
-
-  OCTAVO_INLINE std::size_t base_of(std::size_t block) const { return (block * kv.kv_heads + kv_head) * head_bytes; }
-  OCTAVO_INLINE std::size_t base(std::size_t position) const {
-    return base_of(static_cast<std::size_t>(table[position / kv.block_size]));
-  }
-  OCTAVO_INLINE std::size_t slot_of(std::size_t position) const {
-    if (position >= tail_start) return static_cast<std::size_t>(tail[position - tail_start]);
-    return static_cast<std::size_t>(table[position / kv.block_size]) * kv.block_size + position % kv.block_size;
-  }
-  // Whether some keys of the tile are those of a draft tree: they lie anywhere.
-  OCTAVO_INLINE bool in_tail(const Tile& tile) const { return tile.start + tile.keys > tail_start; }
-  // Where 16 keys from `position` on begin inside a block.
-  OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
-
+// K and V of a tile as float32.
+struct TileReader : Places {
   OCTAVO_INLINE const uint16_t* halves(const uint8_t* k_or_v, std::size_t base) const {
     return reinterpret_cast<const uint16_t*>(k_or_v + base);
   }
-  // The block that is wanted after that of `position`, one tile further on or, behind `last`, at the beginning of the
-  // next KV head, which is as a rule the next piece of work. For a guess, so that it need not be right.
-  OCTAVO_INLINE std::size_t base_after(std::size_t position, std::size_t first, std::size_t last) const {
-    if (position + kTile <= last) return base(position + kTile);
-    return base(first + position % kTile) + (kv_head + 1 < kv.kv_heads ? head_bytes : 0);
-  }
-
-  // Ask for the K and V of the blocks of [first, last) ahead of their use.
-  void prefetch(std::size_t first, std::size_t last) const {
-    for (std::size_t position = first; position < last; position += kv.block_size) {
-      const std::size_t at = base(position);
-      for (std::size_t byte = 0; byte < head_bytes; byte += 64) {
-        __builtin_prefetch(kv.k + at + byte);
-        __builtin_prefetch(kv.v + at + byte);
-      }
-    }
-  }
-
-  // K of the tile as float32 [D][64].
+  // K as [D][64].
   void keys(const Tile& tile, float* out) const {
     if (in_tail(tile)) return gathered_keys(tile, out);
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
       const std::size_t at = offset(tile.start + key);
       const uint8_t* head = kv.k + base(tile.start + key);
-      each_scaled([&](std::size_t first, std::size_t last) {
-        const F scale = scales(head, first, at);
-        for (std::size_t d = first; d < last; ++d) {
-          store(out + d * kTile + key, sixteen(head, d * kv.block_size + at, scale));
-        }
-      });
+      for (std::size_t d = 0; d < kv.head_dim; ++d) {
+        store(out + d * kTile + key, sixteen(head, d * kv.block_size + at));
+      }
     }
   }
-  // V of the tile as float32 [64][D].
+  // V as [64][D].
   void values(const Tile& tile, float* out) const {
     for (std::size_t key = 0; key < tile.keys; ++key) {
       const std::size_t slot = slot_of(tile.start + key);
       const std::size_t at = slot % kv.block_size;
       const uint8_t* head = kv.v + base_of(slot / kv.block_size);
-      each_scaled([&](std::size_t first, std::size_t last) {
-        float scale = 0.0f;
-        if (kv.type == KVType::I8) std::memcpy(&scale, head + kv.scale_at(first, at), sizeof scale);
-        for (std::size_t d = first; d < last; d += kLanes) {
-          store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d, set1(scale)));
-        }
-      });
+      for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
+        store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d));
+      }
     }
   }
 
  private:
-  // Visits the values of a token in runs that share a scale: visit(first, last).
-  template <class Visit>
-  OCTAVO_INLINE void each_scaled(const Visit& visit) const {
-    for (std::size_t first = 0; first < kv.head_dim; first += KVView::kScaled) {
-      visit(first, first + KVView::kScaled < kv.head_dim ? first + KVView::kScaled : kv.head_dim);
-    }
-  }
-  // Of the value d of 16 keys.
-  OCTAVO_INLINE F scales(const uint8_t* head, std::size_t d, std::size_t at) const {
-    return kv.type == KVType::I8 ? load(reinterpret_cast<const float*>(head + kv.scale_at(d, at))) : zero();
-  }
   // Key by key; the same values as sixteen at a time.
   void gathered_keys(const Tile& tile, float* out) const {
     for (std::size_t d = 0; d < kv.head_dim; ++d) std::fill(out + d * kTile, out + d * kTile + tile.lanes, 0.0f);
@@ -242,103 +174,22 @@ struct TileReader {
       const std::size_t lane = at % kLanes;
       for (std::size_t d = 0; d < kv.head_dim; ++d) {
         alignas(64) float lanes[kLanes];
-        store(lanes, sixteen(head, d * kv.block_size + at - lane, scales(head, d, at - lane)));
+        store(lanes, sixteen(head, d * kv.block_size + at - lane));
         out[d * kTile + key] = lanes[lane];
       }
     }
   }
-  OCTAVO_INLINE F sixteen(const uint8_t* head, std::size_t index, F scale) const {
+  OCTAVO_INLINE F sixteen(const uint8_t* head, std::size_t index) const {
     if (kv.type == KVType::F32) return load(reinterpret_cast<const float*>(head) + index);
-    if (kv.type == KVType::F16) return load_half(reinterpret_cast<const uint16_t*>(head) + index);
-    return mul(load_i8(reinterpret_cast<const int8_t*>(head) + index), scale);
+    return load_half(reinterpret_cast<const uint16_t*>(head) + index);
   }
 };
-
-// What one query vector has so far, and its place in a block of rows.
-struct Query {
-  const float* q;
-  std::size_t lowest, limit;  // it sees positions [lowest, limit)
-  float* state;               // max, sum, out [D]
-  float* tile;                // the same of one tile
-  bool begun;
-};
-
-// Keys [first, last) of a tile that a query sees.
-OCTAVO_INLINE void seen(const Query& query, const Tile& tile, std::size_t& first, std::size_t& last) {
-  first = query.lowest > tile.start ? query.lowest - tile.start : 0;
-  last = query.limit > tile.start ? std::min(query.limit - tile.start, tile.keys) : 0;
-}
-
-// Scores [64] to weights in place; max and sum of the tile.
-OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum) {
-  F chunk[kChunks];
-  for (std::size_t c = 0; c < kChunks; ++c) chunk[c] = mul(load(scores + c * kLanes), set1(scale));
-  if (first > 0 || last < kTile) {
-    const F lane = load(kLaneNumbers);
-    for (std::size_t c = 0; c < kChunks; ++c) {
-      const F number = add(lane, set1(static_cast<float>(c * kLanes)));
-      chunk[c] = select_less(number, set1(static_cast<float>(first)), set1(-INFINITY), chunk[c]);
-      chunk[c] = select_less(number, set1(static_cast<float>(last)), chunk[c], set1(-INFINITY));
-    }
-  }
-  F top = set1(-INFINITY);
-  for (std::size_t c = 0; c < kChunks; ++c) top = max(chunk[c], top);
-  const float highest_score = highest_of(top);
-  for (std::size_t c = 0; c < kChunks; ++c) {
-    chunk[c] = exp(sub(chunk[c], set1(highest_score)));
-    store(scores + c * kLanes, chunk[c]);
-  }
-  max_and_sum[0] = highest_score;
-  max_and_sum[1] = sum_of(add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3])));
-}
-
-// states[i] <- states[i] folded with tiles[i]: (max, sum, out). The weights of several are one exp.
-constexpr std::size_t kFolds = kLanes / 2;
-
-OCTAVO_INLINE void fold_some(float* const* states, const float* const* tiles, std::size_t count, std::size_t head_dim) {
-  alignas(64) float weights[kLanes] = {};
-  for (std::size_t i = 0; i < count; ++i) {
-    const float top = tiles[i][0] > states[i][0] ? tiles[i][0] : states[i][0];
-    weights[2 * i] = states[i][0] - top;
-    weights[2 * i + 1] = tiles[i][0] - top;
-    states[i][0] = top;
-  }
-  store(weights, exp(load(weights)));
-  for (std::size_t i = 0; i < count; ++i) {
-    float* state = states[i];
-    const float* tile = tiles[i];
-    const F old = set1(weights[2 * i]);
-    const F now = set1(weights[2 * i + 1]);
-    state[1] = std::fma(tile[1], weights[2 * i + 1], state[1] * weights[2 * i]);
-    for (std::size_t d = 0; d < head_dim; d += kLanes) {
-      store(state + 2 + d, fma(load(tile + 2 + d), now, mul(load(state + 2 + d), old)));
-    }
-  }
-}
-
-OCTAVO_INLINE void finish_state(const float* state, std::size_t head_dim, float* out) {
-  const F sum = set1(state[1]);
-  for (std::size_t d = 0; d < head_dim; d += kLanes) store(out + d, div(load(state + 2 + d), sum));
-}
-
-void fold(float* states, std::size_t tiles, std::size_t group, std::size_t head_dim, float* out) {
-  const std::size_t size = 2 + head_dim;
-  for (std::size_t first = 0; first < group; first += kFolds) {
-    const std::size_t count = std::min(kFolds, group - first);
-    float* into[kFolds];  // the first tile's
-    const float* tile[kFolds];
-    for (std::size_t i = 0; i < count; ++i) into[i] = states + (first + i) * size;
-    for (std::size_t t = 1; t < tiles; ++t) {
-      for (std::size_t i = 0; i < count; ++i) tile[i] = states + (t * group + first + i) * size;
-      fold_some(into, tile, count, head_dim);
-    }
-    for (std::size_t i = 0; i < count; ++i) finish_state(into[i], head_dim, out + (first + i) * head_dim);
-  }
-}
 
 std::size_t attention_scratch(std::size_t head_dim, std::size_t group) {
   const std::size_t queries = kRowBlock * group;
-  return 2 * kTile * head_dim + queries * (kTile + 2 * (2 + head_dim));
+  const std::size_t of_floats = 2 * kTile * head_dim + queries * kTile;
+  const std::size_t of_codes = (code_scratch_bytes(head_dim, queries) + sizeof(float) - 1) / sizeof(float);
+  return std::max(of_floats, of_codes) + queries * 2 * (2 + head_dim);
 }
 
 // One tile for a block of queries: scores, weights and out of each query that sees some of it, into its `tile`.
@@ -430,13 +281,14 @@ void attention(const AttentionPiece& piece, float* scratch) {
   const std::size_t dim = piece.kv.head_dim;
   const std::size_t size = 2 + dim;
   const std::size_t group = piece.heads / piece.kv.kv_heads;
-  float* keys = scratch;
+  float* states = scratch;
+  float* tile_states = states + kRowBlock * group * size;
+  float* keys = tile_states + kRowBlock * group * size;
   float* values = keys + kTile * dim;
   float* scores = values + kTile * dim;
-  float* states = scores + kRowBlock * group * kTile;
-  float* tile_states = states + kRowBlock * group * size;
-  const TileReader reader{piece.kv,   piece.block_table, piece.kv_head, piece.kv.head_bytes(),
-                          piece.tail, piece.tail_start};
+  CodeScratch codes = code_scratch(reinterpret_cast<uint8_t*>(keys), dim, kRowBlock * group);
+  const TileReader reader{
+      {piece.kv, piece.block_table, piece.kv_head, piece.kv.head_bytes(), piece.tail, piece.tail_start}};
   const bool split = piece.last_tile != 0;
   Query queries[kRowBlock * 64];
   for (std::size_t row = 0; row < piece.num_rows; row += kRowBlock) {
@@ -466,7 +318,12 @@ void attention(const AttentionPiece& piece, float* scratch) {
       first_tile = std::max(first_tile, piece.first_tile);
       last_tile = std::min(last_tile, piece.last_tile);
     }
-    const bool convert = piece.kv.type != KVType::F16 || count > kMostInPlace;
+    const bool integers = piece.kv.type == KVType::I8;
+    if (integers) {
+      codes.q.rows = count;
+      for (std::size_t i = 0; i < count; ++i) quantize_query(queries[i].q, dim, i, codes.q);
+    }
+    const bool convert = !integers && (piece.kv.type == KVType::F32 || count > kMostInPlace);
     for (std::size_t t = first_tile; t < last_tile; ++t) {
       Tile tile{t * kTile, std::min(kTile, limit - t * kTile), 0};
       tile.lanes = (tile.keys + kLanes - 1) / kLanes * kLanes;
@@ -483,7 +340,12 @@ void attention(const AttentionPiece& piece, float* scratch) {
           queries[i].tile = piece.states + (state * group + i % group) * size;
         }
       }
-      if (in_place) {
+      if (integers) {
+        const bool more = in_place && (t + 1 < last_tile || split);
+        const CodeTile next = more ? code_tile_after(reader, tile, begin * kTile, last_position) : CodeTile{};
+        const CodeTile here = in_place ? code_tile(reader, tile) : gathered_code_tile(reader, tile, codes.gathered);
+        one_tile_of_codes(piece, here, more ? &next : nullptr, tile, queries, count, codes);
+      } else if (in_place) {
         one_tile<false>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);
       } else {
         one_tile<true>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);

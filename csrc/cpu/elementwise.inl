@@ -1,6 +1,8 @@
 // Ops on rows: norms, gates, rotations, embedding, storing K and V.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "math.inl"
 
@@ -67,19 +69,25 @@ void embed(Format format, const uint8_t* packed, std::size_t inputs, std::size_t
 
 // --- K and V as stored ---
 
-// The scale of some int8 values of a token, NaN or infinity if they have any, so that damage shows. Stored at `at`;
-// what to multiply by is given back.
-OCTAVO_INLINE float put_scale(uint8_t* at, const float* values, std::size_t count) {
-  float top = 0.0f;
-  for (std::size_t d = 0; d < count; ++d) top = std::fabs(values[d]) <= top ? top : std::fabs(values[d]);
-  for (std::size_t d = 0; d < count; ++d) top = std::isnan(values[d]) ? values[d] : top;
+// 16 or 32 int8 values of a token. Symmetric, by the greatest; a scale that is NaN or infinite if they have any such,
+// so that damage shows. The scale is stored at `at`.
+OCTAVO_INLINE void kv_codes(const float* values, std::size_t count, uint8_t* at, int8_t* codes) {
+  const F lo = load(values);
+  const F hi = count > kLanes ? load(values + kLanes) : zero();
+  // Of floats without their sign the order of integers is the same, with NaN on top.
+  I sizes[kFour] = {as_int(abs(lo)), as_int(abs(hi)), set1i(0), set1i(0)};
+  int32_t tops[kFour];
+  highest_of_four(sizes, tops);
+  const float top = float_of_bits(std::max(tops[0], tops[1]));
   const float scale = top / 127.0f;
   std::memcpy(at, &scale, sizeof scale);
-  return steps_per_unit(top);
-}
-
-OCTAVO_INLINE int8_t kv_code(float value, float steps) {
-  return steps == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(value * steps));
+  const float steps = steps_per_unit(top);
+  if (steps == 0.0f) {
+    std::memset(codes, 0, count);
+    return;
+  }
+  store_bytes(codes, to_int(mul(lo, set1(steps))));
+  if (count > kLanes) store_bytes(codes + kLanes, to_int(mul(hi, set1(steps))));
 }
 
 void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot) {
@@ -103,15 +111,19 @@ void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_h
     std::memcpy(reinterpret_cast<float*>(kv.v + head) + offset * kv.head_dim, v, kv.head_dim * sizeof(float));
     return;
   }
-  auto* keys = reinterpret_cast<int8_t*>(kv.k + head) + offset;
-  auto* values = reinterpret_cast<int8_t*>(kv.v + head) + offset * kv.head_dim;
   for (std::size_t first = 0; first < kv.head_dim; first += KVView::kScaled) {
     const std::size_t count = std::min(KVView::kScaled, kv.head_dim - first);
-    const float k_steps = put_scale(kv.k + head + kv.scale_at(first, offset), k + first, count);
-    const float v_steps = put_scale(kv.v + head + kv.scale_at(first, offset), v + first, count);
-    for (std::size_t d = first; d < first + count; ++d) {
-      keys[d * kv.block_size] = kv_code(k[d], k_steps);
-      values[d] = kv_code(v[d], v_steps);
+    int8_t codes[KVView::kScaled];
+    kv_codes(k + first, count, kv.k + head + kv.scale_at(first, offset), codes);
+    for (std::size_t d = 0; d < count; d += 4) {
+      uint32_t four;
+      std::memcpy(&four, codes + d, 4);
+      four ^= 0x80808080u;
+      std::memcpy(kv.k + head + kv.k_code_at(first + d, offset), &four, 4);
+    }
+    kv_codes(v + first, count, kv.v + head + kv.scale_at(first, offset), codes);
+    for (std::size_t d = 0; d < count; ++d) {
+      kv.v[head + kv.v_code_at(first + d, offset)] = static_cast<uint8_t>(codes[d]);
     }
   }
 }

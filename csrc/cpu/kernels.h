@@ -46,8 +46,10 @@ struct LinearPiece {
   std::size_t stride;
 };
 
-// K and V of one layer. A block holds, for each KV head, K transposed [D, block_size] and V [block_size, D]. int8 codes
-// of a head have float32 scales behind them: [groups of 32 values of a token, the last one maybe shorter, block_size].
+// K and V of one layer. A block holds, for each KV head, K transposed [D, block_size] and V [block_size, D]. In int8
+// four codes at a time lie together, as products of integers take them: K [D / 4, block_size, 4], each byte 128 more
+// than its code, V [block_size / 4, D, 4]. Behind a head's codes are their scales, float32: [groups of 32 values of a
+// token, the last one maybe shorter, block_size].
 struct KVView {
   KVType type;
   uint8_t* k;
@@ -61,6 +63,11 @@ struct KVView {
     if (type == KVType::F32) return 4 * values;
     if (type == KVType::F16) return 2 * values;
     return values + (head_dim + kScaled - 1) / kScaled * block_size * sizeof(float);
+  }
+  // Where the code of the value d of a token lies, from the head's first byte on.
+  std::size_t k_code_at(std::size_t d, std::size_t offset) const { return (d / 4 * block_size + offset) * 4 + d % 4; }
+  std::size_t v_code_at(std::size_t d, std::size_t offset) const {
+    return (offset / 4 * head_dim + d) * 4 + offset % 4;
   }
   // Where the scale of the value d of a token lies, from the head's first byte on.
   std::size_t scale_at(std::size_t d, std::size_t offset) const {

@@ -124,7 +124,8 @@ class CpuOps:
 
     @property
     def identity(self) -> str:
-        return f"cpu {self.machine.instruction_set} compute {self.compute_dtype} kv {self.kv_dtype}"
+        kv = "int8 in fours" if self.kv_dtype == "int8" else self.kv_dtype  # how codes lie in a block
+        return f"cpu {self.machine.instruction_set} compute {self.compute_dtype} kv {kv}"
 
     def why_not(self, config: ModelConfig) -> str | None:
         if config.head_dim % _PANEL or config.head_dim > _MAX_HEAD_DIM:

@@ -47,6 +47,16 @@ BREAKS = [
         "avx2",
     ),
     Break(
+        1,
+        "products of K's codes are added in int16, which saturates",
+        "csrc/cpu/attention_codes.inl",
+        "sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_maddubs_epi16(size, four), ones));",
+        "const __m256i both = _mm256_madd_epi16(_mm256_maddubs_epi16(size, four), ones);\n"
+        "sums[r] = _mm256_adds_epi16(sums[r], both);",
+        (f"{CPU}/test_attention.py", f"{CPU}/test_attention_bits.py"),
+        "avx2",
+    ),
+    Break(
         2,
         "a single row is multiplied and added in two roundings",
         "csrc/cpu/linear.inl",
@@ -76,6 +86,22 @@ BREAKS = [
         (f"{CPU}/test_linear.py",),
     ),
     Break(
+        3,
+        "the steps of a row's weights are those of the row before it",
+        "csrc/cpu/attention_codes.inl",
+        "const float top = float_of_bits(bits[j]);",
+        "const float top = float_of_bits(bits[j == 0 ? 0 : j - 1]);",
+        (f"{CPU}/test_attention_bits.py",),
+    ),
+    Break(
+        3,
+        "the scales of V are those of the tile's first rows for all",
+        "csrc/cpu/attention_codes.inl",
+        "if (i + j == 0 || one.first != (&one)[-1].first || one.last != (&one)[-1].last) {",
+        "if (i + j == 0) {",
+        (f"{CPU}/test_attention_bits.py",),
+    ),
+    Break(
         4,
         "V of a block is added from its middle on",
         "csrc/cpu/attention.inl",
@@ -88,7 +114,7 @@ BREAKS = [
     Break(
         5,
         "states of tiles are folded right to left",
-        "csrc/cpu/attention.inl",
+        "csrc/cpu/attention_state.inl",
         "tile[i] = states + (t * group + first + i) * size;",
         "tile[i] = states + ((tiles - t) * group + first + i) * size;",
         (f"{CPU}/test_attention_bits.py",),
@@ -96,7 +122,7 @@ BREAKS = [
     Break(
         6,
         "keys of the future are seen, and zeros behind the last one weigh something",
-        "csrc/cpu/attention.inl",
+        "csrc/cpu/attention_state.inl",
         "if (first > 0 || last < kTile) {",
         "if (first > 0) {",
         (f"{CPU}/test_attention.py",),
