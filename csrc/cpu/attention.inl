@@ -234,7 +234,7 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
       continue;
     }
     std::fill(c[i] + tile.lanes, c[i] + kTile, 0.0f);
-    soften(c[i], first, last, piece.scale, queries[i].tile);
+    soften(c[i], first, last, piece.scale, queries[i].tile, [](F x) { return exp(x); });
     common_first = std::max(common_first, first);
     lowest_first = std::min(lowest_first, first);
     common_last = std::min(common_last, last);

@@ -411,7 +411,7 @@ void one_tile_of_codes(const AttentionPiece& piece, const CodeTile& codes, const
     if (first >= last) continue;
     float* scores = scratch.scores + i * kTile;
     std::fill(scores + tile.lanes, scores + kTile, 0.0f);
-    soften(scores, first, last, piece.scale, queries[i].tile);
+    soften(scores, first, last, piece.scale, queries[i].tile, [](F x) { return exp_of_weight(x); });
     see[seeing++] = {i, first, last};
   }
   float factors[kRowBlock * 64];

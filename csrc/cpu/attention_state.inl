@@ -76,8 +76,10 @@ OCTAVO_INLINE void seen(const Query& query, const Tile& tile, std::size_t& first
   last = query.limit > tile.start ? std::min(query.limit - tile.start, tile.keys) : 0;
 }
 
-// Scores [64] to weights in place; max and sum of the tile.
-OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum) {
+// Scores [64] to weights in place, by e^x; max and sum of the tile.
+template <class Exp>
+OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum,
+                          const Exp& e_to_the) {
   F chunk[kChunks];
   for (std::size_t c = 0; c < kChunks; ++c) chunk[c] = mul(load(scores + c * kLanes), set1(scale));
   if (first > 0 || last < kTile) {
@@ -92,7 +94,7 @@ OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, fl
   for (std::size_t c = 0; c < kChunks; ++c) top = max(chunk[c], top);
   const float highest_score = highest_of(top);
   for (std::size_t c = 0; c < kChunks; ++c) {
-    chunk[c] = exp(sub(chunk[c], set1(highest_score)));
+    chunk[c] = e_to_the(sub(chunk[c], set1(highest_score)));
     store(scores + c * kLanes, chunk[c]);
   }
   max_and_sum[0] = highest_score;
