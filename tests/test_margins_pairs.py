@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def scarce(llm: LLM, num_tokens: int) -> dict[str, Any]:
     """Settings of an engine that holds so many tokens, and no longer request."""
     blocks = num_tokens // llm.config.block_size + 1
     return {"max_model_len": num_tokens, "kv_cache_memory_bytes": blocks * llm.memory_plan.block_bytes}
+
+
+@contextmanager
+def occupied(llm: LLM, num_tokens: int) -> Iterator[None]:
+    """An idle session holds KV of so many tokens until others need the room: so somebody gives way, whoever is fast."""
+    with llm.session() as session:
+        session.extend({"prompt_token_ids": [7 + number % 40 for number in range(num_tokens)]})
+        yield
 
 
 @pytest.fixture(params=["llama", "gemma3"])

@@ -16,7 +16,7 @@ from tests.invariance.test_drafts import Guesser, bits
 from tests.pace import held
 from tests.test_ask import DOCUMENTS
 from tests.test_margins import a_document
-from tests.test_margins_pairs import check_home, folder, gave_way, scarce, together
+from tests.test_margins_pairs import check_home, folder, gave_way, occupied, scarce, together
 from tests.test_structured_pairs import SETTINGS, a_prompt, a_request
 
 __all__ = ["folder"]  # fixtures
@@ -108,7 +108,7 @@ def test_storm(folder: Path, tmp_path: Path, kv_cache_dtype: str) -> None:
             def work(first: int) -> None:
                 found.update({number: asked[number](llm) for number in range(first, len(asked), 8)})  # noqa: B023
 
-            with held(llm._engine, lambda: llm._engine.num_requests >= 6):
+            with occupied(llm, CONTEXT - 50), held(llm._engine, lambda: llm._engine.num_requests >= 7):
                 together(*(lambda first=first: work(first) for first in range(8)))  # type: ignore[misc]
             assert [found[number] for number in range(len(asked))] == alone
         assert gave_way(llm), "the pool was large enough for all"

@@ -30,7 +30,7 @@ from tests.pace import held
 from tests.server.conftest import MODEL, Running, error_of, serving
 from tests.server.test_serve import LONG
 from tests.server.test_streams import PATH, until
-from tests.test_margins_pairs import check_home, gave_way, scarce, together
+from tests.test_margins_pairs import check_home, gave_way, occupied, scarce, together
 from tests.test_structured_pairs import SETTINGS, a_request, leave
 
 _ROUNDING = 0.002  # microseconds
@@ -307,7 +307,7 @@ def test_it_changes_nothing(tiny_gemma3_dir: Path, tmp_path: Path, breaks: str |
             finally:
                 is_over.set()
 
-        with held(engine, lambda: engine.num_requests >= 4):
+        with occupied(llm, 200), held(engine, lambda: engine.num_requests >= 5):
             if breaks is None:
                 together(ask_all, look)
             else:
