@@ -2,8 +2,8 @@
 //
 // Queries are quantised as activations are, per 32 values; a score is the sum over these, ascending, of the integer sum
 // times the key's scale times the query's. The weights of a tile's keys take in the scales of their values, 32 of a
-// token at a time, and are quantised to 8 bits by the greatest of the tile; so what a row gets depends on its
-// query and the keys it sees alone.
+// token at a time, and are quantised to 8 bits by the greatest of the tile; so what a row gets depends on its query and
+// the keys it sees alone.
 #pragma once
 
 #include "attention_state.inl"

@@ -32,9 +32,8 @@ OCTAVO_INLINE Q code_quad(const uint8_t* p, std::size_t j) {
 
 // --- integer sums: exact, whatever the way ---
 //
-// dot_quads: sums[r] lane c += sum over quads [First, Last) of codes * x, for codes of at most MaxCode; x is [Rows,
-// 32]. Quads are the outer loop, so that the rows' sums are independent chains and one quad of codes is alive at a
-// time.
+// dot_quads: sums[r] lane c += sum over quads [First, Last) of codes * x, codes of at most MaxCode, x [Rows, 32].
+// Quads are the outer loop, so that the rows' sums are independent chains and one quad of codes is alive at a time.
 
 OCTAVO_INLINE int32_t four_of(const int8_t* x) {
   int32_t four;

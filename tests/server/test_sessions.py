@@ -300,7 +300,7 @@ def test_clients_that_go_away(session: Callable[..., Client], server: Running) -
     mine = session(prompt=PROMPT, seed=2)
     expected = mine.server.get(f"{mine.path}/branches/0").json()["token_ids"]
     for _ in range(12):
-        with pytest.raises(Exception, match="timed out"):
+        with held(server.engine, lambda: False, after=rng.randrange(60)), pytest.raises(Exception, match="timed out"):
             body = {"max_tokens": 1900, "ignore_eos": True}
             server.post(f"{mine.path}/generate", body, timeout=rng.uniform(0.001, 0.1))
         until(lambda: not server.context.admission.num_requests)
