@@ -27,21 +27,26 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
+def configuring(source: Path, build: Path, *options: str) -> list[str | Path]:
+    """The command that prepares a build of `source` in the folder `build`."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no CMake or no C++ compiler")
+    found = [f"-Dnanobind_DIR={nanobind.cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    return ["cmake", "-S", source, "-B", build, *found, *options, "-DCMAKE_BUILD_TYPE=Release"]
+
+
 class OtherBuild:
     """`folder/octavo` is the package: the Python files of `source`, with an extension built from `source`."""
 
     def __init__(self, folder: Path, source: Path = ROOT, options: Sequence[str] = ()) -> None:
-        if shutil.which("cmake") is None or shutil.which("c++") is None:
-            pytest.skip("no CMake or no C++ compiler")
         self.folder = folder
         self.source = source
-        found = [f"-Dnanobind_DIR={nanobind.cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-        self._configure: list[str | Path] = ["cmake", "-S", source, "-B", folder / "build", *found, *options]
+        self._configure = configuring(source, folder / "build", *options)
         self.build()
 
     def build(self) -> None:
         """Build what has changed in the source since the last time."""
-        subprocess.run([*self._configure, "-DCMAKE_BUILD_TYPE=Release"], check=True, capture_output=True)
+        subprocess.run(self._configure, check=True, capture_output=True)
         subprocess.run(["cmake", "--build", self.folder / "build", "--parallel", "2"], check=True, capture_output=True)
         package = self.folder / "octavo"
         shutil.rmtree(package, ignore_errors=True)
