@@ -59,7 +59,9 @@ class EngineConfig:
     )
     scheduling_policy: str = setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
     block_size: int = setting(16, "tokens of a KV block", choices=BLOCK_SIZES)
-    kv_cache_dtype: str = setting("auto", "type of stored keys and values", choices=KV_DTYPES)
+    kv_cache_dtype: str = setting(
+        "auto", "type of stored keys and values; auto: int8 on the cpu backend", choices=KV_DTYPES
+    )
     kv_cache_memory_bytes: int | None = setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
     enable_prefix_caching: bool = setting(True, "let requests use KV that earlier ones computed")
     kv_offload_dir: str | None = setting(None, "folder of your own for KV blocks that leave memory", metavar="FOLDER")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from octavo import _C
 from octavo.backends.cpu_sampling import sample_rows
 from octavo.backends.processors import available_processors
-from octavo.backends.registry import BackendRefusedError
+from octavo.backends.registry import BackendRefusedError, backend
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 from octavo.ops.protocol import Replay
@@ -40,12 +40,11 @@ _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they ar
 
 def make(settings: BackendSettings) -> CpuOps:
     """Raises BackendRefusedError."""
-    kv_dtype = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     try:
         return CpuOps(
             settings.instruction_set,
             settings.threads,
-            kv_dtype,
+            backend("cpu").kv_dtype(settings),
             settings.compute_dtype,
             share_prefixes=settings.cascade_attention,
             pin_threads=settings.pin_threads,
@@ -96,7 +95,7 @@ class CpuOps:
     Args:
         instruction_set: one of `_C.instruction_sets()`; None: the best.
         threads: None: the physical cores this process may use.
-        kv_dtype: float16, float32 or int8.
+        kv_dtype: int8, float16 or float32.
         compute_dtype: "auto" multiplies integer weights by int8 activations; "float32" all in float32.
         share_prefixes: read blocks that several sequences of a step share once for all of them. Changes no result.
         pin_threads: keep each worker thread on one processor.
@@ -108,7 +107,7 @@ class CpuOps:
         self,
         instruction_set: str | None = None,
         threads: int | None = None,
-        kv_dtype: str = "float16",
+        kv_dtype: str = "int8",
         compute_dtype: str = "auto",
         *,
         share_prefixes: bool = True,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.eager import run_eagerly
+from octavo.backends.registry import backend
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
 from octavo.ops.protocol import Replay
@@ -30,7 +31,7 @@ _FEW_ROWS = 8  # up to here a product per row reads the matrix faster than BLAS'
 
 def make(settings: BackendSettings) -> ReferenceOps:
     dtype = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
-    return ReferenceOps(dtype, dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype)
+    return ReferenceOps(dtype, backend("reference").kv_dtype(settings))
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Protocol
 
     from octavo.ops import Ops
@@ -44,8 +45,13 @@ class Backend(NamedTuple):
     block_sizes: tuple[int, ...]
     settings: tuple[str, ...] = ()  # those that not every backend heeds
     runs_every_model: bool = False  # if slowly
-    auto_kv_dtype: str = "float32"  # what kv_cache_dtype "auto" means
+    auto_kv_dtypes: Mapping[str, str] = {}  # by compute_dtype: what kv_cache_dtype "auto" means, if not float32
     multiplies_codes: bool = False  # integer weights as they are, unless compute_dtype says otherwise
+
+    def kv_dtype(self, settings: BackendSettings) -> str:
+        """Of stored keys and values."""
+        auto = settings.kv_cache_dtype == "auto"
+        return self.auto_kv_dtypes.get(settings.compute_dtype, "float32") if auto else settings.kv_cache_dtype
 
     def make(self, settings: BackendSettings) -> Ops:
         """Raises BackendRefusedError."""
@@ -95,7 +101,8 @@ register(
         kv_cache_dtypes=("auto", "float32", "float16", "int8"),
         block_sizes=(16, 32, 64),
         settings=("instruction_set", "threads", "pin_threads", "cascade_attention"),
-        auto_kv_dtype="float16",
+        # Attention of integers is the fastest, and costs no more of a model's quality than its int8 activations do.
+        auto_kv_dtypes={"auto": "int8", "float32": "float16"},
         multiplies_codes=True,
     )
 )
@@ -107,5 +114,6 @@ register(
         kv_cache_dtypes=("auto", "float32", "float16"),
         block_sizes=(1, 16, 32, 64),
         runs_every_model=True,
+        auto_kv_dtypes={"float64": "float64"},
     )
 )

@@ -1,7 +1,7 @@
 """A model against transformers: the same file, its weights dequantised to float32, the same token ids.
 
 The `reference` backend in float32 must agree with it up to rounding, logits and greedy tokens; what the `cpu` backend
-makes of int8 activations and a float16 KV cache is measured beside it. The text is that of Python's own help topics.
+makes of int8 activations, keys and values is measured beside it. The text is that of Python's own help topics.
 """
 
 from __future__ import annotations

@@ -75,32 +75,34 @@ def test_instruction_sets_and_threads(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_among_other_sequences(threads: int, shape: tuple[int, int, int, int | None]) -> None:
+def test_among_other_sequences(threads: int, kv_dtype: str, shape: tuple[int, int, int, int | None]) -> None:
     """Decoding beside prompts and other rows that decode, in every place of the batch."""
     qs = inputs(shape)[0]
     qs = [qs[1], qs[0], qs[2], qs[3]]
-    paged = layer(CpuOps(threads=threads), shape, 32, others=True)
+    paged = layer(CpuOps(threads=threads, kv_dtype=kv_dtype), shape, 32, others=True)
     for a, b in ((LENGTH - 1, LENGTH), (300, 309), (256, 257), (0, LENGTH)):
         others = [(0, 0, 33), (2, 259, 260), (3, 0, 1)]
         for place in range(4):
             ranges = [*others[:place], (1, a, b), *others[place:]]
             at = sum(last - first for _, first, last in others[:place])
-            bits_equal(paged.attend(qs, ranges)[at : at + b - a], expected(shape, "float16")[a:b], f"{place}: {a}")
+            bits_equal(paged.attend(qs, ranges)[at : at + b - a], expected(shape, kv_dtype)[a:b], f"{place}: {a}")
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_few_rows_are_split_and_many_are_not(threads: int) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_few_rows_are_split_and_many_are_not(threads: int, kv_dtype: str) -> None:
     """The same decoding row among so many that each has a thread of its own."""
     shape = SHAPES[0]
     _, kv_heads, head_dim, _ = shape
     count = 8 * threads
     qs, ks, vs = (values[:1] * count for values in inputs(shape))
-    paged = Paged(CpuOps(threads=threads), [LENGTH] * count, kv_heads, head_dim)
+    paged = Paged(CpuOps(threads=threads, kv_dtype=kv_dtype), [LENGTH] * count, kv_heads, head_dim)
     paged.store(ks, vs)
     got = paged.attend(qs, [(s, LENGTH - 1, LENGTH) for s in range(count)])
     for row in got:
-        bits_equal(row[None], expected(shape, "float16")[-1:])
+        bits_equal(row[None], expected(shape, kv_dtype)[-1:])
 
 
 def test_written_in_the_same_step() -> None:

@@ -99,7 +99,7 @@ def test_memory_that_is_not_there(make: Callable[[], Any]) -> None:
 
 def test_untouched_blocks_cost_nothing() -> None:
     """KV is taken from the system when it is written: 1 TiB of blocks, a few of them used."""
-    ops = CpuOps(threads=1)
+    ops = CpuOps(threads=1, kv_dtype="float16")
     (kv,) = ops.kv_layers([KVSpec(8, 128, None)], 2**24, 16)
     assert kv.layer.nbytes == 2**40
     kv.layer.copy_block(2**24 - 1, 7)
