@@ -308,10 +308,31 @@ nb::list sample_rows(Machine& machine, const Logits& logits, const std::vector<P
   {
     nb::gil_scoped_release release;
     Pool::Session session(machine.pool);
-    answers = sample(machine.kernels, machine.pool, logits.data(), vocab, requests);
+    machine.run("sample", [&] { answers = sample(machine.kernels, machine.pool, logits.data(), vocab, requests); });
   }
   nb::list all;
   for (const RowAnswer& answer : answers) all.append(given(answer));
+  return all;
+}
+
+void profile(Machine& machine, bool on) {
+  nb::gil_scoped_release release;
+  Pool::Session session(machine.pool);
+  machine.pool.measure(on);
+  machine.profiling = on;
+  machine.op_times.clear();
+}
+
+std::vector<std::tuple<std::string, double, double>> take_op_times(Machine& machine) {
+  std::vector<OpTime> taken;
+  {
+    nb::gil_scoped_release release;
+    Pool::Session session(machine.pool);
+    taken.swap(machine.op_times);
+  }
+  const auto seconds = [](std::chrono::nanoseconds time) { return std::chrono::duration<double>(time).count(); };
+  std::vector<std::tuple<std::string, double, double>> all;
+  for (const OpTime& one : taken) all.emplace_back(one.op, seconds(one.taken), seconds(one.busy));
   return all;
 }
 
@@ -458,6 +479,9 @@ NB_MODULE(_C, m) {
             new (self) Machine(kernels_of(name), threads, share_prefixes, pin);
           },
           nb::arg("instruction_set"), nb::arg("threads"), nb::arg("share_prefixes") = true, nb::arg("pin") = false)
+      .def("profile", &profile, nb::arg("on"), "Whether to note how long each op takes; what was noted is forgotten.")
+      .def("take_op_times", &take_op_times,
+           "(op, seconds, seconds that all threads together worked on it) of what ran since the last call, in order.")
       .def_rw("state_bytes", &Machine::state_bytes,
               "Most bytes for the states of tiles that rows of several sequences share; changes no result.")
       .def_prop_ro(

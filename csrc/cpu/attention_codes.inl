@@ -23,6 +23,11 @@ struct CodeTile {
   const float* k_scales[kChunks];  // of 16 keys; of the next 32 dimensions scale_stride further on
   const float* v_scales[kChunks];
   std::size_t k_stride, v_stride, scale_stride;
+
+  // Where in v[key / 16] the codes of four keys and 16 dimensions from d on begin.
+  OCTAVO_INLINE std::size_t v_at(std::size_t key, std::size_t d) const {
+    return key % kLanes / kKeysOfQuad * v_stride + kKeysOfQuad * d;
+  }
 };
 
 // `head_at(chunk)`: where the KV head of the block with these 16 keys begins.
@@ -92,8 +97,9 @@ inline CodeTile gathered_code_tile(const Places& places, const Tile& tile, uint8
 }
 
 // dot_keys: sums[r] lane c = sum of the codes of key c times those of query r, over `quads` quads of dimensions.
-// dot_values: sums[r * Chunks + c] lane d += sum of the codes of dimension 16 c + d of V times the weights' of row r,
-// over four keys. Weights are stored as put_weights does, in rows of a tile.
+// dot_values: sums[r * Chunks + c] lane i = sum over keys of the codes of dimension d + 16 c + i of V times the
+// weights' of row r; asks for those of the tile `next`, if it is known. Weights are stored as put_weights does, in rows
+// of a tile.
 
 #if defined(__AVX512F__)
 
@@ -120,7 +126,7 @@ OCTAVO_INLINE I weigh(I sum, __m512i weights, __m512i code) {
 }
 
 template <std::size_t Rows, std::size_t Chunks>
-OCTAVO_INLINE void dot_values(const uint8_t* v, const WeightCode* p, I* sums) {
+OCTAVO_INLINE void weigh_quad(const uint8_t* v, const WeightCode* p, I* sums) {
   __m512i codes[Chunks];
   unroll<Chunks>(OCTAVO_EACH(c) { codes[c] = _mm512_loadu_si512(v + 64 * c); });
   unroll<Rows>(OCTAVO_EACH(r) {
@@ -141,7 +147,6 @@ OCTAVO_INLINE void put_weights(WeightCode* p, I codes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
 }
 
-// Of a K code k and a query's q: |k| times q with the sign of k, by twos in int16, which holds 2 * 128 * 127.
 template <std::size_t Rows, int Half>
 OCTAVO_INLINE void dot_half_of_keys(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q,
                                     __m256i* sums) {
@@ -150,10 +155,7 @@ OCTAVO_INLINE void dot_half_of_keys(const uint8_t* k, std::size_t stride, std::s
     const auto* at = reinterpret_cast<const __m256i*>(k + j * stride + 32 * Half);
     const __m256i code = _mm256_xor_si256(_mm256_loadu_si256(at), _mm256_set1_epi8(-128));
     const __m256i size = _mm256_abs_epi8(code);
-    unroll<Rows>(OCTAVO_EACH(r) {
-      const __m256i four = _mm256_sign_epi8(_mm256_set1_epi32(four_of(q + r * kGroup + 4 * j)), code);
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_maddubs_epi16(size, four), ones));
-    });
+    unroll<Rows>(OCTAVO_EACH(r) { sums[r] = multiply_add_signed(sums[r], code, size, ones, q + r * kGroup + 4 * j); });
   }
 }
 
@@ -169,25 +171,42 @@ OCTAVO_INLINE void dot_keys(const uint8_t* k, std::size_t stride, std::size_t qu
   unroll<Rows>(OCTAVO_EACH(r) { sums[r].hi = half[r]; });
 }
 
-OCTAVO_INLINE __m256i weighed(__m256i sum, __m256i code, const WeightCode* p) {
-  const auto pair = [](const WeightCode* two) __attribute__((always_inline)) {
-    int32_t both;
-    std::memcpy(&both, two, sizeof both);
-    return _mm256_set1_epi32(both);
-  };
-  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(code, 8), 8);
-  const __m256i odd = _mm256_srai_epi16(code, 8);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, pair(p)));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, pair(p + 2)));
+// sum + the codes of the first and third of four keys times their weights, and of the second and fourth.
+OCTAVO_INLINE __m256i weigh(__m256i sum, __m256i even, __m256i odd, const WeightCode* p) {
+  __m256i product;
+  asm("vpbroadcastd %[a], %[p]\n\t"
+      "vpmaddwd %[p], %[e], %[p]\n\t"
+      "vpaddd %[p], %[s], %[s]\n\t"
+      "vpbroadcastd %[b], %[p]\n\t"
+      "vpmaddwd %[p], %[o], %[p]\n\t"
+      "vpaddd %[p], %[s], %[s]"
+      : [s] "+x"(sum), [p] "=&x"(product)
+      : [e] "x"(even), [o] "x"(odd), [a] "m"(*reinterpret_cast<const WeightCode(*)[2]>(p)),
+        [b] "m"(*reinterpret_cast<const WeightCode(*)[2]>(p + 2)));
+  return sum;
 }
 
+// Half a vector after the other, so that the sums of all rows fit the registers.
 template <std::size_t Rows, std::size_t Chunks>
-OCTAVO_INLINE void dot_values(const uint8_t* v, const WeightCode* p, I* sums) {
-  unroll<Chunks>(OCTAVO_EACH(c) {
-    const Q codes = load_codes(v + 64 * c);
+OCTAVO_INLINE void dot_values(const CodeTile& tile, const CodeTile* next, std::size_t keys, std::size_t d,
+                              const WeightCode* p, I* sums) {
+  unroll<2 * Chunks>(OCTAVO_EACH(part) {
+    constexpr std::size_t kChunk = part / 2;
+    constexpr std::size_t kHalf = part % 2;
+    __m256i sum[Rows];
+    unroll<Rows>(OCTAVO_EACH(r) { sum[r] = _mm256_setzero_si256(); });
+    for (std::size_t key = 0; key < keys; key += kKeysOfQuad) {
+      const std::size_t at = tile.v_at(key, d) + 64 * kChunk;
+      if (kHalf == 0 && next != nullptr) __builtin_prefetch(next->v[key / kLanes] + at, 0, 2);
+      const auto* codes = reinterpret_cast<const __m256i*>(tile.v[key / kLanes] + at + 32 * kHalf);
+      const __m256i code = _mm256_loadu_si256(codes);
+      const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(code, 8), 8);
+      const __m256i odd = _mm256_srai_epi16(code, 8);
+      unroll<Rows>(OCTAVO_EACH(r) { sum[r] = weigh(sum[r], even, odd, p + r * kTile + key); });
+    }
     unroll<Rows>(OCTAVO_EACH(r) {
-      sums[r * Chunks + c].lo = weighed(sums[r * Chunks + c].lo, codes.lo, p + r * kTile);
-      sums[r * Chunks + c].hi = weighed(sums[r * Chunks + c].hi, codes.hi, p + r * kTile);
+      I& whole = sums[r * Chunks + kChunk];
+      (kHalf == 0 ? whole.lo : whole.hi) = sum[r];
     });
   });
 }
@@ -212,12 +231,29 @@ OCTAVO_INLINE void dot_keys(const uint8_t* k, std::size_t stride, std::size_t qu
 }
 
 template <std::size_t Rows, std::size_t Chunks>
-OCTAVO_INLINE void dot_values(const uint8_t* v, const WeightCode* p, I* sums) {
+OCTAVO_INLINE void weigh_quad(const uint8_t* v, const WeightCode* p, I* sums) {
   for (std::size_t i = 0; i < Rows * Chunks; ++i) {
     const auto* codes = reinterpret_cast<const int8_t*>(v) + 64 * (i % Chunks);
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int j = 0; j < 4; ++j) sums[i].v[lane] += codes[4 * lane + j] * p[i / Chunks * kTile + j];
     }
+  }
+}
+
+#endif
+
+#if defined(__AVX512F__) || !defined(__AVX2__)
+
+template <std::size_t Rows, std::size_t Chunks>
+OCTAVO_INLINE void dot_values(const CodeTile& tile, const CodeTile* next, std::size_t keys, std::size_t d,
+                              const WeightCode* p, I* sums) {
+  unroll<Rows * Chunks>(OCTAVO_EACH(i) { sums[i] = set1i(0); });
+  for (std::size_t key = 0; key < keys; key += kKeysOfQuad) {
+    const std::size_t at = tile.v_at(key, d);
+    if (next != nullptr) {
+      unroll<Chunks>(OCTAVO_EACH(c) { __builtin_prefetch(next->v[key / kLanes] + at + 64 * c, 0, 2); });
+    }
+    weigh_quad<Rows, Chunks>(tile.v[key / kLanes] + at, p + key, sums);
   }
 }
 
@@ -280,15 +316,7 @@ template <std::size_t Rows, std::size_t Chunks>
 __attribute__((noinline)) void values_of(const CodeTile& tile, const CodeTile* next, std::size_t keys, std::size_t d,
                                          const WeightCode* weights, const float* factors, float* const* out) {
   I sums[Rows * Chunks];
-  unroll<Rows * Chunks>(OCTAVO_EACH(i) { sums[i] = set1i(0); });
-  for (std::size_t key = 0; key < keys; key += kKeysOfQuad) {
-    const std::size_t chunk = key / kLanes;
-    const std::size_t at = key % kLanes / kKeysOfQuad * tile.v_stride + kKeysOfQuad * d;
-    if (next != nullptr) {
-      unroll<Chunks>(OCTAVO_EACH(c) { __builtin_prefetch(next->v[chunk] + at + 64 * c, 0, 2); });
-    }
-    dot_values<Rows, Chunks>(tile.v[chunk] + at, weights + key, sums);
-  }
+  dot_values<Rows, Chunks>(tile, next, keys, d, weights, sums);
   unroll<Rows>(OCTAVO_EACH(r) {
     unroll<Chunks>(
         OCTAVO_EACH(c) { store(out[r] + d + c * kLanes, mul(to_float(sums[r * Chunks + c]), set1(factors[r]))); });

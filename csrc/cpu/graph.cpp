@@ -343,16 +343,24 @@ struct Place {
   std::size_t stride;
 };
 
+constexpr const char* kOpNames[] = {"embed", "rms_norm", "linear", "rope", "store_kv", "attention", "gated"};
+
 constexpr std::size_t kGatedPart = 512;   // values
 constexpr std::size_t kFewValues = 2048;  // so many are done before another thread has heard of them
+constexpr std::size_t kRowBlock = 128;    // rows whose activations stay in a core's own cache while panels pass by
+// What the others may wait for when a thread has drawn the last piece: a few microseconds.
+constexpr std::size_t kLongMultiplication = std::size_t{1} << 20;  // multiplications
+constexpr std::size_t kLongRead = 32 << 10;                        // bytes of weights
 
 // Whole tiles, so that no two threads write to the same cache line of codes; of few rows, what is worth a thread.
 std::size_t rows_of_piece(std::size_t rows, std::size_t columns) {
   return rows < 2 * kRowTile ? std::max<std::size_t>(1, kFewValues / columns) : kRowTile;
 }
 
-std::size_t grain_of(std::size_t count, int threads) {
-  return std::max<std::size_t>(1, count / (static_cast<std::size_t>(threads) * 8));
+// Panels of a piece, each of so many multiplications and bytes.
+std::size_t panels_of_piece(std::size_t panels, std::size_t multiplications, std::size_t bytes, int threads) {
+  const std::size_t share = panels / (static_cast<std::size_t>(threads) * 8);
+  return std::max<std::size_t>(1, std::min({share, kLongMultiplication / multiplications, kLongRead / bytes}));
 }
 
 }  // namespace
@@ -382,25 +390,30 @@ void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bo
   angles_.grow(angles * sizeof(float));
   float* at = angles_.as<float>();
   for (const auto& table : tables_) {
-    const std::size_t half = table.size();
-    machine_->pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
-      for (std::size_t t = begin; t < end; ++t) {
-        for (std::size_t i = 0; i < half; ++i) {
-          const float angle = static_cast<float>(positions[t]) * table[i];
-          at[2 * half * t + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-          at[2 * half * t + half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-        }
-      }
-    });
-    at += 2 * half * rows;
+    machine_->run("angles", [&] { fill_angles(table, positions, rows, at); });
+    at += 2 * table.size() * rows;
   }
   Work work{batch, rows, bound};
   for (const Node& node : nodes_) {
-    run_node(node, work);
+    machine_->run(kOpNames[static_cast<std::size_t>(node.op)], [&] { run_node(node, work); });
     for (const Tap& tap : taps) {
       if (tap.view.buffer == node.out) copy_out(tap, work);  // before its memory serves another op
     }
   }
+}
+
+// Cosines and sines of each row: [rows, 2, half a head].
+void Graph::fill_angles(const std::vector<float>& table, const int32_t* positions, std::size_t rows, float* angles) {
+  const std::size_t half = table.size();
+  machine_->pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t t = begin; t < end; ++t) {
+      for (std::size_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(positions[t]) * table[i];
+        angles[2 * half * t + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+        angles[2 * half * t + half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+      }
+    }
+  });
 }
 
 float* Graph::memory_of(int index, const Work& work) const {
@@ -530,18 +543,32 @@ void Graph::run_linear(const Node& node, Work& work) {
   float* y = memory_of(node.out, work);
   std::size_t panels = 0;
   for (const Weight::Segment& segment : weight.segments) panels += panels_of(segment.outputs);
-  // All segments in one region: a region costs as much as reading some 30 kB.
-  pool.parallel(panels, grain_of(panels, pool.threads()), [&](std::size_t begin, std::size_t end) {
+  const std::size_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const std::size_t multiplications = std::min(rows, kRowBlock) * weight.inputs * kPanel;
+  const std::size_t grain = panels_of_piece(blocks * panels, multiplications, weight.nbytes() / panels, pool.threads());
+  // Panels [begin, end) of all segments, by one block of rows.
+  const auto multiply = [&](std::size_t block, std::size_t begin, std::size_t end) {
+    const std::size_t first_row = block * kRowBlock;
+    const std::size_t last_row = std::min(first_row + kRowBlock, rows);
     std::size_t first = 0;  // panel of the segment
     for (const Weight::Segment& segment : weight.segments) {
       const std::size_t last = first + panels_of(segment.outputs);
       if (begin < last && end > first) {
         kernels.linear({segment.format, segment.packed.data(), segment.outputs, weight.inputs,
-                        std::max(begin, first) - first, std::min(end, last) - first, rows, x, codes,
+                        std::max(begin, first) - first, std::min(end, last) - first, first_row, last_row, x, codes,
                         segment.bias.empty() ? nullptr : segment.bias.data(),
                         residual == nullptr ? nullptr : residual + segment.first, y + segment.first, weight.outputs});
       }
       first = last;
+    }
+  };
+  // All segments in one region: a region costs as much as reading some 30 kB.
+  pool.parallel(blocks * panels, grain, [&](std::size_t begin, std::size_t end) {
+    while (begin < end) {
+      const std::size_t block = begin / panels;
+      const std::size_t stop = std::min(end, (block + 1) * panels);
+      multiply(block, begin - block * panels, stop - block * panels);
+      begin = stop;
     }
   });
 }

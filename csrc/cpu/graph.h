@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -57,12 +58,32 @@ struct KVLayer {
   std::size_t block_bytes() const;  // of K, or of V
 };
 
+// How long an op took, and how long all threads together worked on it.
+struct OpTime {
+  const char* op;
+  std::chrono::nanoseconds taken, busy;
+};
+
 struct Machine {
   const Kernels& kernels;
   const bool share_prefixes;  // whether rows of several sequences read the blocks they share together
   Pool pool;
   std::size_t state_bytes = std::size_t{64} << 20;  // most that the states of tiles take, besides draft trees'
   std::atomic<uint64_t> shared_tiles{0};            // tiles of K and V, of one KV head, that were read so
+
+  // What follows is for who holds a session of the pool.
+  bool profiling = false;
+  std::vector<OpTime> op_times;  // of what ran while profiling
+
+  // Runs an op, and notes how long it took if that is wanted.
+  template <class Body>
+  void run(const char* op, const Body& body) {
+    if (!profiling) return body();
+    pool.take_busy();
+    const auto started = std::chrono::steady_clock::now();
+    body();
+    op_times.push_back({op, std::chrono::steady_clock::now() - started, pool.take_busy()});
+  }
 
   Machine(const Kernels& kernels, int threads, bool share_prefixes, bool pin)
       : kernels(kernels), share_prefixes(share_prefixes), pool(threads, pin) {}
@@ -145,6 +166,7 @@ class Graph {
   void plan_memory();
   void plan_codes();
   Quantized codes_for(const Weight& weight, std::size_t rows) const;
+  void fill_angles(const std::vector<float>& table, const int32_t* positions, std::size_t rows, float* angles);
   void run_node(const Node& node, Work& work);
   void copy_out(const Tap& tap, const Work& work) const;
   float* memory_of(int buffer, const Work& work) const;

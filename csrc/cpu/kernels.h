@@ -37,12 +37,12 @@ struct LinearPiece {
   std::size_t outputs;  // of the whole matrix
   std::size_t inputs;
   std::size_t first_panel, last_panel;
-  std::size_t rows;
-  const float* x;         // [rows, inputs], for float formats
-  Quantized q;            // for integer formats
-  const float* bias;      // [outputs, rounded up to whole panels] or null
-  const float* residual;  // [rows, stride] or null
-  float* y;               // [rows, stride]
+  std::size_t first_row, last_row;  // the first at a tile's edge
+  const float* x;                   // [rows, inputs], for float formats
+  Quantized q;                      // for integer formats
+  const float* bias;                // [outputs, rounded up to whole panels] or null
+  const float* residual;            // [rows, stride] or null
+  float* y;                         // [rows, stride]
   std::size_t stride;
 };
 

@@ -43,6 +43,9 @@ OCTAVO_INLINE int32_t four_of(const int8_t* x) {
 
 #if defined(__AVX512F__)
 
+template <int MaxCode>
+constexpr bool kWithoutZero = false;
+
 // sum + code * the four inputs at x. In assembly, since GCC makes of the broadcast an instruction of its own.
 OCTAVO_INLINE __m512i multiply_add(__m512i sum, __m512i code, const int8_t* x) {
   asm("vpdpbusd %[x]%{1to16%}, %[c], %[s]"
@@ -65,68 +68,105 @@ OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
 
 #elif defined(__AVX2__)
 
+// Codes of 8 bits are multiplied without their zero: what is too much in each is not among the products.
+template <int MaxCode>
+constexpr bool kWithoutZero = MaxCode > 127;
+
+// Words and sums of a row, for 8 outputs each.
+struct Halves {
+  __m256i lo, hi;
+};
+
 // words += sums of two products each of the codes and four broadcast inputs. In assembly, since GCC keeps broadcasts
 // for later use and spills them, which costs more than the multiplication.
-OCTAVO_INLINE void multiply_add(__m256i& words, __m256i code, const int8_t* x) {
-  __m256i product;
-  asm("vpbroadcastd %[x], %[p]\n\tvpmaddubsw %[p], %[c], %[p]\n\tvpaddw %[p], %[w], %[w]"
-      : [w] "+x"(words), [p] "=&x"(product)
-      : [c] "x"(code), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+OCTAVO_INLINE void multiply_add(Halves& words, Q code, const int8_t* x) {
+  __m256i four, product;
+  asm("vpbroadcastd %[x], %[f]\n\t"
+      "vpmaddubsw %[f], %[cl], %[p]\n\t"
+      "vpmaddubsw %[f], %[ch], %[f]\n\t"
+      "vpaddw %[p], %[l], %[l]\n\t"
+      "vpaddw %[f], %[h], %[h]"
+      : [l] "+x"(words.lo), [h] "+x"(words.hi), [f] "=&x"(four), [p] "=&x"(product)
+      : [cl] "x"(code.lo), [ch] "x"(code.hi), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
 }
 
-// One half (8 outputs) of each quad. vpmaddubsw adds two products into int16, which holds kSteps quads of them before
-// it must be widened: 2 * kSteps * MaxCode * 127 < 2^15.
-template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows, int Half>
-OCTAVO_INLINE void dot_half(const uint8_t* codes, const int8_t* x, __m256i* sums) {
-  const auto part = [&](std::size_t j) __attribute__((always_inline)) {
-    const Q code = code_quad<kind>(codes, j);
-    return Half == 0 ? code.lo : code.hi;
-  };
-  if constexpr (MaxCode > 127) {  // bytes that fill all 8 bits: even and odd inputs as int16 pairs
-    const __m256i low = _mm256_set1_epi16(0xff);
-    for (std::size_t j = First; j < Last; ++j) {
-      const __m256i even = _mm256_and_si256(part(j), low);
-      const __m256i odd = _mm256_srli_epi16(part(j), 8);
-      for (std::size_t r = 0; r < Rows; ++r) {
-        const __m256i four = _mm256_set1_epi32(four_of(x + r * kGroup + 4 * j));
-        const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
-        const __m256i x_odd = _mm256_srai_epi16(four, 8);
-        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
-        sums[r] = _mm256_add_epi32(sums[r], both);
-      }
-    }
-  } else {
-    constexpr std::size_t kSteps = 32767 / (2 * 127 * MaxCode);
-    static_assert(kSteps >= 1);
-    constexpr std::size_t kRounds = (Last - First + kSteps - 1) / kSteps;
-    const __m256i ones = _mm256_set1_epi16(1);
-    unroll<kRounds>(OCTAVO_EACH(round) {
-      constexpr std::size_t kBegin = First + round * kSteps;
-      constexpr std::size_t kCount = kBegin + kSteps < Last ? kSteps : Last - kBegin;
-      __m256i words[Rows];
-      unroll<Rows>(OCTAVO_EACH(r) { words[r] = _mm256_setzero_si256(); });
-      unroll<kCount>(OCTAVO_EACH(step) {
-        const std::size_t j = kBegin + step;
-        const __m256i code = part(j);
-        unroll<Rows>(OCTAVO_EACH(r) { multiply_add(words[r], code, x + r * kGroup + 4 * j); });
-      });
-      unroll<Rows>(OCTAVO_EACH(r) { sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(words[r], ones)); });
+// sums += products of a signed code, whose size is below or equal to 128, and four broadcast inputs: |code| times the
+// inputs with the sign of the code, by twos in int16, which holds 2 * 128 * 127.
+OCTAVO_INLINE __m256i multiply_add_signed(__m256i sum, __m256i code, __m256i size, __m256i ones, const int8_t* x) {
+  __m256i product;
+  asm("vpbroadcastd %[x], %[p]\n\t"
+      "vpsignb %[c], %[p], %[p]\n\t"
+      "vpmaddubsw %[p], %[z], %[p]\n\t"
+      "vpmaddwd %[o], %[p], %[p]\n\t"
+      "vpaddd %[p], %[s], %[s]"
+      : [s] "+x"(sum), [p] "=&x"(product)
+      : [c] "x"(code), [z] "x"(size), [o] "x"(ones), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+  return sum;
+}
+
+// Of `Rows` rows, at most four: their words or sums, the codes and what is made of them fit the 16 registers.
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_some(const uint8_t* codes, const int8_t* x, I* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  // vpmaddubsw adds two products into int16, which holds kSteps quads of them before it must be widened.
+  constexpr std::size_t kSteps = 32767 / (2 * 127 * MaxCode);
+  static_assert(kSteps >= 1);
+  constexpr std::size_t kRounds = (Last - First + kSteps - 1) / kSteps;
+  unroll<kRounds>(OCTAVO_EACH(round) {
+    constexpr std::size_t kBegin = First + round * kSteps;
+    constexpr std::size_t kCount = kBegin + kSteps < Last ? kSteps : Last - kBegin;
+    Halves words[Rows];
+    unroll<Rows>(OCTAVO_EACH(r) { words[r].lo = words[r].hi = _mm256_setzero_si256(); });
+    unroll<kCount>(OCTAVO_EACH(step) {
+      constexpr std::size_t j = kBegin + step;
+      const Q code = code_quad<kind>(codes, j);
+      unroll<Rows>(OCTAVO_EACH(r) { multiply_add(words[r], code, x + r * kGroup + 4 * j); });
     });
-  }
+    unroll<Rows>(OCTAVO_EACH(r) {
+      sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(words[r].lo, ones));
+      sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(words[r].hi, ones));
+    });
+  });
+}
+
+template <Codes kind, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_signed(const uint8_t* codes, const int8_t* x, I* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const auto add = [&](auto half, __m256i* sum) __attribute__((always_inline)) {
+    for (std::size_t j = First; j < Last; ++j) {
+      const Q quad = code_quad<kind>(codes, j);
+      const __m256i code = _mm256_xor_si256(half == 0 ? quad.lo : quad.hi, _mm256_set1_epi8(-128));
+      const __m256i size = _mm256_abs_epi8(code);
+      unroll<Rows>(OCTAVO_EACH(r) { sum[r] = multiply_add_signed(sum[r], code, size, ones, x + r * kGroup + 4 * j); });
+    }
+  };
+  __m256i sum[Rows];
+  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = sums[r].lo; });
+  add(std::integral_constant<int, 0>{}, sum);
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r].lo = sum[r]; });
+  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = sums[r].hi; });
+  add(std::integral_constant<int, 1>{}, sum);
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r].hi = sum[r]; });
 }
 
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
 OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
-  __m256i half[Rows];
-  for (std::size_t r = 0; r < Rows; ++r) half[r] = sums[r].lo;
-  dot_half<kind, MaxCode, First, Last, Rows, 0>(codes, x, half);
-  for (std::size_t r = 0; r < Rows; ++r) sums[r].lo = half[r];
-  for (std::size_t r = 0; r < Rows; ++r) half[r] = sums[r].hi;
-  dot_half<kind, MaxCode, First, Last, Rows, 1>(codes, x, half);
-  for (std::size_t r = 0; r < Rows; ++r) sums[r].hi = half[r];
+  if constexpr (kWithoutZero<MaxCode>) {
+    dot_signed<kind, First, Last, Rows>(codes, x, sums);
+  } else {
+    constexpr std::size_t kFours = Rows / 4;
+    unroll<kFours>(
+        OCTAVO_EACH(i) { dot_some<kind, MaxCode, First, Last, 4>(codes, x + 4 * i * kGroup, sums + 4 * i); });
+    if constexpr (Rows % 4 != 0) {
+      dot_some<kind, MaxCode, First, Last, Rows % 4>(codes, x + 4 * kFours * kGroup, sums + 4 * kFours);
+    }
+  }
 }
 
 #else
+
+template <int MaxCode>
+constexpr bool kWithoutZero = false;
 
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
 OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
@@ -253,7 +293,8 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
       const F scale = scale_of<format>(super, group, kSub);
       I isum[Rows];
       unroll<Rows>(OCTAVO_EACH(r) {
-        if constexpr (layout.zero == 0) {
+        if constexpr (layout.zero == 0 || kWithoutZero<layout.max_code>) {
+          static_assert(layout.zero == 0 || layout.zero == 128);
           isum[r] = set1i(0);
         } else {
           static_assert(std::has_single_bit(static_cast<unsigned>(layout.zero)));
@@ -284,7 +325,8 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
       }
     });
   }
-  for (std::size_t r = 0; r < Rows; ++r) finish_row(piece, row + r, panel, acc[r]);
+  // Unrolled: sums with a variable index would live in memory, and be stored there group by group.
+  unroll<Rows>(OCTAVO_EACH(r) { finish_row(piece, row + r, panel, acc[r]); });
 }
 
 template <Format format>
@@ -319,7 +361,9 @@ __attribute__((noinline)) void panel_rows(const LinearPiece& piece, std::size_t 
 }
 
 template <Format format>
-void linear_of_rows(const LinearPiece& piece, std::size_t first_row, std::size_t last_row) {
+void linear_of(const LinearPiece& piece) {
+  const std::size_t first_row = piece.first_row;
+  const std::size_t last_row = piece.last_row;
   const std::size_t tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
   const std::size_t ahead = tiles == 1 ? kAhead : panel_bytes(format, piece.inputs);
   for (std::size_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
@@ -353,16 +397,6 @@ void linear_of_rows(const LinearPiece& piece, std::size_t first_row, std::size_t
       default:
         break;
     }
-  }
-}
-
-// Rows whose activations stay in a core's own cache while the panels of a piece pass by.
-constexpr std::size_t kRowsAtOnce = 128;
-
-template <Format format>
-void linear_of(const LinearPiece& piece) {
-  for (std::size_t row = 0; row < piece.rows; row += kRowsAtOnce) {
-    linear_of_rows<format>(piece, row, row + kRowsAtOnce < piece.rows ? row + kRowsAtOnce : piece.rows);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <utility>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -98,6 +99,7 @@ constexpr uint32_t kClosed = UINT32_MAX;  // a ticket's next piece while there i
 struct Pool::Shared {
   struct alignas(64) Ticket {
     std::atomic<uint64_t> value{0};  // region << 32 | next piece
+    std::atomic<int64_t> busy{0};    // nanoseconds that the thread with this number has worked
   };
   // The region under way, written by the caller while the tickets are closed. A late worker may read these while they
   // change; its draw then fails: who sees a new value (acquire) also sees that the ticket it holds is out of date.
@@ -105,6 +107,7 @@ struct Pool::Shared {
   std::atomic<const void*> body{nullptr};
   std::atomic<std::size_t> count{0};
   std::atomic<std::size_t> grain{1};
+  std::atomic<bool> measures{false};
   std::vector<Ticket> tickets;                   // of each thread's share
   alignas(64) std::atomic<std::size_t> done{0};  // items of this region
   alignas(64) std::atomic<uint32_t> region{0};   // what sleeping workers wait on
@@ -150,7 +153,14 @@ struct Pool::Shared {
       if (!ticket.compare_exchange_weak(drawn, drawn + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       const std::size_t end = std::min((next + 1) * step, items);
-      run(what, next * step, end, thread);
+      if (measures.load(std::memory_order_relaxed)) {
+        const auto started = std::chrono::steady_clock::now();
+        run(what, next * step, end, thread);
+        tickets[thread].busy.fetch_add((std::chrono::steady_clock::now() - started) / std::chrono::nanoseconds(1),
+                                       std::memory_order_relaxed);
+      } else {
+        run(what, next * step, end, thread);
+      }
       done.fetch_add(end - next * step, std::memory_order_release);
       drawn = ticket.load(std::memory_order_acquire);
     }
@@ -212,12 +222,16 @@ void Pool::start() {
 }
 
 void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* body) {
+  if (count == 0) return;
   if (threads_ == 1 || count <= grain) {
-    if (count > 0) piece(body, 0, count, 0);
+    const auto started = measures_ ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+    piece(body, 0, count, 0);
+    if (measures_) alone_ += std::chrono::steady_clock::now() - started;
     return;
   }
   start();
   Shared& shared = *shared_;
+  shared.measures.store(measures_, std::memory_order_relaxed);
   shared.open(shared.region.load(std::memory_order_relaxed) + 1, count, grain, piece, body);
   shared.work(0);
   for (int spins = 0; shared.done.load(std::memory_order_acquire) < count; ++spins) {
@@ -227,6 +241,13 @@ void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* bo
       std::this_thread::yield();  // a worker lost its processor in the midst of a piece
     }
   }
+}
+
+std::chrono::nanoseconds Pool::take_busy() {
+  std::chrono::nanoseconds busy = std::exchange(alone_, {});
+  if (shared_ == nullptr) return busy;
+  for (Shared::Ticket& ticket : shared_->tickets) busy += std::chrono::nanoseconds(ticket.busy.exchange(0));
+  return busy;
 }
 
 Pool::Session::Session(Pool& pool) : lock_(pool.in_use_), saved_(set_float_mode()) {}

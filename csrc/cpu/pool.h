@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -39,6 +40,10 @@ class Pool {
         &body);
   }
 
+  // Whether to add up how long threads work on pieces. To be called by who holds a session, as is the next.
+  void measure(bool on) { measures_ = on; }
+  std::chrono::nanoseconds take_busy();  // of all threads since the last call
+
   // Holds the pool for one caller over many regions, and the floating-point mode that kernels need.
   class Session {
    public:
@@ -60,6 +65,8 @@ class Pool {
 
   int threads_;
   bool pin_;
+  bool measures_ = false;
+  std::chrono::nanoseconds alone_{0};  // that the caller worked without the others
   std::mutex in_use_;
   std::unique_ptr<Shared> shared_;
   unsigned forks_seen_ = 0;

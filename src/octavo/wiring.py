@@ -42,6 +42,7 @@ class BuiltEngine:
     memory_plan: MemoryPlan
     max_model_len: int
     system_fingerprint: str
+    ops: Ops
     generation_config: Callable[[], dict[str, Any]]  # read when somebody asks: it is advice, and may be unusable
 
     def start(self) -> EngineLoop:
@@ -72,6 +73,7 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         loaded.memory_plan,
         loaded.max_model_len,
         fingerprint,
+        loaded.ops,
         _generation_config(loaded.file, loaded.path),
     )
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.backends.trace import OpRecord
 from octavo.cli import bench_startup, record
+from octavo.cli.bench_profile import match
 from octavo.cli.driver import Answer, EngineDriver, Step
 from octavo.cli.machine import model_config
 from octavo.cli.step_costs import StepCosts
@@ -17,7 +19,7 @@ from octavo.formats import open_weights
 from octavo.loading.weights import FileWeights
 from octavo.observe import StepCost
 from octavo.ops import cost
-from octavo.ops.cost import Widths
+from octavo.ops.cost import Cost, Widths
 from octavo.runner.trace import trace_step
 
 from .conftest import Invoke
@@ -86,6 +88,53 @@ def test_latency(
     (entry,) = record.load()
     assert entry["benchmark"] == "latency" and str(home) in report["recorded_in"]
     assert f"MBU {phases['decode']['mbu']:.0%}" in invoke("doctor", "--no-measure").out
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_profile(invoke: Invoke, tiny_gemma3_dir: Path, tmp_path: Path, threads: int) -> None:
+    """Every op of every layer is told once in each step, and with what lies between them they make the step."""
+    out = tmp_path / "profile.json"
+    load = ("--input-len", 20, "--output-len", 5, "--batch-size", 3, "--num-iters-warmup", 1, "--num-iters", 2)
+    settings = ("--model", tiny_gemma3_dir, "--threads", threads, "--max-model-len", 64)
+    result = invoke("bench", "profile", *settings, *load, "--output-json", out)
+    assert (result.code, result.err) == (0, "")
+    report = json.loads(out.read_text())
+    layers = model_config(tiny_gemma3_dir).num_layers
+    phases = report["phases"]
+    assert (phases["prefill"]["steps"], phases["decode"]["steps"]) == (2, 2 * 4)
+    assert (phases["prefill"]["tokens_computed"], phases["decode"]["tokens_computed"]) == (60, 3)
+    for phase in phases.values():
+        ops = {op["op"]: op for op in phase["ops"]}
+        assert {"embed", "rms_norm", "rope", "store_kv", "attention", "gated", "sample"} < ops.keys()
+        assert all(ops[name]["calls"] == layers for name in ("attention", "store_kv", "gated", "linear mlp.down_proj"))
+        assert ops["linear model.embed_tokens"]["calls"] == 1
+        assert all(op["ms"] > 0 and 0 <= op["idle"] < 1 for op in ops.values())
+        assert threads > 1 or all(op["idle"] < 0.9 for op in ops.values())
+        assert phase["between_ops_ms"] > 0 and phase["between_steps_ms"] > 0
+        parts = sum(op["ms"] for op in ops.values()) + phase["between_ops_ms"] + phase["between_steps_ms"]
+        assert parts == pytest.approx(phase["ms"])
+        assert f"{ops['attention']['ms']:10.3f}" in result.out
+    assert "between steps" in result.out
+
+
+def test_profile_of_another_backend(invoke: Invoke, tiny_gemma3_dir: Path) -> None:
+    result = invoke("bench", "profile", "--model", tiny_gemma3_dir, "--backend", "reference")
+    assert (result.code, result.out) == (2, "")
+    assert "backend: bench profile takes steps of the cpu backend apart, not of reference" in result.err
+
+
+def test_what_was_timed_is_what_was_to_be_run() -> None:
+    """Guards against times under another op's name."""
+    linear = OpRecord("linear", ((1, 8),), (1, 8), ("model.layers.3.mlp.down_proj.weight", "b.bias"), Cost(1, 2, 3))
+    traced = [(linear, StepCost(1)), (OpRecord("take_rows", (), (), (), Cost(0, 0, 0)), StepCost())]
+    time, other = ("linear", 0.1, 0.2), ("angles", 0.3, 0.4)
+    assert match([other, time], traced) == [("angles", other, StepCost()), ("linear mlp.down_proj", time, StepCost(1))]
+    with pytest.raises(RuntimeError, match="linear was run where None was to be"):
+        match([time, time], traced)
+    with pytest.raises(RuntimeError, match="rope was run where linear was to be"):
+        match([("rope", 1.0, 1.0)], traced)
+    with pytest.raises(RuntimeError, match=r"\['linear'\] were not run"):
+        match([other], traced)
 
 
 def test_throughput(invoke: Invoke, tiny_gemma3_dir: Path, tmp_path: Path, answers: list[list[Answer]]) -> None:
@@ -165,9 +214,12 @@ def test_costs_are_those_of_the_cost_table(tiny_gemma3_dir: Path) -> None:
             logits_rows=2,
         )
         expected = cost.total([one.cost for one in records])
-    assert costs.of(sequences, 2) == StepCost(expected.bytes, 0, expected.flops), "float weights: nothing is integer"
+    # Of float weights only attention over int8 keys and values is of integers.
+    integer = cost.total([one.cost for one in records if one.op == "attention"]).flops
+    assert costs.of(sequences, 2) == StepCost(expected.bytes, integer, expected.flops - integer) and integer > 0
+    assert [record.op for record, _ in costs.by_op(sequences, 2)] == [one.op for one in records]
     assert costs.of(sequences[::-1], 2) == costs.of(sequences, 2)
-    steps = [Step(0, 1, sequences, 2, 7), Step(1, 2, ((9, 1),), 1, 0), Step(2, 3, sequences, 2, 7)]
+    steps = [Step(0, 1, sequences, 2, 7, {}), Step(1, 2, ((9, 1),), 1, 0, {}), Step(2, 3, sequences, 2, 7, {})]
     assert costs.total(steps) == costs.of(sequences, 2) * 2 + costs.of(((9, 1),), 1)
 
 
@@ -254,7 +306,7 @@ def test_a_start_that_fails_says_why(invoke: Invoke, tiny_gemma3_dir: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {latency,throughput,serve,startup}"),
+        ([], "required: {latency,throughput,profile,serve,startup}"),
         (["speed"], "invalid choice: 'speed'"),
         (["latency", "--input-len", "0"], "--input-len: must be between 1 and"),
         (["latency", "--input-len", "many"], "--input-len: must be an integer, not 'many'"),

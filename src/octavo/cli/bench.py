@@ -37,6 +37,14 @@ _NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
         "output_len": (64, 1, "tokens to generate for each"),
         "seed": (0, 0, "of the random prompts"),
     },
+    "profile": {
+        "input_len": (512, 1, "tokens of each prompt"),
+        "output_len": (32, 1, "tokens to generate for each"),
+        "batch_size": (1, 1, "requests at once"),
+        "num_iters_warmup": (1, 0, "batches that do not count"),
+        "num_iters": (3, 1, "batches that count"),
+        "seed": (0, 0, "of the random prompts"),
+    },
     "serve": {
         "num_prompts": (64, 1, "requests"),
         "input_len": (128, 1, "words of each prompt, most of them one token"),
@@ -53,6 +61,7 @@ _NUMBERS: dict[str, dict[str, tuple[int, int, str]]] = {
 _SUMMARIES = {
     "latency": "end-to-end latency of one batch, again and again",
     "throughput": "many requests at once: requests and tokens a second",
+    "profile": "steps taken apart by op: time, share of the machine's limits, idle threads (cpu backend)",
     "serve": "a server that speaks OpenAI's protocol: any, not only Octavo's",
     "startup": "from the start of the process to the first byte of an answer, by phase",
 }
@@ -100,6 +109,12 @@ def run(args: argparse.Namespace) -> int:
         with spinner("starting again and again"):
             report = bench_startup.run(config, _engine_flags(args), args.prompt, **numbers)
         lines = bench_startup.lines(report)
+    elif args.kind == "profile":
+        from octavo.cli import bench_profile
+
+        with spinner("measuring"):
+            report = bench_profile.run(config, detokenize=not args.disable_detokenize, **numbers)
+        lines = bench_profile.lines(report)
     else:
         from octavo.cli import bench_engine
 

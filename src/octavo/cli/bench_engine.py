@@ -42,19 +42,19 @@ def latency(
     """`batch_size` requests at once, from the first being added to the last token of all; `num_iters` times."""
     load = {"input_len": input_len, "output_len": output_len, "batch_size": batch_size, "seed": seed}
     with EngineDriver(config) as driver:
-        _check_fits(driver, input_len, output_len)
-        batches = _batches(driver, batch_size, input_len, output_len, seed, detokenize)
+        check_fits(driver, input_len, output_len)
+        batches = random_batches(driver, batch_size, input_len, output_len, seed, detokenize)
         for _ in range(num_iters_warmup):
-            _finished(driver.run(next(batches)))
+            finished(driver.run(next(batches)))
         steps: list[Step] = []
         answers: list[Answer] = []
         latencies = []
         for _ in range(num_iters):
-            done = _finished(driver.run(next(batches), on_step=steps.append))
+            done = finished(driver.run(next(batches), on_step=steps.append))
             latencies.append(max(answer.token_times[-1] for answer in done) - done[0].arrived)
             answers += done
         load |= {"num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
-        report = _head("latency", config, driver, load)
+        report = head("latency", config, driver, load)
     report["avg_latency"] = float(np.mean(latencies))
     report["latencies"] = latencies
     report["percentiles"] = {str(p): float(np.percentile(latencies, p)) for p in LATENCY_PERCENTILES}
@@ -66,16 +66,16 @@ def throughput(
 ) -> dict[str, Any]:
     """All requests are there from the start; the engine takes as many at a time as have a place."""
     with EngineDriver(config) as driver:
-        _check_fits(driver, input_len, output_len)
+        check_fits(driver, input_len, output_len)
         few = min(num_prompts, config.max_num_seqs)
-        warmup = next(_batches(driver, few, min(input_len, 32), min(output_len, 8), seed + 1, detokenize))
-        _finished(driver.run(warmup))
+        warmup = next(random_batches(driver, few, min(input_len, 32), min(output_len, 8), seed + 1, detokenize))
+        finished(driver.run(warmup))
         driver.built.engine.reset_prefix_cache()
         steps: list[Step] = []
-        requests = next(_batches(driver, num_prompts, input_len, output_len, seed, detokenize))
-        answers = _finished(driver.run(requests, on_step=steps.append))
+        requests = next(random_batches(driver, num_prompts, input_len, output_len, seed, detokenize))
+        answers = finished(driver.run(requests, on_step=steps.append))
         load = {"num_prompts": num_prompts, "input_len": input_len, "output_len": output_len, "seed": seed}
-        report = _head("throughput", config, driver, load)
+        report = head("throughput", config, driver, load)
     elapsed = max(answer.token_times[-1] for answer in answers) - answers[0].arrived
     report["elapsed_time"] = elapsed
     report["num_requests"] = num_prompts
@@ -88,7 +88,7 @@ def throughput(
 # --- the load ---
 
 
-def _check_fits(driver: EngineDriver, input_len: int, output_len: int) -> None:
+def check_fits(driver: EngineDriver, input_len: int, output_len: int) -> None:
     most = driver.built.max_model_len
     if input_len + output_len > most:
         raise InvalidRequestError(
@@ -96,7 +96,7 @@ def _check_fits(driver: EngineDriver, input_len: int, output_len: int) -> None:
         )
 
 
-def _batches(
+def random_batches(
     driver: EngineDriver, count: int, input_len: int, output_len: int, seed: int, detokenize: bool
 ) -> Iterator[list[Request]]:
     """Batch after batch of requests with random prompts. Their first tokens differ: nothing of them is cached."""
@@ -110,7 +110,7 @@ def _batches(
         yield [(ids, params) for ids in prompts.tolist()]
 
 
-def _finished(answers: list[Answer]) -> list[Answer]:
+def finished(answers: list[Answer]) -> list[Answer]:
     for answer in answers:
         completions(answer)  # raises for a request that failed
     return answers
@@ -119,7 +119,7 @@ def _finished(answers: list[Answer]) -> list[Answer]:
 # --- the figures ---
 
 
-def _head(kind: str, config: EngineConfig, driver: EngineDriver, load: dict[str, Any]) -> dict[str, Any]:
+def head(kind: str, config: EngineConfig, driver: EngineDriver, load: dict[str, Any]) -> dict[str, Any]:
     return {
         "benchmark": kind,
         "octavo_version": __version__,
@@ -158,8 +158,7 @@ def step_costs(config: EngineConfig, model: ModelConfig, name: str) -> StepCosts
     """What steps of this model cost with these settings on the backend called `name`."""
     used = backend(name)
     integer = used.multiplies_codes and config.compute_dtype == "auto"
-    kv_dtype = used.auto_kv_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    return StepCosts(resolve_model(config.model), model, integer=integer, kv_dtype=kv_dtype)
+    return StepCosts(resolve_model(config.model), model, integer=integer, kv_dtype=used.kv_dtype(config))
 
 
 def _token_times(answers: Sequence[Answer]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class Step:
     sequences: tuple[tuple[int, int], ...]  # per grant: tokens of context already cached, tokens computed
     logits_rows: int
     prompt_tokens: int  # of the tokens computed
+    timings: Mapping[str, float]  # seconds of its parts, as the executor tells them
 
 
 @dataclass(slots=True)
@@ -62,10 +63,10 @@ class EngineDriver:
         answers = {request.spec.request_id: Answer(arrived) for request in made}
         readers = {request.spec.request_id: self._frontend.reader(request) for request in made}
         prompt_lens = {request.spec.request_id: len(request.spec.prompt_token_ids) for request in made}
-        plans: list[StepPlan] = []
+        done: list[tuple[StepPlan, StepResult]] = []
 
         def listener(plan: StepPlan, result: StepResult) -> None:
-            plans.append(plan)
+            done.append((plan, result))
 
         self._engine.step_listeners.append(listener)
         try:
@@ -77,12 +78,12 @@ class EngineDriver:
                 ended = self.clock()
                 for output in outputs:
                     _note(answers[output.request_id], readers[output.request_id](output), ended)
-                while plans:  # none, if nothing could run
-                    plan = plans.pop()
+                while done:  # nothing, if nothing could run
+                    plan, result = done.pop()
                     if on_plan is not None:
                         on_plan(plan)
                     if on_step is not None:
-                        on_step(_step(plan, started, ended, prompt_lens))
+                        on_step(_step(plan, result, started, ended, prompt_lens))
         finally:
             self._engine.step_listeners.remove(listener)
             for request in made:
@@ -105,13 +106,14 @@ def _note(answer: Answer, output: RequestOutput, now: float) -> None:
     answer.output = output
 
 
-def _step(plan: StepPlan, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
+def _step(plan: StepPlan, result: StepResult, started: float, ended: float, prompt_lens: dict[str, int]) -> Step:
     return Step(
         started,
         ended,
         tuple((grant.start, grant.num_tokens) for grant in plan.grants),
         len({request.row for request in logits_requests(plan.grants)}),
         sum(max(min(grant.stop, prompt_lens[grant.request_id]) - grant.start, 0) for grant in plan.grants),
+        result.timings,
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from octavo.formats import RawTensor
     from octavo.ops import ModelConfig, Ops
 
-_KV_BYTES = {"float32": 4, "float16": 2, "int8": 1 + 4 / 32}  # a scale for each 32 codes
+_KV_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int8": 1 + 4 / 32}  # a scale for each 32 codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class StepCosts:
             }
         self._model = model
         self._integer = integer
+        self._integer_attention = kv_dtype == "int8"  # but for softmax, which is little beside its products
         self._widths = Widths(kv=_KV_BYTES[kv_dtype])
         self._known: dict[tuple[Any, int], StepCost] = {}
 
@@ -70,6 +71,10 @@ class StepCosts:
         return sum((self.of(*shape) * count for shape, count in counts.items()), StepCost())
 
     def _trace(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> StepCost:
+        return sum((cost for _, cost in self.by_op(sequences, logits_rows)), StepCost())
+
+    def by_op(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> list[tuple[OpRecord, StepCost]]:
+        """What each op of one step costs, in the order in which they run."""
         from octavo.loading.weights import FileWeights
         from octavo.runner.trace import trace_step
 
@@ -78,11 +83,12 @@ class StepCosts:
 
         tensors = cast("Mapping[str, RawTensor]", self._tensors)
         records = trace_step(self._model, sequences, weights=weights, widths=self._widths, logits_rows=logits_rows)
-        return sum(map(self._split, records), StepCost())
+        return [(record, self._split(record)) for record in records]
 
     def _split(self, record: OpRecord) -> StepCost:
         tensors = [self._tensors[name] for name in record.weights]
         formats = [tensor.dtype.name for tensor in tensors if len(tensor.shape) == 2]  # a bias is float32
-        integer = self._integer and record.op == "linear" and all(name.startswith("Q") for name in formats)
+        of_codes = record.op == "linear" and all(name.startswith("Q") for name in formats)
+        integer = (self._integer and of_codes) or (self._integer_attention and record.op == "attention")
         flops = record.cost.flops
         return StepCost(record.cost.bytes, flops if integer else 0, 0 if integer else flops)

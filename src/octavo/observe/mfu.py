@@ -19,7 +19,7 @@ class StepCost:
     """What steps need by the cost table (octavo.ops.cost)."""
 
     bytes: int = 0
-    integer_flops: int = 0  # of linears with integer codes and int8 activations
+    integer_flops: int = 0  # of products of integer codes, in linears and attention
     float_flops: int = 0  # all else
 
     def __add__(self, other: StepCost) -> StepCost:
