@@ -109,6 +109,7 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         loaded.ops,
         num_blocks=loaded.memory_plan.num_blocks,
         block_size=config.block_size,
+        hidden_size=loaded.config.hidden_size,
         vocab_size=loaded.config.vocab_size,
     )
     scheduler = SchedulerConfig(

@@ -247,7 +247,9 @@ def test_the_same_ops_as_a_real_step(tmp_path: Path, variant: str, sequences: li
     ops = Recorder()
     model, config = load(make(tmp_path, variant), ops)
     kv = KVCacheManager(32, 4)
-    runner = ModelRunner(model, ops, num_blocks=32, block_size=4, vocab_size=config.vocab_size)
+    runner = ModelRunner(
+        model, ops, num_blocks=32, block_size=4, hidden_size=config.hidden_size, vocab_size=config.vocab_size
+    )
     draw = Draw(SamplingParams(temperature=0), seed=0, stream=(0,), num_prompt_tokens=0)
     grants = []
     for index, (old, new) in enumerate(sequences):

@@ -66,6 +66,7 @@ class Probe:
             self.ops,
             num_blocks=self.kv.num_blocks,
             block_size=block_size,
+            hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
         )
         self._ids = count()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,7 @@ def test_errors_of_a_draw_stay_with_it(folder: Path) -> None:
     """A request that rules out every token fails; its neighbours are answered from their own rows."""
     probe, single = Probe(folder), Probe(folder)
     params = SamplingParams(temperature=0, allowed_token_ids=[3], bad_words=["x"])
-    impossible = replace(GREEDY, params=params, bad_words=((3,),))
+    impossible = GREEDY._replace(params=params, bad_words=((3,),))
     prompts = [tokens(5, seed=1), tokens(8, seed=2), tokens(6, seed=3)]
     draws = [GREEDY, impossible, GREEDY]
     results = probe.step(

@@ -263,6 +263,21 @@ class CpuOps:
 
         return replay
 
+    def capture_rows(self, function: Callable[[CpuArray], CpuArray], columns: int) -> Callable[[CpuArray], CpuArray]:
+        graph = self._recording = _C.Graph(self.machine)
+        try:
+            given = graph.bind(columns)
+            result = function(CpuArray(None, given, 0, columns))
+        finally:
+            self._recording = None
+
+        def replay(x: CpuArray) -> CpuArray:
+            out = np.empty((len(_data(x)), result.columns), np.float32)
+            graph.run([given, result.buffer], [_data(x), out], None, len(out))
+            return CpuArray(out, -1, 0, result.columns)
+
+        return replay
+
     def _record(self, function: Callable[[_C.Batch], Iterator[CpuArray]]) -> tuple[_C.Graph, list[CpuArray]]:
         graph = self._recording = _C.Graph(self.machine)
         try:

@@ -135,6 +135,9 @@ class ReferenceOps:
     def capture(self, function: Callable[[Batch], Iterator[Floats]]) -> Replay:
         return run_eagerly(self, function)
 
+    def capture_rows(self, function: Callable[[Floats], Floats], columns: int) -> Callable[[Floats], Floats]:
+        return function
+
     def prepare(self, batch: Batch) -> Batch:
         return batch
 

@@ -106,18 +106,15 @@ class Completion:
     text_stream: TextStream | None = None
     stream: tuple[int, ...] = ()  # of its draws; the index alone if none is given
     sent: Sent = Sent()
+    draw: Draw = field(init=False)  # the stream is the sample's own, so that outputs differ and each is reproducible
 
     def __post_init__(self) -> None:
         self.stream = self.stream or (self.index,)
+        self.draw = draw_of(self.request, self.stream)
         params = self.request.params
         if params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
         self.text_stream = text_stream(self.request, self.codec)
-
-    @property
-    def draw(self) -> Draw:
-        """Its draws. The stream is the sample's own, so that outputs differ and each is reproducible."""
-        return draw_of(self.request, self.stream)
 
     @property
     def want(self) -> Sample:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import Reason
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 NewSequence = Callable[[tuple[int, ...]], "Sequence"]  # makes an empty sequence with this stream
 
 
-@dataclass(slots=True)
-class SequenceResult:
+class SequenceResult(NamedTuple):
     """A step computed positions [start, stop) of a sequence, already committed.
 
     Those that the sequence has no tokens for are verified drafts, in front of the last of `rows`' draws: they are to be

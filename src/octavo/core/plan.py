@@ -6,7 +6,7 @@ so it can be recorded, carried out again, or sent to another process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ class BlockLoad(NamedTuple):
     kv: bytes  # as the executor's own `read_block` gave it
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Positions [start, stop) of one sequence, to be computed in this step.
 
     The last `num_drafts` of its tokens are guesses that the sequence does not have. Their rows are wanted like that of
@@ -56,7 +55,7 @@ class Grant:
         """The same as it would be if nobody had guessed."""
         stop = self.stop - self.num_drafts
         wants = tuple(wanted for wanted in self.wants if wanted.stop <= stop)
-        return replace(self, stop=stop, token_ids=self.token_ids[: stop - self.start], wants=wants, num_drafts=0)
+        return self._replace(stop=stop, token_ids=self.token_ids[: stop - self.start], wants=wants, num_drafts=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +89,12 @@ class TokenLogprobs:
     top: tuple[TokenLogprob, ...] = ()  # best first
 
 
-@dataclass(frozen=True, slots=True)
-class DrawResult:
+class DrawResult(NamedTuple):
     token_id: int
     logprobs: TokenLogprobs | None = None  # when the draw's params ask for them
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What one row gave, of one want."""
 
     position: int
@@ -109,8 +106,7 @@ class RowResult:
     logprobs: TokenLogprobs | None = None  # NextLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class GrantResult:
+class GrantResult(NamedTuple):
     """What one grant gave. `error` is set when this grant alone failed; then nothing of it is committed."""
 
     rows: tuple[RowResult, ...] = ()  # want by want, row by row

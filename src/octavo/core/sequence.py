@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 State = TypeVar("State")
+_DRAWN = (Sample, TopK)  # wants whose rows have a history
 BlockTable = Any  # a list of block ids; what else the KV cache manager keeps in it is its own
 
 
@@ -103,17 +104,21 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        return max(self.target - self.num_computed, 0) if self.asked else 0
+        if not self.asked:
+            return 0
+        pending = self.target - self.num_computed
+        return pending if pending > 0 else 0
 
     @property
     def is_generating(self) -> bool:
         """Whether all that is pending is its last token: it goes on in every step, token by token."""
-        return self.num_pending == 1 and self.target == len(self.token_ids)
+        num_tokens = len(self.token_ids)
+        return self.asked and self.num_computed == num_tokens - 1 and self.target == num_tokens
 
     @property
     def is_prefilling(self) -> bool:
         """Whether more is pending: a prompt, or what was preempted. Its rows can be cut into chunks, and be cached."""
-        return self.num_pending > 0 and not self.is_generating
+        return self.asked and self.target > self.num_computed and not self.is_generating
 
     @property
     def first_wanted_row(self) -> int:
@@ -128,7 +133,7 @@ class Sequence:
             part = wanted.within(start, stop)
             if part is None:
                 continue
-            if isinstance(part.want, Sample | TopK):  # each row has a history of its own
+            if isinstance(part.want, _DRAWN):  # each row has a history of its own
                 wants += [self._at_row(row, part.want) for row in range(part.start, part.stop)]
             else:
                 wants.append(part)
@@ -138,7 +143,7 @@ class Sequence:
 
     def _at_row(self, row: int, want: Want, drafts: SequenceOf[int] = ()) -> Wanted:
         """With the history of this row, which is that of the last of the `drafts`, if there are any."""
-        if not isinstance(want, Sample | TopK):
+        if not isinstance(want, _DRAWN):
             return Wanted(row, row + 1, want)
         counts = self.attached(TokenCounts) if self._attached else None
         grammar = self.attached(GrammarState) if self._attached else None

@@ -1,9 +1,12 @@
-"""What a row of a granted range is to give back besides KV: the wants. All of them are values."""
+"""What a row of a granted range is to give back besides KV: the wants. All of them are values.
+
+Named tuples, as in `plan`: each step makes some for every row, and a frozen dataclass takes four times as long to make.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -28,8 +31,7 @@ class History:
     mask: Mask | None = None  # of a grammar: what else cannot be drawn
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One draw of a token from a row."""
 
     params: SamplingParams
@@ -53,19 +55,17 @@ class Draw:
             if before <= num_output and tuple(token_ids[len(token_ids) - before :]) == word[:-1]:
                 forbidden.append(word[-1])
         seen = tuple(token_ids) if self.no_repeat_ngram_size else ()
-        return replace(self, history=History(tuple(forbidden), seen, counts, mask))
+        return self._replace(history=History(tuple(forbidden), seen, counts, mask))
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """Draw one token per draw; one row may feed many draws."""
 
     draws: tuple[Draw, ...]
     max_drafts: int = 0  # most tokens that may be guessed to follow the row's own, and be verified in the same step
 
 
-@dataclass(frozen=True, slots=True)
-class TopK:
+class TopK(NamedTuple):
     """The `k` best tokens by log-probability after the draw's processors (beam search).
 
     The log-softmax is taken first and the processors then act on log-probabilities, without renormalising, as
@@ -77,8 +77,7 @@ class TopK:
     logprobs: int | None = None  # not None: each candidate's log-probability of the raw logits, and so many best ones
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """For each set of token ids, the logarithm of its probability mass (raw logits)."""
 
     sets: tuple[tuple[int, ...], ...]
@@ -87,15 +86,13 @@ class Score:
 FINAL = -1  # the "layer" behind the last: its hidden states after the model's final norm
 
 
-@dataclass(frozen=True, slots=True)
-class Hidden:
+class Hidden(NamedTuple):
     """Hidden states after these layers, float32 [hidden_size] each; 0 is the embedding, FINAL comes after the norm."""
 
     layers: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NextLogprobs:
+class NextLogprobs(NamedTuple):
     """The log-probability and rank of a given token, one for each row, and the `top` best tokens (prompt_logprobs)."""
 
     token_ids: tuple[int, ...]

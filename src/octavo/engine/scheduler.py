@@ -312,8 +312,10 @@ class Scheduler:
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
         for sequence in unit:
             pending = sequence.pending[0]
-            limits = (self.config.max_chunk_tokens, coordinator.max_chunk_tokens, step.tokens_left)
-            most = min(limit for limit in limits if limit is not None)
+            most = step.tokens_left
+            for limit in (self.config.max_chunk_tokens, coordinator.max_chunk_tokens):
+                if limit is not None:
+                    most = min(most, limit)
             if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
                 most = min(most, len(pending) - 1)  # the wanted row waits for the others'
             start, stop = pending.start, pending.start + min(len(pending), most)

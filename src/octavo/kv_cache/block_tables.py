@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.core.namespace import SHARED, Namespace
@@ -107,8 +106,7 @@ class BlockTables:
 
     def blocks_missing(self, table: BlockTable, start: int, stop: int) -> int:
         """Available blocks that `allocate` would take to make positions [start, stop) writable."""
-        new = max(self.blocks_for(stop) - len(table), 0)
-        return new + sum(1 for _ in self._shared(table, start, stop))
+        return max(self.blocks_for(stop) - len(table), 0) + len(self._shared(table, start, stop))
 
     def allocate(self, table: BlockTable, start: int, stop: int) -> tuple[BlockCopy, ...] | None:
         """Make positions [start, stop) writable: grow the table, and copy blocks that others share.
@@ -116,10 +114,12 @@ class BlockTables:
         Returns the copies to do before writing, or None, and then nothing has changed, when too few blocks are
         available.
         """
-        if self.blocks_missing(table, start, stop) > self.num_available:
+        shared = self._shared(table, start, stop)
+        missing = max(self.blocks_for(stop) - len(table), 0) + len(shared)
+        if missing > self.num_available:
             return None
         copies = []
-        for index in list(self._shared(table, start, stop)):
+        for index in shared:
             copy = BlockCopy(source=table[index], target=self.allocate_block())
             self.release(copy.source)
             table[index] = copy.target
@@ -130,11 +130,10 @@ class BlockTables:
         self._stats.copied_blocks += len(copies)
         return tuple(copies)
 
-    def _shared(self, table: BlockTable, start: int, stop: int) -> Iterator[int]:
+    def _shared(self, table: BlockTable, start: int, stop: int) -> list[int]:
         """Indices of the existing blocks of [start, stop) that have other owners."""
-        for index in range(start // self.block_size, min(self.blocks_for(stop), len(table))):
-            if self.pool.ref_count(table[index]) > 1:
-                yield index
+        indices = range(start // self.block_size, min(self.blocks_for(stop), len(table)))
+        return [index for index in indices if self.pool.ref_count(table[index]) > 1]
 
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
         """A table of the blocks that hold positions [0, num_tokens), shared with `table`."""

@@ -150,6 +150,10 @@ class Ops(Protocol):
         ops once and replay them for each batch. So `function` must call the same ops whatever the batch holds."""
         ...
 
+    def capture_rows(self, function: Callable[[Array], Array], columns: int) -> Callable[[Array], Array]:
+        """The same for a function of rows [R, columns], whatever their number."""
+        ...
+
     # --- once a step ---
 
     def prepare(self, batch: Batch) -> BatchHandle:

@@ -24,12 +24,15 @@ Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows
 class ModelRunner:
     """One model on one backend, with its KV."""
 
-    def __init__(self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, hidden_size: int, vocab_size: int
+    ) -> None:
         self._model = model
         self._ops = ops
         self._block_size = block_size
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
         self._trunk = ops.capture(lambda batch: layer_states(model, ops, batch, self._kv))
+        self._head = ops.capture_rows(lambda x: model.head(ops, x), hidden_size)
         self._rows_per_slice = rows_per_slice(vocab_size)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -81,7 +84,7 @@ class ModelRunner:
         at = 0
         for first in range(0, len(batch.logits_indices), self._rows_per_slice):
             chosen = batch.logits_indices[first : first + self._rows_per_slice]
-            logits = self._model.head(self._ops, self._ops.take_rows(x, chosen))
+            logits = self._head(self._ops.take_rows(x, chosen))
             asked = []
             while at < len(requests) and requests[at].row < first + len(chosen):
                 asked.append(requests[at]._replace(row=requests[at].row - first) if first else requests[at])
