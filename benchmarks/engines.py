@@ -292,7 +292,7 @@ def float_checkpoint(model: Path) -> Path:
     import tempfile
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     folder = Path(os.environ["COMPARE_CHECKPOINTS"])
     done = folder / f"{model.stem}-{model.stat().st_size}-{model.stat().st_mtime_ns}"
@@ -300,9 +300,11 @@ def float_checkpoint(model: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder, prefix=f".{model.stem}."))
         try:
-            AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(part)
-            loaded = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.bfloat16)
-            loaded.save_pretrained(part)
+            settings: dict[str, Any] = {"gguf_file": model.name, "dtype": torch.bfloat16}
+            if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights as they are unless told so
+                settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            transformers.AutoModelForCausalLM.from_pretrained(model.parent, **settings).save_pretrained(part)
+            transformers.AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(part)
             part.rename(done)
         finally:
             shutil.rmtree(part, ignore_errors=True)

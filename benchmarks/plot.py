@@ -79,7 +79,7 @@ def draw(entries: list[dict[str, Any]], peers: list[str], output: Path) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_title(work + (" (below 1 is better)" if unit == "s" else ""), fontsize=10)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", alpha=0.3)
