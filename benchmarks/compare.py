@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import history
-from engines import ENGINES, MissingError, Work, processor_flags, start_command, version
+from engines import ENGINES, MissingError, Work, processor_flags, start_command, version, vllm_environment
 
 HERE = Path(__file__).resolve().parent
 
@@ -101,6 +101,8 @@ class Child:
         environment = dict(os.environ)
         if engine == "llama-server":  # a program of its own
             environment["COMPARE_LLAMA_SERVER"], python = python, sys.executable
+        if engine == "vllm":
+            environment |= vllm_environment(python, threads)
         command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
         log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
         pipe = subprocess.PIPE
