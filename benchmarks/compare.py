@@ -1,4 +1,4 @@
-"""Octavo against llama.cpp, OpenVINO GenAI and transformers: same file, prompt ids and threads, alternating in one run.
+"""Octavo against llama.cpp, OpenVINO GenAI, vLLM and others: same weights, prompt ids and threads, in turn in one run.
 
 Each engine lives in a process of its own, started with the interpreter it is installed for; they are asked in turn.
 A figure is the median over the rounds; a ratio is the median of the rounds' ratios, with the lowest and highest.
@@ -248,7 +248,7 @@ def compare(args: argparse.Namespace) -> None:
     from octavo.hub import resolve_model
 
     model = str(resolve_model(args.model))
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    start = {"date": datetime.now(UTC).isoformat(timespec="seconds")} | machine_report(args.threads)
     pythons = {"octavo": sys.executable, "vllm-method": sys.executable}
     pythons |= dict(peer.split("=", 1) for peer in args.peer)
     works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
@@ -267,7 +267,7 @@ def compare(args: argparse.Namespace) -> None:
     rows = table([(work, measure(children, work, args.rounds)) for work in works])
     show(rows, [name for name in ENGINES if name in pythons])
     setting = {"model": Path(model).name, "rounds": args.rounds, "versions": versions}
-    report = {"date": started} | machine_report(args.threads) | setting | {"figures": rows}
+    report = start | setting | {"figures": rows}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.record:
