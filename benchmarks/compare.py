@@ -1,4 +1,4 @@
-"""Octavo against llama.cpp, OpenVINO GenAI and transformers: same file, prompt ids and threads, alternating in one run.
+"""Octavo against llama.cpp, OpenVINO GenAI, vLLM and others: same weights, prompt ids and threads, in turn in one run.
 
 Each engine lives in a process of its own, started with the interpreter it is installed for; they are asked in turn.
 A figure is the median over the rounds; a ratio is the median of the rounds' ratios, with the lowest and highest.
@@ -18,34 +18,23 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import history
+from engines import ENGINES, MissingError, Work, processor_flags, start_command, version, vllm_environment
+
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is timed."""
-
-    name: str
-    sequences: int
-    prompt: int  # tokens of each
-    new: int  # tokens of each; 0: the prompt alone is timed
-    beams: int = 0  # width of a beam search; 0: greedy
-    shared: int = 0  # tokens of the prompts that are the same in all sequences; then the whole is timed
-    warm: bool = False  # the same prompts a second time, with whatever the engine has kept of them
-    unit: str = "tok/s"
-
 
 WORKS = (
     Work("prefill 512", 1, 512, 0),
     Work("prefill 2048", 1, 2048, 0),
+    Work("prefill 6000", 1, 6000, 0),
     Work("decode, context 16", 1, 16, 64),
     Work("decode, context 2048", 1, 2048, 64),
     Work("decode, context 4096", 1, 4096, 32),
@@ -57,7 +46,6 @@ WORKS = (
     Work("the same burst again", 16, 1056, 32, shared=1024, warm=True),
     Work("start-up, exec to first byte", 1, 5, 0, unit="s"),
 )
-START_PROMPT = "The capital of France is"
 
 
 def prompt_ids(call: int, sequence: int, length: int, shared: int) -> list[int]:
@@ -67,213 +55,17 @@ def prompt_ids(call: int, sequence: int, length: int, shared: int) -> list[int]:
     return own if not shared or not sequence else prompt_ids(call, 0, length, 0)[:shared] + own[shared:]
 
 
-# --- engines: each gives run(prompts, work): the prompts, and `work.new` tokens after the first of each ---
-
-Run = Callable[[list[list[int]], Work], None]
-
-
-class MissingError(Exception):
-    """An engine cannot do a work; the message says why."""
-
-
-def load_octavo(model: str, threads: int) -> Run:
-    import octavo
-
-    llm = octavo.LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        if work.beams:
-            params = octavo.BeamSearchParams(beam_width=work.beams, max_tokens=work.new + 1, ignore_eos=True)
-            llm.beam_search(given, params)
-        else:
-            params = octavo.SamplingParams(temperature=0, max_tokens=work.new + 1, ignore_eos=True, detokenize=False)
-            llm.generate(given, params)
-
-    return run
-
-
-def load_beams_by_requests(model: str, threads: int) -> Run:
-    """Beam search as vLLM's `LLM.beam_search` does it, on Octavo's engine: in each step a request of one token for each
-    beam, with the log-probabilities of twice as many tokens as there are beams; the prefix cache carries the KV."""
-    import octavo
-
-    llm = octavo.LLM(model, threads=threads, max_num_seqs=32, max_model_len=8192)
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        if not work.beams:
-            raise MissingError("it is a way to search")
-        params = octavo.SamplingParams(max_tokens=1, temperature=0, logprobs=2 * work.beams, detokenize=False)
-        beams = [(0.0, prompts[0])]
-        for _ in range(work.new + 1):
-            outputs = llm.generate([{"prompt_token_ids": tokens} for _, tokens in beams], params)
-            candidates = [
-                (score + entry.logprob, [*tokens, token_id])
-                for (score, tokens), output in zip(beams, outputs, strict=True)
-                for token_id, entry in output.outputs[0].logprobs[0].items()
-            ]
-            beams = sorted(candidates, key=lambda candidate: -candidate[0])[: work.beams]
-
-    return run
-
-
-def load_llama_cpp(model: str, threads: int) -> Run:
-    import ctypes
-
-    import llama_cpp
-    import numpy as np
-
-    llama_cpp.llama_backend_init()
-    llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
-    loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
-    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(loaded))
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 32 * 640, 32, 8192, 512
-    params.kv_unified = True
-    params.n_threads = params.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(loaded, params)
-    batch = llama_cpp.llama_batch_init(8192, 0, 1)
-
-    def put(token: int, position: int, sequence: int, wanted: bool) -> None:
-        i = batch.n_tokens
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
-        batch.seq_id[i][0] = sequence
-        batch.n_tokens += 1
-
-    def best(row: int) -> int:
-        logits = llama_cpp.llama_get_logits_ith(context, row)
-        return int(np.ctypeslib.as_array(logits, (vocab_size,)).argmax())
-
-    def decode() -> None:
-        if llama_cpp.llama_decode(context, batch) != 0:
-            raise RuntimeError("llama_decode failed")
-
-    def run_batch(rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """(token, position, sequence, wanted) of any number; the best next token after each wanted one."""
-        found = []
-        for first in range(0, len(rows), 8192):
-            batch.n_tokens = 0
-            for row in rows[first : first + 8192]:
-                put(*row)
-            decode()
-            found += [best(i) for i, row in enumerate(rows[first : first + 8192]) if row[3]]
-        return found
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        if work.beams:
-            raise MissingError("it has no beam search")
-        if work.shared:
-            raise MissingError("its server shares prefixes: see llama-server")
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
-        last = len(prompts[0]) - 1
-        tokens = run_batch([(id_, i, s, i == last) for s, prompt in enumerate(prompts) for i, id_ in enumerate(prompt)])
-        for step in range(work.new):
-            tokens = run_batch([(token, last + 1 + step, s, True) for s, token in enumerate(tokens)])
-
-    return run
-
-
-def load_llama_server(model: str, threads: int) -> Run:
-    """llama.cpp's own server, with a slot for each request of a burst; asked over HTTP, all at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from llama_server import LlamaServer
-
-    settings = ["--parallel", "16", "--kv-unified", "--ctx-size", "20480"]
-    ask = LlamaServer([os.environ["COMPARE_LLAMA_SERVER"]], model, threads, *settings).ask
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        if not work.shared:
-            raise MissingError("it is timed with bursts of requests only")
-        body = {"n_predict": work.new + 1, "temperature": 0, "ignore_eos": True, "cache_prompt": True}
-        with ThreadPoolExecutor(len(prompts)) as users:
-            for answer in users.map(lambda prompt: ask("/completion", body | {"prompt": prompt}), prompts):
-                if answer["tokens_predicted"] != work.new + 1:
-                    raise RuntimeError(f"it gave {answer['tokens_predicted']} tokens")
-
-    return run
-
-
-def load_openvino(model: str, threads: int, **more: str) -> Run:
-    import numpy as np
-    import openvino as ov
-    import openvino_genai as genai
-
-    pipelines: dict[bool, Any] = {}  # by whether requests share a prefix; each is made when it is needed
-
-    def pipeline(shared: bool) -> Any:
-        if shared not in pipelines:
-            pipelines.clear()
-            settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, **more}
-            if shared:  # continuous batching with its prefix cache
-                settings["scheduler_config"] = scheduler = genai.SchedulerConfig()
-                scheduler.enable_prefix_caching = True
-                scheduler.max_num_batched_tokens, scheduler.cache_size = 512, 4
-            pipelines[shared] = genai.LLMPipeline(model, "CPU", **settings)
-        return pipelines[shared]
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        config = genai.GenerationConfig()
-        config.do_sample, config.ignore_eos = False, True
-        if work.beams:
-            config.num_beams, config.num_beam_groups, config.num_return_sequences = work.beams, 1, 1
-            config.stop_criteria = genai.StopCriteria.NEVER
-        config.max_new_tokens = config.min_new_tokens = work.new + 1
-        ids = np.array(prompts, np.int64)
-        inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-        pipeline(bool(work.shared)).generate(inputs, config)
-
-    return run
-
-
-def load_openvino_f32(model: str, threads: int) -> Run:
-    """OpenVINO in float32, as it computes by default where the processor has no bfloat16."""
-    return load_openvino(model, threads, INFERENCE_PRECISION_HINT="f32")
-
-
-def load_transformers(model: str, threads: int) -> Run:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(threads)
-    path = Path(model)
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-
-    def run(prompts: list[list[int]], work: Work) -> None:
-        ids = torch.tensor(prompts)
-        with torch.no_grad():
-            loaded.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=work.new + 1,
-                min_new_tokens=work.new + 1,
-                do_sample=False,
-                num_beams=work.beams or 1,
-                pad_token_id=0,
-                **({"early_stopping": "never"} if work.beams else {}),
-            )
-
-    return run
-
-
-ENGINES: dict[str, Callable[[str, int], Run]] = {
-    "octavo": load_octavo,
-    "vllm-method": load_beams_by_requests,
-    "llama.cpp": load_llama_cpp,
-    "llama-server": load_llama_server,
-    "openvino": load_openvino,
-    "openvino-f32": load_openvino_f32,
-    "transformers": load_transformers,
-}
-
-
 def serve(engine: str, model: str, threads: int) -> None:
     """A child: loads one engine, then answers lines of {call, work} with seconds or a reason; a call of the same number
     has the same prompts."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes elsewhere
-    run = ENGINES[engine](model, threads)
-    print("ready", file=output, flush=True)
+    try:
+        run = ENGINES[engine](model, threads)
+    except Exception as error:
+        print(f"it does not load: {type(error).__name__}: {str(error).split(chr(10), 1)[0]}", file=output, flush=True)
+        raise
+    print("ready", version(engine), file=output, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         work = Work(**asked["work"])
@@ -285,38 +77,6 @@ def serve(engine: str, model: str, threads: int) -> None:
         except MissingError as reason:
             answer = str(reason)
         print(json.dumps(answer), file=output, flush=True)
-
-
-# --- start-up: what a user would run, in a process of its own; compare.py's imports are not part of it ---
-
-LLAMA_CPP_START = """
-import sys
-import llama_cpp
-model, threads, prompt = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-llm = llama_cpp.Llama(model, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-for part in llm(prompt, max_tokens=1, temperature=0, stream=True):
-    print(part["choices"][0]["text"], flush=True)
-    break
-"""
-
-
-def start_command(engine: str, python: str, model: str, threads: int) -> list[str]:
-    if engine == "octavo":
-        settings = [
-            "--model",
-            model,
-            "--threads",
-            str(threads),
-            "--max-tokens",
-            "1",
-            "--ignore-eos",
-            "--temperature",
-            "0",
-        ]
-        return [str(Path(python).with_name("octavo")), "run", "--raw", *settings, START_PROMPT]
-    if engine == "llama.cpp":
-        return [python, "-c", LLAMA_CPP_START, model, str(threads), START_PROMPT]
-    raise MissingError("its start-up is not timed")
 
 
 def seconds_to_first_byte(command: list[str]) -> float:
@@ -341,13 +101,17 @@ class Child:
         environment = dict(os.environ)
         if engine == "llama-server":  # a program of its own
             environment["COMPARE_LLAMA_SERVER"], python = python, sys.executable
+        if engine == "vllm":
+            environment |= vllm_environment(python, threads)
         command = [python, str(HERE / "compare.py"), "--serve", engine, "--model", model, "--threads", str(threads)]
         log = subprocess.DEVNULL if not os.environ.get("COMPARE_VERBOSE") else None
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
         assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"it does not load with {python}")
+        answer = self.process.stdout.readline().strip()
+        if not answer.startswith("ready"):
+            raise RuntimeError(answer or f"it does not load with {python}")
+        self.version = answer.removeprefix("ready ")
 
     def seconds(self, work: Work, new: int, again: bool = False) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -423,6 +187,18 @@ def show(rows: list[dict[str, Any]], engines: list[str]) -> None:
         print(f"{row['work']:40}{row['unit']:8}{cells}   {ratios}")
 
 
+FLAGS = (
+    "avx",
+    "f16c",
+    "fma",
+    "amx",
+    "sve",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)  # what multiplies; how their names begin
+
+
 def processor() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -439,14 +215,40 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="ENGINE=PYTHON", help="repeatable")
     parser.add_argument("--only", action="append", default=[], help="part of a work's name; repeatable")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=history.FILE,
+        metavar="FILE",
+        help=f"append the figures to a history ({history.FILE.name} beside this program)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        help="where vLLM's checkpoints are kept; else beside the --json, or removed when all is done",
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args.serve, args.model, args.threads)
         return
+    if args.record:
+        try:
+            history.load(args.record)  # now, not when all has been timed
+        except history.DamagedError as error:
+            raise SystemExit(str(error)) from None
+    with tempfile.TemporaryDirectory(prefix="compare-") as temporary:
+        beside = args.json.resolve().parent / "checkpoints" if args.json else Path(temporary)
+        os.environ["COMPARE_CHECKPOINTS"] = str((args.checkpoints or beside).resolve())
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     from octavo.hub import resolve_model
 
     model = str(resolve_model(args.model))
+    start = {"date": datetime.now(UTC).isoformat(timespec="seconds")} | machine_report(args.threads)
     pythons = {"octavo": sys.executable, "vllm-method": sys.executable}
     pythons |= dict(peer.split("=", 1) for peer in args.peer)
     works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
@@ -461,12 +263,29 @@ def main() -> None:
             children[name] = Child(name, pythons[name], model, args.threads)
         except RuntimeError as error:
             print(f"{name}: {error}, skipped", file=sys.stderr)
+    versions = {name: child.version for name, child in children.items()}
     rows = table([(work, measure(children, work, args.rounds)) for work in works])
     show(rows, [name for name in ENGINES if name in pythons])
+    setting = {"model": Path(model).name, "rounds": args.rounds, "versions": versions}
+    report = start | setting | {"figures": rows}
     if args.json:
-        machine = {"processor": processor(), "threads": args.threads}
-        report = {"date": datetime.now(UTC).isoformat(), "machine": machine, "model": Path(model).name, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.record:
+        history.append(args.record, report)
+
+
+def machine_report(threads: int) -> dict[str, Any]:
+    """What figures depend on: this checkout and this machine."""
+    from octavo.cli.machine import instruction_sets
+
+    forced = os.environ.get("OCTAVO_INSTRUCTION_SET")
+    flags = [flag for flag in processor_flags() if flag.startswith(FLAGS)]
+    return {
+        "commit": history.commit(),
+        "machine": {"processor": processor(), "flags": flags, "threads": threads},
+        "instruction_set": forced or next(iter(instruction_sets()), "none"),
+        "instruction_set_forced": forced,
+    }
 
 
 if __name__ == "__main__":
