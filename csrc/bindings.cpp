@@ -339,32 +339,35 @@ std::vector<std::tuple<std::string, double, double>> take_op_times(Machine& mach
 void copy_block(const KVLayer& layer, std::size_t source, std::size_t target) {
   if (source >= layer.num_blocks || target >= layer.num_blocks) throw nb::index_error("copy_block: no such block");
   nb::gil_scoped_release release;
-  const std::size_t bytes = layer.block_bytes();
-  std::memcpy(layer.k.data() + target * bytes, layer.k.data() + source * bytes, bytes);
-  std::memcpy(layer.v.data() + target * bytes, layer.v.data() + source * bytes, bytes);
+  const std::size_t k = layer.k_block_bytes();
+  const std::size_t v = layer.v_block_bytes();
+  std::memcpy(layer.k.data() + target * k, layer.k.data() + source * k, k);
+  std::memcpy(layer.v.data() + target * v, layer.v.data() + source * v, v);
 }
 
 nb::bytes read_block(const KVLayer& layer, std::size_t block) {
   if (block >= layer.num_blocks) throw nb::index_error("read_block: no such block");
-  const std::size_t bytes = layer.block_bytes();
+  const std::size_t k = layer.k_block_bytes();
+  const std::size_t v = layer.v_block_bytes();
   std::string both;
   {
     nb::gil_scoped_release release;
-    both.reserve(2 * bytes);
-    both.append(reinterpret_cast<const char*>(layer.k.data()) + block * bytes, bytes);
-    both.append(reinterpret_cast<const char*>(layer.v.data()) + block * bytes, bytes);
+    both.reserve(k + v);
+    both.append(reinterpret_cast<const char*>(layer.k.data()) + block * k, k);
+    both.append(reinterpret_cast<const char*>(layer.v.data()) + block * v, v);
   }
   return nb::bytes(both.data(), both.size());
 }
 
 void write_block(const KVLayer& layer, std::size_t block, const nb::bytes& kv) {
-  const std::size_t bytes = layer.block_bytes();
+  const std::size_t k = layer.k_block_bytes();
+  const std::size_t v = layer.v_block_bytes();
   if (block >= layer.num_blocks) throw nb::index_error("write_block: no such block");
-  if (kv.size() != 2 * bytes) throw nb::value_error("write_block: not a block of this layer");
+  if (kv.size() != k + v) throw nb::value_error("write_block: not a block of this layer");
   const char* from = kv.c_str();
   nb::gil_scoped_release release;
-  std::memcpy(layer.k.data() + block * bytes, from, bytes);
-  std::memcpy(layer.v.data() + block * bytes, from + bytes, bytes);
+  std::memcpy(layer.k.data() + block * k, from, k);
+  std::memcpy(layer.v.data() + block * v, from + k, v);
 }
 
 // --- strings of a GGUF file: a uint64 length and its bytes, one after another ---
@@ -528,7 +531,8 @@ NB_MODULE(_C, m) {
       .def("read_block", &read_block, nb::arg("block"), "K and V of a block.")
       .def("write_block", &write_block, nb::arg("block"), nb::arg("kv"), "What `read_block` gave.")
       .def_prop_ro(
-          "block_bytes", [](const KVLayer& layer) { return 2 * layer.block_bytes(); }, "Of K and V.")
+          "block_bytes", [](const KVLayer& layer) { return layer.k_block_bytes() + layer.v_block_bytes(); },
+          "Of K and V.")
       .def_prop_ro("nbytes", [](const KVLayer& layer) { return layer.k.size() + layer.v.size(); });
   nb::class_<Batch>(m, "Batch", "A step's metadata, copied and checked; see octavo.ops.Batch.")
       .def(

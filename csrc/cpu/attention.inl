@@ -137,15 +137,13 @@ void product_all(const float* const* a, std::size_t queries, const B& b, std::si
 
 // K and V of a tile as float32.
 struct TileReader : Places {
-  OCTAVO_INLINE const uint16_t* halves(const uint8_t* k_or_v, std::size_t base) const {
-    return reinterpret_cast<const uint16_t*>(k_or_v + base);
-  }
+  OCTAVO_INLINE static const uint16_t* halves(const uint8_t* head) { return reinterpret_cast<const uint16_t*>(head); }
   // K as [D][64].
   void keys(const Tile& tile, float* out) const {
     if (in_tail(tile)) return gathered_keys(tile, out);
     for (std::size_t key = 0; key < tile.lanes; key += kLanes) {
       const std::size_t at = offset(tile.start + key);
-      const uint8_t* head = kv.k + base(tile.start + key);
+      const uint8_t* head = k_of(head_at(tile.start + key));
       for (std::size_t d = 0; d < kv.head_dim; ++d) {
         store(out + d * kTile + key, sixteen(head, d * kv.block_size + at));
       }
@@ -156,7 +154,7 @@ struct TileReader : Places {
     for (std::size_t key = 0; key < tile.keys; ++key) {
       const std::size_t slot = slot_of(tile.start + key);
       const std::size_t at = slot % kv.block_size;
-      const uint8_t* head = kv.v + base_of(slot / kv.block_size);
+      const uint8_t* head = v_of(head_of(slot / kv.block_size));
       for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
         store(out + key * kv.head_dim + d, sixteen(head, at * kv.head_dim + d));
       }
@@ -170,7 +168,7 @@ struct TileReader : Places {
     for (std::size_t key = 0; key < tile.keys; ++key) {
       const std::size_t slot = slot_of(tile.start + key);
       const std::size_t at = slot % kv.block_size;
-      const uint8_t* head = kv.k + base_of(slot / kv.block_size);
+      const uint8_t* head = k_of(head_of(slot / kv.block_size));
       // A block has K transposed: 16 keys of one d lie together, of which one is taken.
       const std::size_t lane = at % kLanes;
       for (std::size_t d = 0; d < kv.head_dim; ++d) {
@@ -215,12 +213,12 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
     for (std::size_t chunk = 0; chunk < tile.lanes / kLanes; ++chunk) {
       const std::size_t position = tile.start + chunk * kLanes;
       const std::size_t at = reader.offset(position);
-      const std::size_t here = reader.base(position);
-      const std::size_t then = reader.base_after(position, first_tile * kTile, last_position);
-      k[chunk] = reader.halves(piece.kv.k, here) + at;
-      next_k[chunk] = reader.halves(piece.kv.k, then) + at;
-      v[chunk] = reader.halves(piece.kv.v, here) + at * dim;
-      next_v[chunk] = reader.halves(piece.kv.v, then) + at * dim;
+      const std::size_t here = reader.head_at(position);
+      const std::size_t then = reader.head_after(position, first_tile * kTile, last_position);
+      k[chunk] = reader.halves(reader.k_of(here)) + at;
+      next_k[chunk] = reader.halves(reader.k_of(then)) + at;
+      v[chunk] = reader.halves(reader.v_of(here)) + at * dim;
+      next_v[chunk] = reader.halves(reader.v_of(then)) + at * dim;
     }
     product_all(a, count, HalfKeys{k, next_k, piece.kv.block_size}, 0, dim, false, c, 0, tile.lanes);
   }
@@ -235,7 +233,10 @@ void one_tile(const AttentionPiece& piece, const TileReader& reader, const Tile&
       continue;
     }
     std::fill(c[i] + tile.lanes, c[i] + kTile, 0.0f);
-    soften(c[i], first, last, piece.scale, queries[i].tile, [](F x) { return exp(x); });
+    F weights[kChunks];
+    queries[i].tile[0] = highest_of(scale_scores(c[i], first, last, piece.scale, weights));
+    queries[i].tile[1] = sum_of(soften(weights, queries[i].tile[0], [](F x) { return exp(x); }));
+    for (std::size_t chunk = 0; chunk < kChunks; ++chunk) store(c[i] + chunk * kLanes, weights[chunk]);
     common_first = std::max(common_first, first);
     lowest_first = std::min(lowest_first, first);
     common_last = std::min(common_last, last);
@@ -288,8 +289,8 @@ void attention(const AttentionPiece& piece, float* scratch) {
   float* values = keys + kTile * dim;
   float* scores = values + kTile * dim;
   CodeScratch codes = code_scratch(reinterpret_cast<uint8_t*>(keys), dim, kRowBlock * group);
-  const TileReader reader{
-      {piece.kv, piece.block_table, piece.kv_head, piece.kv.head_bytes(), piece.tail, piece.tail_start}};
+  const TileReader reader{{piece.kv, piece.block_table, piece.kv_head, piece.kv.k_head_bytes(), piece.kv.v_head_bytes(),
+                           piece.tail, piece.tail_start}};
   const bool split = piece.last_tile != 0;
   Query queries[kRowBlock * 64];
   for (std::size_t row = 0; row < piece.num_rows; row += kRowBlock) {
@@ -345,8 +346,10 @@ void attention(const AttentionPiece& piece, float* scratch) {
         const bool more = in_place && (t + 1 < last_tile || split);
         const CodeTile next = more ? code_tile_after(reader, tile, begin * kTile, last_position) : CodeTile{};
         const CodeTile here = in_place ? code_tile(reader, tile) : gathered_code_tile(reader, tile, codes.gathered);
-        one_tile_of_codes(piece, here, more ? &next : nullptr, tile, queries, count, codes);
-      } else if (in_place) {
+        one_tile_of_codes(piece, here, more ? &next : nullptr, tile, queries, count, codes, split);
+        continue;
+      }
+      if (in_place) {
         one_tile<false>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);
       } else {
         one_tile<true>(piece, reader, tile, queries, count, begin, last_position, keys, values, scores);

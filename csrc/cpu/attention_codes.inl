@@ -1,9 +1,8 @@
 // Attention over K and V in int8: sums of products of codes are exact integers, whatever the instructions.
 //
 // Queries are quantised as activations are, per 32 values; a score is the sum over these, ascending, of the integer sum
-// times the key's scale times the query's. The weights of a tile's keys take in the scales of their values, 32 of a
-// token at a time, and are quantised to 8 bits by the greatest of the tile; so what a row gets depends on its query and
-// the keys it sees alone.
+// times the key's scale times the query's. The weights of a tile's keys take in the scales of their values, and are
+// quantised to 8 bits by the greatest of the tile; so what a row gets depends on its query and the keys it sees alone.
 #pragma once
 
 #include "attention_state.inl"
@@ -13,16 +12,15 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr std::size_t kKeysOfQuad = 4;
 constexpr float kWeightTop = 255.0f;  // the greatest weight's code
-constexpr std::size_t kScaled = KVView::kScaled;
 
 // Where a tile's K and V are, for every 16 keys. K as bytes, each 128 more than its code: of quad i of dimensions at
 // k + i * k_stride, four of each of 16 keys. V as int8: of quad j of keys at v + j * v_stride, four of each dimension.
 struct CodeTile {
   const uint8_t* k[kChunks];
   const uint8_t* v[kChunks];
-  const float* k_scales[kChunks];  // of 16 keys; of the next 32 dimensions scale_stride further on
+  const float* k_scales[kChunks];  // of 16 keys; of the next 32 dimensions k_scale_stride further on
   const float* v_scales[kChunks];
-  std::size_t k_stride, v_stride, scale_stride;
+  std::size_t k_stride, v_stride, k_scale_stride;
 
   // Where in v[key / 16] the codes of four keys and 16 dimensions from d on begin.
   OCTAVO_INLINE std::size_t v_at(std::size_t key, std::size_t d) const {
@@ -30,34 +28,34 @@ struct CodeTile {
   }
 };
 
-// `head_at(chunk)`: where the KV head of the block with these 16 keys begins.
-template <class HeadAt>
-OCTAVO_INLINE CodeTile code_tile_at(const Places& places, const Tile& tile, const HeadAt& head_at) {
+// `head_of(chunk)`: number of the KV head of the block with these 16 keys.
+template <class HeadOf>
+OCTAVO_INLINE CodeTile code_tile_of(const Places& places, const Tile& tile, const HeadOf& head_of) {
   const KVView& kv = places.kv;
   CodeTile made;
   made.k_stride = kKeysOfQuad * kv.block_size;
   made.v_stride = kKeysOfQuad * kv.head_dim;
-  made.scale_stride = kv.block_size;
+  made.k_scale_stride = kv.block_size;
   for (std::size_t chunk = 0; chunk < tile.lanes / kLanes; ++chunk) {
     const std::size_t at = places.offset(tile.start + chunk * kLanes);
-    const uint8_t* k = kv.k + head_at(chunk);
-    const uint8_t* v = kv.v + head_at(chunk);
+    const uint8_t* k = places.k_of(head_of(chunk));
+    const uint8_t* v = places.v_of(head_of(chunk));
     made.k[chunk] = k + 4 * at;
     made.v[chunk] = v + at * kv.head_dim;
-    made.k_scales[chunk] = reinterpret_cast<const float*>(k + kv.scale_at(0, at));
-    made.v_scales[chunk] = reinterpret_cast<const float*>(v + kv.scale_at(0, at));
+    made.k_scales[chunk] = reinterpret_cast<const float*>(k + kv.k_scale_at(0, at));
+    made.v_scales[chunk] = reinterpret_cast<const float*>(v + kv.v_scale_at(at));
   }
   return made;
 }
 
 OCTAVO_INLINE CodeTile code_tile(const Places& places, const Tile& tile) {
-  return code_tile_at(places, tile, [&](std::size_t chunk) { return places.base(tile.start + chunk * kLanes); });
+  return code_tile_of(places, tile, [&](std::size_t chunk) { return places.head_at(tile.start + chunk * kLanes); });
 }
 
-// The next tile, or what is likely to be wanted next. See Places::base_after.
+// The next tile, or what is likely to be wanted next. See Places::head_after.
 OCTAVO_INLINE CodeTile code_tile_after(const Places& places, const Tile& tile, std::size_t first, std::size_t last) {
-  return code_tile_at(places, tile,
-                      [&](std::size_t chunk) { return places.base_after(tile.start + chunk * kLanes, first, last); });
+  return code_tile_of(places, tile,
+                      [&](std::size_t chunk) { return places.head_after(tile.start + chunk * kLanes, first, last); });
 }
 
 // A tile whose keys lie anywhere, copied together as in a block of 64.
@@ -69,24 +67,24 @@ inline CodeTile gathered_code_tile(const Places& places, const Tile& tile, uint8
   uint8_t* v = k + kTile * dim;
   auto* k_scales = reinterpret_cast<float*>(v + kTile * dim);
   float* v_scales = k_scales + kTile * groups;
-  std::fill(k_scales, v_scales + kTile * groups, 0.0f);
+  std::fill(k_scales, v_scales + kTile, 0.0f);
   std::memset(room, 0, 2 * kTile * dim);
   for (std::size_t key = 0; key < tile.keys; ++key) {
     const std::size_t slot = places.slot_of(tile.start + key);
     const std::size_t at = slot % kv.block_size;
-    const uint8_t* k_head = kv.k + places.base_of(slot / kv.block_size);
-    const uint8_t* v_head = kv.v + places.base_of(slot / kv.block_size);
+    const uint8_t* k_head = places.k_of(places.head_of(slot / kv.block_size));
+    const uint8_t* v_head = places.v_of(places.head_of(slot / kv.block_size));
     for (std::size_t d = 0; d < dim; d += 4) std::memcpy(k + d * kTile + 4 * key, k_head + kv.k_code_at(d, at), 4);
     for (std::size_t d = 0; d < dim; ++d) v[(key / 4 * dim + d) * 4 + key % 4] = v_head[kv.v_code_at(d, at)];
     for (std::size_t g = 0; g < groups; ++g) {
-      std::memcpy(k_scales + g * kTile + key, k_head + kv.scale_at(g * KVView::kScaled, at), sizeof(float));
-      std::memcpy(v_scales + g * kTile + key, v_head + kv.scale_at(g * KVView::kScaled, at), sizeof(float));
+      std::memcpy(k_scales + g * kTile + key, k_head + kv.k_scale_at(g * KVView::kScaled, at), sizeof(float));
     }
+    std::memcpy(v_scales + key, v_head + kv.v_scale_at(at), sizeof(float));
   }
   CodeTile made;
   made.k_stride = kKeysOfQuad * kTile;
   made.v_stride = kKeysOfQuad * dim;
-  made.scale_stride = kTile;
+  made.k_scale_stride = kTile;
   for (std::size_t chunk = 0; chunk < kChunks; ++chunk) {
     made.k[chunk] = k + 4 * kLanes * chunk;
     made.v[chunk] = v + kLanes * chunk * dim;
@@ -293,42 +291,61 @@ __attribute__((noinline)) void scores_of(const Quantized& q, std::size_t first, 
   const int32_t* minus_sums = q.minus_sums + first * groups;
   F acc[Rows];
   unroll<Rows>(OCTAVO_EACH(r) { acc[r] = zero(); });
+  if (next != nullptr) __builtin_prefetch(next->v_scales[chunk], 0, 2);
   for (std::size_t g = 0; g < groups; ++g) {
     const std::size_t quads = std::min(kQuads, (dim - g * kGroup) / 4);
     if (next != nullptr) {
       for (std::size_t j = 0; j < quads; ++j) {
         __builtin_prefetch(next->k[chunk] + (g * kQuads + j) * next->k_stride, 0, 2);
       }
-      __builtin_prefetch(next->k_scales[chunk] + g * next->scale_stride, 0, 2);
-      __builtin_prefetch(next->v_scales[chunk] + g * next->scale_stride, 0, 2);
+      __builtin_prefetch(next->k_scales[chunk] + g * next->k_scale_stride, 0, 2);
     }
     I sums[Rows];
     dot_keys<Rows>(tile.k[chunk] + g * kQuads * tile.k_stride, tile.k_stride, quads, codes + g * Rows * kGroup,
                    minus_sums + g * Rows, sums);
-    const F of_keys = load(tile.k_scales[chunk] + g * tile.scale_stride);
+    const F of_keys = load(tile.k_scales[chunk] + g * tile.k_scale_stride);
     unroll<Rows>(OCTAVO_EACH(r) { acc[r] = fma(to_float(sums[r]), mul(of_keys, set1(scales[g * Rows + r])), acc[r]); });
   }
   unroll<Rows>(OCTAVO_EACH(r) { store(out + r * kTile + chunk * kLanes, acc[r]); });
 }
 
+// A query that sees keys [first, last) of a tile, and what becomes of the sums of its weights' codes times V's.
+struct Seeing {
+  std::size_t query, first, last;
+  float factor;    // by which the sums are multiplied; NaN if a scale or a weight is damaged
+  float* out;      // [D]: the tile's, or the query's, into which the tile is folded
+  bool folds;      // whether something is there already
+  float old, now;  // if so, weights of that and of the tile
+};
+
 // Dimensions [d, d + 16 Chunks) of what a tile of rows gets from a tile's values.
 template <std::size_t Rows, std::size_t Chunks>
 __attribute__((noinline)) void values_of(const CodeTile& tile, const CodeTile* next, std::size_t keys, std::size_t d,
-                                         const WeightCode* weights, const float* factors, float* const* out) {
+                                         const WeightCode* weights, const Seeing* rows) {
   I sums[Rows * Chunks];
   dot_values<Rows, Chunks>(tile, next, keys, d, weights, sums);
   unroll<Rows>(OCTAVO_EACH(r) {
-    unroll<Chunks>(
-        OCTAVO_EACH(c) { store(out[r] + d + c * kLanes, mul(to_float(sums[r * Chunks + c]), set1(factors[r]))); });
+    const F factor = set1(rows[r].factor);
+    float* out = rows[r].out + d;
+    if (rows[r].folds) {
+      const F old = set1(rows[r].old);
+      const F now = set1(rows[r].now);
+      unroll<Chunks>(OCTAVO_EACH(c) {
+        const F of_tile = mul(to_float(sums[r * Chunks + c]), factor);
+        store(out + c * kLanes, fma(of_tile, now, mul(load(out + c * kLanes), old)));
+      });
+    } else {
+      unroll<Chunks>(OCTAVO_EACH(c) { store(out + c * kLanes, mul(to_float(sums[r * Chunks + c]), factor)); });
+    }
   });
 }
 
-// Scales of the values of keys [first, last), for 32 dimensions from number 32 g on; those of others are 0.
-OCTAVO_INLINE void scales_of(const CodeTile& tile, std::size_t g, std::size_t first, std::size_t last, F* scales) {
+// Scales of the values of keys [first, last); those of others are 0.
+OCTAVO_INLINE void scales_of(const CodeTile& tile, std::size_t first, std::size_t last, F* scales) {
   for (std::size_t c = 0; c < kChunks; ++c) {
     scales[c] = zero();
     if (c * kLanes >= last || (c + 1) * kLanes <= first) continue;
-    scales[c] = abs(load(tile.v_scales[c] + g * tile.scale_stride));  // NaN has a sign
+    scales[c] = abs(load(tile.v_scales[c]));  // NaN has a sign
     if (first == 0 && last == kTile) continue;
     const F number = add(load(kLaneNumbers), set1(static_cast<float>(c * kLanes)));
     scales[c] = select_less(number, set1(static_cast<float>(first)), zero(), scales[c]);
@@ -336,45 +353,86 @@ OCTAVO_INLINE void scales_of(const CodeTile& tile, std::size_t g, std::size_t fi
   }
 }
 
-// A query, and which keys of a tile it sees.
-struct Seeing {
-  std::size_t query, first, last;
-};
-
-// Codes of the weights of some queries, with the scales of the values for 32 dimensions from number 32 g on taken in,
-// and what a sum of their products with the values' codes is multiplied by; NaN if a scale or a weight is damaged.
-void quantize_weights(const CodeTile& tile, std::size_t g, const Seeing* seeing, std::size_t count,
-                      const float* weights, WeightCode* codes, float* factors) {
+// From scores [64] of some queries to codes of their weights, times the scales of the values, and factors. Four queries
+// at a time, since what goes across the lanes of one vector waits for itself.
+void weights_of(const CodeTile& tile, float scale, const Query* queries, Seeing* seeing, std::size_t count,
+                const float* scores, WeightCode* codes) {
   F scales[kChunks];
   for (std::size_t i = 0; i < count; i += kFour) {
     const std::size_t here = std::min<std::size_t>(kFour, count - i);
-    F products[kFour][kChunks];
-    I tops[kFour];
+    F weights[kFour][kChunks];
+    F tops[kFour], sums[kFour];
     for (std::size_t j = 0; j < kFour; ++j) {
-      tops[j] = set1i(0);
+      tops[j] = sums[j] = zero();
       if (j >= here) continue;
       const Seeing& one = seeing[i + j];
-      if (i + j == 0 || one.first != (&one)[-1].first || one.last != (&one)[-1].last) {
-        scales_of(tile, g, one.first, one.last, scales);
+      tops[j] = scale_scores(scores + one.query * kTile, one.first, one.last, scale, weights[j]);
+    }
+    float highest[kFour], sum[kFour];
+    highest_of_four(tops, highest);
+    I products[kFour];
+    for (std::size_t j = 0; j < kFour; ++j) {
+      products[j] = set1i(0);
+      if (j >= here) continue;
+      const std::size_t number = i + j;
+      const Seeing& one = seeing[number];
+      if (number == 0 || one.first != (&one)[-1].first || one.last != (&one)[-1].last) {
+        scales_of(tile, one.first, one.last, scales);
       }
+      sums[j] = soften(weights[j], highest[j], [](F x) { return exp_of_weight(x); });
       for (std::size_t c = 0; c < kChunks; ++c) {
-        products[j][c] = mul(load(weights + one.query * kTile + c * kLanes), scales[c]);
-        tops[j] =
-            maxi(tops[j], as_int(products[j][c]));  // none is negative: in the order of floats, with NaN above all
+        weights[j][c] = mul(weights[j][c], scales[c]);
+        // None is negative: compared as integers in the order of floats, with NaN above all.
+        products[j] = maxi(products[j], as_int(weights[j][c]));
       }
     }
     int32_t bits[kFour];
-    highest_of_four(tops, bits);
+    highest_of_four(products, bits);
+    sum_of_four(sums, sum);
     for (std::size_t j = 0; j < here; ++j) {
+      Seeing& one = seeing[i + j];
+      queries[one.query].tile[0] = highest[j];
+      queries[one.query].tile[1] = sum[j];
       const float top = float_of_bits(bits[j]);
-      factors[i + j] = top < INFINITY ? top / kWeightTop : NAN;
+      one.factor = top < INFINITY ? top / kWeightTop : NAN;
       const float steps = kWeightTop / top;
       const F by = set1(steps < INFINITY && top < INFINITY ? steps : 0.0f);
       for (std::size_t c = 0; c < kChunks; ++c) {
-        put_weights(codes + (i + j) * kTile + c * kLanes, to_int(mul(products[j][c], by)));
+        put_weights(codes + (i + j) * kTile + c * kLanes, to_int(mul(weights[j][c], by)));
       }
     }
   }
+}
+
+// Where what queries get from a tile goes: into states of tiles, or folded into what each has so far, whose maximum and
+// sum take the tile in here.
+void fold_into(Query* queries, Seeing* seeing, std::size_t count, bool split) {
+  float* states[kFolds];
+  const float* tiles[kFolds];
+  Seeing* folded[kFolds];
+  std::size_t waiting = 0;
+  const auto fold = [&] {
+    alignas(64) float weights[kLanes];
+    fold_sums(states, tiles, waiting, weights);
+    for (std::size_t j = 0; j < waiting; ++j) folded[j]->old = weights[2 * j], folded[j]->now = weights[2 * j + 1];
+    waiting = 0;
+  };
+  for (std::size_t i = 0; i < count; ++i) {
+    Query& query = queries[seeing[i].query];
+    seeing[i].out = (split ? query.tile : query.state) + 2;
+    seeing[i].folds = !split && query.begun;
+    if (split) continue;
+    if (!query.begun) {
+      std::memcpy(query.state, query.tile, 2 * sizeof(float));
+      query.begun = true;
+      continue;
+    }
+    states[waiting] = query.state;
+    tiles[waiting] = query.tile;
+    folded[waiting++] = &seeing[i];
+    if (waiting == kFolds) fold();
+  }
+  if (waiting > 0) fold();
 }
 
 // Scratch for a block of queries.
@@ -389,7 +447,7 @@ OCTAVO_INLINE std::size_t whole_groups(std::size_t head_dim) { return (head_dim 
 
 OCTAVO_INLINE std::size_t code_scratch_bytes(std::size_t head_dim, std::size_t queries) {
   const std::size_t groups = whole_groups(head_dim);
-  const std::size_t gathered = 2 * kTile * (head_dim + groups * sizeof(float));
+  const std::size_t gathered = kTile * (2 * head_dim + (groups + 1) * sizeof(float));
   return queries * (groups * Quantized::bytes_of_group() + kTile * (sizeof(float) + sizeof(WeightCode))) + gathered;
 }
 
@@ -419,9 +477,10 @@ OCTAVO_INLINE void quantize_query(const float* q, std::size_t dim, std::size_t n
   quantize(rest, number, whole, whole + 1, to);
 }
 
-// One tile for a block of queries: scores, weights and out of each query that sees some of it, into its `tile`.
+// One tile for a block of queries: scores, weights and out of each query that sees some of it, into the states of tiles
+// (`split`) or folded into the queries' own.
 void one_tile_of_codes(const AttentionPiece& piece, const CodeTile& codes, const CodeTile* next, const Tile& tile,
-                       const Query* queries, std::size_t count, const CodeScratch& scratch) {
+                       Query* queries, std::size_t count, const CodeScratch& scratch, bool split) {
   const std::size_t dim = piece.kv.head_dim;
   for (std::size_t i = 0; i < count; i += kRowTile) {
     with_rows(std::min(kRowTile, count - i), [&](auto rows) {
@@ -434,31 +493,27 @@ void one_tile_of_codes(const AttentionPiece& piece, const CodeTile& codes, const
   Seeing see[kRowBlock * 64];
   std::size_t seeing = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    std::size_t first, last;
-    seen(queries[i], tile, first, last);
-    if (first >= last) continue;
+    Seeing& one = see[seeing];
+    one.query = i;
+    seen(queries[i], tile, one.first, one.last);
+    if (one.first >= one.last) continue;
     float* scores = scratch.scores + i * kTile;
     std::fill(scores + tile.lanes, scores + kTile, 0.0f);
-    soften(scores, first, last, piece.scale, queries[i].tile, [](F x) { return exp_of_weight(x); });
-    see[seeing++] = {i, first, last};
+    ++seeing;
   }
-  float factors[kRowBlock * 64];
-  float* out[kRowBlock * 64];
-  for (std::size_t i = 0; i < seeing; ++i) out[i] = queries[see[i].query].tile + 2;
-  for (std::size_t d = 0; d < dim; d += kScaled) {
-    quantize_weights(codes, d / kScaled, see, seeing, scratch.scores, scratch.weights, factors);
-    for (std::size_t i = 0; i < seeing; i += kRowTile) {
-      const CodeTile* ahead = i == 0 ? next : nullptr;
-      const WeightCode* weights = scratch.weights + i * kTile;
-      with_rows(std::min(kRowTile, seeing - i), [&](auto rows) {
-        constexpr std::size_t kRows = decltype(rows)::value;
-        if (dim - d < kScaled) {
-          values_of<kRows, 1>(codes, ahead, tile.keys, d, weights, factors + i, out + i);
-        } else {
-          values_of<kRows, 2>(codes, ahead, tile.keys, d, weights, factors + i, out + i);
-        }
-      });
-    }
+  weights_of(codes, piece.scale, queries, see, seeing, scratch.scores, scratch.weights);
+  fold_into(queries, see, seeing, split);
+  for (std::size_t i = 0; i < seeing; i += kRowTile) {
+    const CodeTile* ahead = i == 0 ? next : nullptr;
+    const WeightCode* weights = scratch.weights + i * kTile;
+    with_rows(std::min(kRowTile, seeing - i), [&](auto rows) {
+      constexpr std::size_t kRows = decltype(rows)::value;
+      std::size_t d = 0;
+      for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+        values_of<kRows, 2>(codes, ahead, tile.keys, d, weights, see + i);
+      }
+      if (d < dim) values_of<kRows, 1>(codes, ahead, tile.keys, d, weights, see + i);
+    });
   }
 }
 

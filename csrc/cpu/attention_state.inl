@@ -25,14 +25,17 @@ struct Places {
   const KVView& kv;
   const int32_t* table;
   std::size_t kv_head;
-  std::size_t head_bytes;
+  std::size_t k_head_bytes, v_head_bytes;
   const int32_t* tail;
   std::size_t tail_start;
 
-  OCTAVO_INLINE std::size_t base_of(std::size_t block) const { return (block * kv.kv_heads + kv_head) * head_bytes; }
-  OCTAVO_INLINE std::size_t base(std::size_t position) const {
-    return base_of(static_cast<std::size_t>(table[position / kv.block_size]));
+  // Number of the KV head of a block, and of the block of a position; where its K and V begin.
+  OCTAVO_INLINE std::size_t head_of(std::size_t block) const { return block * kv.kv_heads + kv_head; }
+  OCTAVO_INLINE std::size_t head_at(std::size_t position) const {
+    return head_of(static_cast<std::size_t>(table[position / kv.block_size]));
   }
+  OCTAVO_INLINE const uint8_t* k_of(std::size_t head) const { return kv.k + head * k_head_bytes; }
+  OCTAVO_INLINE const uint8_t* v_of(std::size_t head) const { return kv.v + head * v_head_bytes; }
   OCTAVO_INLINE std::size_t slot_of(std::size_t position) const {
     if (position >= tail_start) return static_cast<std::size_t>(tail[position - tail_start]);
     return static_cast<std::size_t>(table[position / kv.block_size]) * kv.block_size + position % kv.block_size;
@@ -42,21 +45,19 @@ struct Places {
   // Where 16 keys from `position` on begin inside a block.
   OCTAVO_INLINE std::size_t offset(std::size_t position) const { return position % kv.block_size; }
 
-  // The block that is wanted after that of `position`, one tile further on or, behind `last`, at the beginning of the
+  // The head that is wanted after that of `position`, one tile further on or, behind `last`, at the beginning of the
   // next KV head, which is as a rule the next piece of work. For a guess, so that it need not be right.
-  OCTAVO_INLINE std::size_t base_after(std::size_t position, std::size_t first, std::size_t last) const {
-    if (position + kTile <= last) return base(position + kTile);
-    return base(first + position % kTile) + (kv_head + 1 < kv.kv_heads ? head_bytes : 0);
+  OCTAVO_INLINE std::size_t head_after(std::size_t position, std::size_t first, std::size_t last) const {
+    if (position + kTile <= last) return head_at(position + kTile);
+    return head_at(first + position % kTile) + (kv_head + 1 < kv.kv_heads ? 1 : 0);
   }
 
   // Ask for the K and V of the blocks of [first, last) ahead of their use.
   void prefetch(std::size_t first, std::size_t last) const {
     for (std::size_t position = first; position < last; position += kv.block_size) {
-      const std::size_t at = base(position);
-      for (std::size_t byte = 0; byte < head_bytes; byte += 64) {
-        __builtin_prefetch(kv.k + at + byte);
-        __builtin_prefetch(kv.v + at + byte);
-      }
+      const std::size_t head = head_at(position);
+      for (std::size_t byte = 0; byte < k_head_bytes; byte += 64) __builtin_prefetch(k_of(head) + byte);
+      for (std::size_t byte = 0; byte < v_head_bytes; byte += 64) __builtin_prefetch(v_of(head) + byte);
     }
   }
 };
@@ -76,11 +77,8 @@ OCTAVO_INLINE void seen(const Query& query, const Tile& tile, std::size_t& first
   last = query.limit > tile.start ? std::min(query.limit - tile.start, tile.keys) : 0;
 }
 
-// Scores [64] to weights in place, by e^x; max and sum of the tile.
-template <class Exp>
-OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, float scale, float* max_and_sum,
-                          const Exp& e_to_the) {
-  F chunk[kChunks];
+// Scores [64], scaled; those of keys outside [first, last) are -inf. The greatest of each lane.
+OCTAVO_INLINE F scale_scores(const float* scores, std::size_t first, std::size_t last, float scale, F* chunk) {
   for (std::size_t c = 0; c < kChunks; ++c) chunk[c] = mul(load(scores + c * kLanes), set1(scale));
   if (first > 0 || last < kTile) {
     const F lane = load(kLaneNumbers);
@@ -92,20 +90,22 @@ OCTAVO_INLINE void soften(float* scores, std::size_t first, std::size_t last, fl
   }
   F top = set1(-INFINITY);
   for (std::size_t c = 0; c < kChunks; ++c) top = max(chunk[c], top);
-  const float highest_score = highest_of(top);
-  for (std::size_t c = 0; c < kChunks; ++c) {
-    chunk[c] = e_to_the(sub(chunk[c], set1(highest_score)));
-    store(scores + c * kLanes, chunk[c]);
-  }
-  max_and_sum[0] = highest_score;
-  max_and_sum[1] = sum_of(add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3])));
+  return top;
 }
 
-// states[i] <- states[i] folded with tiles[i]: (max, sum, out). The weights of several are one exp.
+// Scaled scores to weights, by e^x; the sums of the lanes.
+template <class Exp>
+OCTAVO_INLINE F soften(F* chunk, float highest, const Exp& e_to_the) {
+  for (std::size_t c = 0; c < kChunks; ++c) chunk[c] = e_to_the(sub(chunk[c], set1(highest)));
+  return add(add(chunk[0], chunk[1]), add(chunk[2], chunk[3]));
+}
+
+// So many states are folded at once: their weights are one exp.
 constexpr std::size_t kFolds = kLanes / 2;
 
-OCTAVO_INLINE void fold_some(float* const* states, const float* const* tiles, std::size_t count, std::size_t head_dim) {
-  alignas(64) float weights[kLanes] = {};
+// Max and sum of states folded with those of tiles; weights [16]: of what each state has, and of its tile.
+OCTAVO_INLINE void fold_sums(float* const* states, const float* const* tiles, std::size_t count, float* weights) {
+  std::fill(weights, weights + kLanes, 0.0f);
   for (std::size_t i = 0; i < count; ++i) {
     const float top = tiles[i][0] > states[i][0] ? tiles[i][0] : states[i][0];
     weights[2 * i] = states[i][0] - top;
@@ -114,11 +114,19 @@ OCTAVO_INLINE void fold_some(float* const* states, const float* const* tiles, st
   }
   store(weights, exp(load(weights)));
   for (std::size_t i = 0; i < count; ++i) {
+    states[i][1] = std::fma(tiles[i][1], weights[2 * i + 1], states[i][1] * weights[2 * i]);
+  }
+}
+
+// states[i] <- states[i] folded with tiles[i]: (max, sum, out).
+OCTAVO_INLINE void fold_some(float* const* states, const float* const* tiles, std::size_t count, std::size_t head_dim) {
+  alignas(64) float weights[kLanes];
+  fold_sums(states, tiles, count, weights);
+  for (std::size_t i = 0; i < count; ++i) {
     float* state = states[i];
     const float* tile = tiles[i];
     const F old = set1(weights[2 * i]);
     const F now = set1(weights[2 * i + 1]);
-    state[1] = std::fma(tile[1], weights[2 * i + 1], state[1] * weights[2 * i]);
     for (std::size_t d = 0; d < head_dim; d += kLanes) {
       store(state + 2 + d, fma(load(tile + 2 + d), now, mul(load(state + 2 + d), old)));
     }

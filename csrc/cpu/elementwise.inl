@@ -69,16 +69,18 @@ void embed(Format format, const uint8_t* packed, std::size_t inputs, std::size_t
 
 // --- K and V as stored ---
 
-// 16 or 32 int8 values of a token. Symmetric, by the greatest; a scale that is NaN or infinite if they have any such,
-// so that damage shows. The scale is stored at `at`.
+// Int8 codes of `count` values of a token that share a scale, a multiple of 16. Symmetric, by the greatest; a scale
+// that is NaN or infinite if they have any such, so that damage shows. The scale is stored at `at`.
 OCTAVO_INLINE void kv_codes(const float* values, std::size_t count, uint8_t* at, int8_t* codes) {
-  const F lo = load(values);
-  const F hi = count > kLanes ? load(values + kLanes) : zero();
   // Of floats without their sign the order of integers is the same, with NaN on top.
-  I sizes[kFour] = {as_int(abs(lo)), as_int(abs(hi)), set1i(0), set1i(0)};
+  I sizes[kFour] = {set1i(0), set1i(0), set1i(0), set1i(0)};
+  for (std::size_t i = 0; i < count; i += kLanes) {
+    I& size = sizes[i / kLanes % kFour];
+    size = maxi(size, as_int(abs(load(values + i))));
+  }
   int32_t tops[kFour];
   highest_of_four(sizes, tops);
-  const float top = float_of_bits(std::max(tops[0], tops[1]));
+  const float top = float_of_bits(std::max({tops[0], tops[1], tops[2], tops[3]}));
   const float scale = top / 127.0f;
   std::memcpy(at, &scale, sizeof scale);
   const float steps = steps_per_unit(top);
@@ -86,17 +88,17 @@ OCTAVO_INLINE void kv_codes(const float* values, std::size_t count, uint8_t* at,
     std::memset(codes, 0, count);
     return;
   }
-  store_bytes(codes, to_int(mul(lo, set1(steps))));
-  if (count > kLanes) store_bytes(codes + kLanes, to_int(mul(hi, set1(steps))));
+  for (std::size_t i = 0; i < count; i += kLanes) store_bytes(codes + i, to_int(mul(load(values + i), set1(steps))));
 }
 
 void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_head, long slot) {
   const std::size_t block = static_cast<std::size_t>(slot) / kv.block_size;
   const std::size_t offset = static_cast<std::size_t>(slot) % kv.block_size;
-  const std::size_t head = (block * kv.kv_heads + kv_head) * kv.head_bytes();
+  uint8_t* const k_head = kv.k + (block * kv.kv_heads + kv_head) * kv.k_head_bytes();
+  uint8_t* const v_head = kv.v + (block * kv.kv_heads + kv_head) * kv.v_head_bytes();
   if (kv.type == KVType::F16) {
-    auto* keys = reinterpret_cast<uint16_t*>(kv.k + head) + offset;
-    auto* values = reinterpret_cast<uint16_t*>(kv.v + head) + offset * kv.head_dim;
+    auto* keys = reinterpret_cast<uint16_t*>(k_head) + offset;
+    auto* values = reinterpret_cast<uint16_t*>(v_head) + offset * kv.head_dim;
     for (std::size_t d = 0; d < kv.head_dim; d += kLanes) {
       uint16_t halves[kLanes];
       store_half(halves, load(k + d));
@@ -106,26 +108,24 @@ void store_kv(const KVView& kv, const float* k, const float* v, std::size_t kv_h
     return;
   }
   if (kv.type == KVType::F32) {
-    auto* keys = reinterpret_cast<float*>(kv.k + head) + offset;
+    auto* keys = reinterpret_cast<float*>(k_head) + offset;
     for (std::size_t d = 0; d < kv.head_dim; ++d) keys[d * kv.block_size] = k[d];
-    std::memcpy(reinterpret_cast<float*>(kv.v + head) + offset * kv.head_dim, v, kv.head_dim * sizeof(float));
+    std::memcpy(reinterpret_cast<float*>(v_head) + offset * kv.head_dim, v, kv.head_dim * sizeof(float));
     return;
   }
+  int8_t codes[kMostHeadDim];
   for (std::size_t first = 0; first < kv.head_dim; first += KVView::kScaled) {
     const std::size_t count = std::min(KVView::kScaled, kv.head_dim - first);
-    int8_t codes[KVView::kScaled];
-    kv_codes(k + first, count, kv.k + head + kv.scale_at(first, offset), codes);
+    kv_codes(k + first, count, k_head + kv.k_scale_at(first, offset), codes);
     for (std::size_t d = 0; d < count; d += 4) {
       uint32_t four;
       std::memcpy(&four, codes + d, 4);
       four ^= 0x80808080u;
-      std::memcpy(kv.k + head + kv.k_code_at(first + d, offset), &four, 4);
-    }
-    kv_codes(v + first, count, kv.v + head + kv.scale_at(first, offset), codes);
-    for (std::size_t d = 0; d < count; ++d) {
-      kv.v[head + kv.v_code_at(first + d, offset)] = static_cast<uint8_t>(codes[d]);
+      std::memcpy(k_head + kv.k_code_at(first + d, offset), &four, 4);
     }
   }
+  kv_codes(v, kv.head_dim, v_head + kv.v_scale_at(offset), codes);
+  for (std::size_t d = 0; d < kv.head_dim; ++d) v_head[kv.v_code_at(d, offset)] = static_cast<uint8_t>(codes[d]);
 }
 
 }  // namespace octavo::OCTAVO_ISA

@@ -71,20 +71,18 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   if (block_size % 16 != 0 || block_size == 0 || block_size > kTile || kTile % block_size != 0) {
     throw std::invalid_argument("block_size must be 16, 32 or 64");
   }
-  if (head_dim % 16 != 0 || head_dim == 0 || head_dim > 1024) {
+  if (head_dim % 16 != 0 || head_dim == 0 || head_dim > kMostHeadDim) {
     throw std::invalid_argument("head_dim must be a multiple of 16 and at most 1024");
   }
   if (kv_heads == 0) throw std::invalid_argument("kv_heads must be at least 1");
   if (window < 0) throw std::invalid_argument("window must be at least 1, or 0 for none");
   if (kv_heads > kMostValues / (block_size * head_dim)) throw std::bad_alloc();
-  const std::size_t bytes = times(num_blocks, block_bytes());
-  k = Bytes(bytes, Bytes::Kind::kLazy);
-  v = Bytes(bytes, Bytes::Kind::kLazy);
+  k = Bytes(times(num_blocks, k_block_bytes()), Bytes::Kind::kLazy);
+  v = Bytes(times(num_blocks, v_block_bytes()), Bytes::Kind::kLazy);
   view.k = k.data();
   view.v = v.data();
 }
 
-std::size_t KVLayer::block_bytes() const { return view.kv_heads * view.head_bytes(); }
 
 // --- recording ---
 

@@ -55,7 +55,8 @@ struct KVLayer {
 
   KVLayer(KVType type, std::size_t num_blocks, std::size_t block_size, std::size_t kv_heads, std::size_t head_dim,
           long window);
-  std::size_t block_bytes() const;  // of K, or of V
+  std::size_t k_block_bytes() const { return view.kv_heads * view.k_head_bytes(); }
+  std::size_t v_block_bytes() const { return view.kv_heads * view.v_head_bytes(); }
 };
 
 // How long an op took, and how long all threads together worked on it.

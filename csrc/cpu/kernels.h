@@ -48,30 +48,35 @@ struct LinearPiece {
 
 // K and V of one layer. A block holds, for each KV head, K transposed [D, block_size] and V [block_size, D]. In int8
 // four codes at a time lie together, as products of integers take them: K [D / 4, block_size, 4], each byte 128 more
-// than its code, V [block_size / 4, D, 4]. Behind a head's codes are their scales, float32: [groups of 32 values of a
-// token, the last one maybe shorter, block_size].
+// than its code, V [block_size / 4, D, 4]. Behind a head's codes are their scales, float32: of K [groups of 32 values
+// of a token, the last one maybe shorter, block_size], of V, whose values of a token share one, [block_size].
 struct KVView {
   KVType type;
   uint8_t* k;
   uint8_t* v;
   std::size_t kv_heads, head_dim, block_size;
 
-  static constexpr std::size_t kScaled = 32;  // values that share a scale
+  static constexpr std::size_t kScaled = 32;  // values of K that share a scale
 
-  std::size_t head_bytes() const {  // of K or V
-    const std::size_t values = block_size * head_dim;
-    if (type == KVType::F32) return 4 * values;
-    if (type == KVType::F16) return 2 * values;
-    return values + (head_dim + kScaled - 1) / kScaled * block_size * sizeof(float);
-  }
+  std::size_t k_head_bytes() const { return head_bytes((head_dim + kScaled - 1) / kScaled); }
+  std::size_t v_head_bytes() const { return head_bytes(1); }
   // Where the code of the value d of a token lies, from the head's first byte on.
   std::size_t k_code_at(std::size_t d, std::size_t offset) const { return (d / 4 * block_size + offset) * 4 + d % 4; }
   std::size_t v_code_at(std::size_t d, std::size_t offset) const {
     return (offset / 4 * head_dim + d) * 4 + offset % 4;
   }
   // Where the scale of the value d of a token lies, from the head's first byte on.
-  std::size_t scale_at(std::size_t d, std::size_t offset) const {
+  std::size_t k_scale_at(std::size_t d, std::size_t offset) const {
     return block_size * head_dim + (d / kScaled * block_size + offset) * sizeof(float);
+  }
+  std::size_t v_scale_at(std::size_t offset) const { return block_size * head_dim + offset * sizeof(float); }
+
+ private:
+  std::size_t head_bytes(std::size_t scales) const {  // of a token
+    const std::size_t values = block_size * head_dim;
+    if (type == KVType::F32) return 4 * values;
+    if (type == KVType::F16) return 2 * values;
+    return values + scales * block_size * sizeof(float);
   }
 };
 
@@ -130,5 +135,6 @@ const Kernels& avx512_kernels();
 
 constexpr std::size_t kRowPiece = 1024;  // logits summed in float32 before they go into a double
 constexpr std::size_t kTile = 64;        // keys
+constexpr std::size_t kMostHeadDim = 1024;
 
 }  // namespace octavo

@@ -60,6 +60,18 @@ OCTAVO_INLINE void across_four(const __m256i* a, const Op& op, int32_t* result) 
   const __m256i all = op(abcd, _mm256_permute2x128_si256(abcd, abcd, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(result), _mm256_castsi256_si128(all));
 }
+// The same of floats.
+template <class Op>
+OCTAVO_INLINE void across_four(const __m256* a, const Op& op, float* result) {
+  const __m256i bits[kFour] = {_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1]), _mm256_castps_si256(a[2]),
+                               _mm256_castps_si256(a[3])};
+  const auto of_bits = [&](__m256i x, __m256i y) __attribute__((always_inline)) {
+    return _mm256_castps_si256(op(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y)));
+  };
+  int32_t found[kFour];
+  across_four(bits, of_bits, found);
+  std::memcpy(result, found, sizeof found);
+}
 #endif
 
 #if defined(__AVX512F__)
@@ -109,6 +121,17 @@ OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {
     halves[i] = _mm256_add_epi32(_mm512_castsi512_si256(a[i].v), _mm512_extracti64x4_epi64(a[i].v, 1));
   }
   across_four(halves, [](__m256i x, __m256i y) { return _mm256_add_epi32(x, y); }, sums);
+}
+// Of four vectors at once, by another tree: lane i with lane i + 8, then + 2, + 1, + 4.
+OCTAVO_INLINE void sum_of_four(const F* a, float* sums) {
+  __m256 halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i].v), upper_half(a[i].v));
+  across_four(halves, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); }, sums);
+}
+OCTAVO_INLINE void highest_of_four(const F* a, float* tops) {  // none may be NaN
+  __m256 halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_max_ps(_mm512_castps512_ps256(a[i].v), upper_half(a[i].v));
+  across_four(halves, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, tops);
 }
 OCTAVO_INLINE void highest_of_four(const I* a, int32_t* tops) {
   __m256i halves[kFour];
@@ -197,6 +220,16 @@ OCTAVO_INLINE I subi(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_su
 OCTAVO_INLINE I maxi(I a, I b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 OCTAVO_INLINE float sum_of(F a) { return sum_of_eight(_mm256_add_ps(a.lo, a.hi)); }
 OCTAVO_INLINE float highest_of(F a) { return highest_of_eight(_mm256_max_ps(a.lo, a.hi)); }
+OCTAVO_INLINE void sum_of_four(const F* a, float* sums) {
+  __m256 halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_add_ps(a[i].lo, a[i].hi);
+  across_four(halves, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); }, sums);
+}
+OCTAVO_INLINE void highest_of_four(const F* a, float* tops) {
+  __m256 halves[kFour];
+  for (int i = 0; i < kFour; ++i) halves[i] = _mm256_max_ps(a[i].lo, a[i].hi);
+  across_four(halves, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, tops);
+}
 OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {
   __m256i halves[kFour];
   for (int i = 0; i < kFour; ++i) halves[i] = _mm256_add_epi32(a[i].lo, a[i].hi);
@@ -351,6 +384,18 @@ OCTAVO_INLINE float highest_of(F a) {
   float best = a.v[0];
   for (float v : a.v) best = v > best ? v : best;
   return best;
+}
+OCTAVO_INLINE void sum_of_four(const F* a, float* sums) {
+  for (int i = 0; i < kFour; ++i) {
+    float half[kLanes / 2];
+    for (int lane = 0; lane < kLanes / 2; ++lane) half[lane] = a[i].v[lane] + a[i].v[lane + kLanes / 2];
+    const float lower = (half[0] + half[2]) + (half[1] + half[3]);
+    const float upper = (half[4] + half[6]) + (half[5] + half[7]);
+    sums[i] = lower + upper;
+  }
+}
+OCTAVO_INLINE void highest_of_four(const F* a, float* tops) {
+  for (int i = 0; i < kFour; ++i) tops[i] = highest_of(a[i]);
 }
 OCTAVO_INLINE void sum_of_four(const I* a, int32_t* sums) {  // of lanes that do not overflow
   for (int i = 0; i < kFour; ++i) {

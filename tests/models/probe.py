@@ -28,7 +28,7 @@ GREEDY = Draw(SamplingParams(temperature=0), seed=0, stream=(0,), num_prompt_tok
 
 
 class Tap:
-    """A model that writes down the logits it makes."""
+    """A model whose methods can be replaced, and the logits that its head made in a runner."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -37,10 +37,16 @@ class Tap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def head(self, ops: Ops, x: Any) -> Any:
-        logits = self._model.head(ops, x)
-        self.rows += list(np.array(ops.to_numpy(logits)))
-        return logits
+    def write_down(self, runner: ModelRunner, ops: Ops) -> None:
+        """What the head makes from here on. Outside the head, which may be recorded."""
+        head = runner._head
+
+        def noted(x: Any) -> Any:
+            logits = head(x)
+            self.rows += list(np.array(ops.to_numpy(logits)))
+            return logits
+
+        runner._head = noted
 
 
 def load(path: Path, ops: Ops) -> tuple[Model, ModelConfig]:
@@ -69,6 +75,7 @@ class Probe:
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
         )
+        self.tap.write_down(self.runner, self.ops)
         self._ids = count()
 
     def sequence(self, token_ids: SequenceOf[int]) -> Sequence:

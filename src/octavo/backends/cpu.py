@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _PANEL = 16  # outputs that are packed together, and lanes of a vector
-_KV_GROUP = 32  # values of an int8 K or V that share a scale
+_K_GROUP = 32  # values of an int8 K that share a scale; those of V, of a token and KV head, all do
 _MAX_HEAD_DIM = 1024
 _MAX_GROUP = 64
 _PACK_BYTES = 64 << 20  # float32 made of a file's rows at a time, where they are not packed as they are
@@ -123,7 +123,7 @@ class CpuOps:
 
     @property
     def identity(self) -> str:
-        kv = "int8 in fours" if self.kv_dtype == "int8" else self.kv_dtype  # how codes lie in a block
+        kv = "int8, a scale for V" if self.kv_dtype == "int8" else self.kv_dtype  # how codes lie in a block
         return f"cpu {self.machine.instruction_set} compute {self.compute_dtype} kv {kv}"
 
     def why_not(self, config: ModelConfig) -> str | None:
@@ -143,8 +143,8 @@ class CpuOps:
         return -(-outputs // _PANEL) * _C.panel_bytes(self._format(tensor), inputs)
 
     def kv_nbytes(self, spec: KVSpec, num_tokens: int) -> int:
-        scale_bytes = 4 * math.ceil(spec.head_dim / _KV_GROUP) if self.kv_dtype == "int8" else 0
-        return 2 * num_tokens * spec.num_kv_heads * (spec.head_dim * KV_BYTES[self.kv_dtype] + scale_bytes)
+        scales = math.ceil(spec.head_dim / _K_GROUP) + 1 if self.kv_dtype == "int8" else 0
+        return num_tokens * spec.num_kv_heads * (2 * spec.head_dim * KV_BYTES[self.kv_dtype] + 4 * scales)
 
     def scratch_nbytes(
         self,

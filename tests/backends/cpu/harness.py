@@ -215,13 +215,16 @@ def sequences(
     return qs, ks, vs
 
 
-def as_stored(values: Floats, kv_dtype: str) -> Floats:
-    """What a KV type keeps of [length, KH, D] values."""
+K_GROUP = 32  # values of an int8 K that share a scale
+
+
+def as_stored(values: Floats, kv_dtype: str, group: int) -> Floats:
+    """What a KV type keeps of [length, KH, D] values; in int8, so many of them share a scale."""
     if kv_dtype == "float32":
         return values
     if kv_dtype == "float16":
         return values.astype(np.float16).astype(np.float32)
-    parts = np.split(values, range(32, values.shape[-1], 32), axis=-1)
+    parts = np.split(values, range(group, values.shape[-1], group), axis=-1)
     return np.concatenate([_as_codes(part) for part in parts], axis=-1)
 
 

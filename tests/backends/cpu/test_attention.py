@@ -14,6 +14,7 @@ from octavo.backends.reference import ReferenceOps
 from octavo.ops import KVSpec
 from tests.backends.cpu.harness import (
     INSTRUCTION_SETS,
+    K_GROUP,
     Floats,
     Paged,
     array,
@@ -64,7 +65,8 @@ def reference(paged: Paged, qs: list[Floats], ks: list[Floats], vs: list[Floats]
     layer = ReferenceLayer(np.full(shape, np.nan), np.full(shape, np.nan), paged.window)
     everything = paged.batch([(s, 0, len(k)) for s, k in enumerate(ks)])
     none = np.empty((0, *shape[2:]), np.float32)
-    k, v = (np.concatenate([none, *(as_stored(a, paged.ops.kv_dtype) for a in values)]) for values in (ks, vs))
+    k = np.concatenate([none, *(as_stored(a, paged.ops.kv_dtype, K_GROUP) for a in ks)])
+    v = np.concatenate([none, *(as_stored(a, paged.ops.kv_dtype, paged.head_dim) for a in vs)])
     ops.store_kv(k, v, everything, layer)
     steps = [(s, old, old + new) for s, (old, new) in enumerate(ranges)]
     heads = qs[0].shape[1] if qs else paged.kv_heads
@@ -73,10 +75,10 @@ def reference(paged: Paged, qs: list[Floats], ks: list[Floats], vs: list[Floats]
     return ops.attention(q, paged.batch(steps), layer, 0.25)
 
 
-def codes_of(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """int8 codes of [..., D] values and the scale of each, one for 32 of them, in float32 as the kernels compute."""
+def codes_of(values: Floats, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """int8 codes of [..., D] values and the scale of each, one for a group of them, in float32 as kernels compute."""
     codes, scales = [], []
-    for part in np.split(values, range(32, values.shape[-1], 32), axis=-1):
+    for part in np.split(values, range(group, values.shape[-1], group), axis=-1):
         top = np.abs(part).max(axis=-1, keepdims=True)
         codes.append(np.rint(part * (np.float32(127) / top)))
         scales.append(np.broadcast_to(top / np.float32(127), part.shape))
@@ -85,31 +87,29 @@ def codes_of(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def integers(qs: list[Floats], ks: list[Floats], vs: list[Floats], ranges: Ranges, window: int | None) -> Floats:
     """The same rows as the integer kernels define them, but for rounding of floats: queries in codes too, and the
-    weights of each 64 keys, with the scales of 32 values of V, in 255 steps of the greatest."""
+    weights of each 64 keys, with the scales of V, in 255 steps of the greatest."""
     rows = []
     for q, k, v, (old, new) in zip(qs, ks, vs, ranges, strict=True):
         (kv_heads, dim), group = k.shape[1:], q.shape[1] // k.shape[1]
         positions = np.arange(old, old + new)
         found = np.zeros((new, kv_heads, group, dim))
         for head in range(kv_heads):
-            q_codes, q_scales = codes_of(q[old : old + new, head * group : (head + 1) * group])
-            (k_codes, k_scales), (v_codes, v_scales) = codes_of(k[:, head]), codes_of(v[:, head])
+            q_codes, q_scales = codes_of(q[old : old + new, head * group : (head + 1) * group], K_GROUP)
+            (k_codes, k_scales), (v_codes, v_scales) = codes_of(k[:, head], K_GROUP), codes_of(v[:, head], dim)
             top, total, out = np.full((new, group, 1), -np.inf), np.zeros((new, group, 1)), found[:, head]
             for first in range(0, len(k), 64):
                 keys = np.arange(first, min(first + 64, len(k)))
                 sees = (keys <= positions[:, None]) & (keys > positions[:, None] - (window or len(k)))
                 scores = np.zeros((new, group, len(keys)))
-                for d in range(0, dim, 32):
-                    sums = np.einsum("rhd,kd->rhk", q_codes[..., d : d + 32], k_codes[keys, d : d + 32])
+                for d in range(0, dim, K_GROUP):
+                    sums = np.einsum("rhd,kd->rhk", q_codes[..., d : d + K_GROUP], k_codes[keys, d : d + K_GROUP])
                     scores += sums * q_scales[..., d : d + 1] * k_scales[keys, d]
                 scores = np.where(sees[:, None], scores * 0.25, -np.inf)
                 here = np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
                 weights = np.exp(scores - here)
-                mixed = np.zeros((new, group, dim))
-                for d in range(0, dim, 32):
-                    taken = weights * v_scales[keys, d]
-                    step = np.maximum(taken.max(axis=-1, keepdims=True), 1e-30) / 255
-                    mixed[..., d : d + 32] = np.rint(taken / step) @ v_codes[keys, d : d + 32] * step
+                taken = weights * v_scales[keys, 0]
+                step = np.maximum(taken.max(axis=-1, keepdims=True), 1e-30) / 255
+                mixed = np.rint(taken / step) @ v_codes[keys] * step
                 best = np.maximum(top, here)
                 total = total * np.exp(top - best) + weights.sum(axis=-1, keepdims=True) * np.exp(here - best)
                 out[:] = out * np.exp(top - best) + mixed * np.exp(here - best)
@@ -222,7 +222,7 @@ def test_large_scores() -> None:
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 def test_stored_values(instruction_set: str, kv_dtype: str, block_size: int) -> None:
     """A row that sees one key only gives that key's value as stored: float16 rounded to nearest, int8 by the greatest
-    of 32 values. From zero and denormals to values beyond float16, which become infinite."""
+    of its values. From zero and denormals to values beyond float16, which become infinite."""
     ops = machine(instruction_set, kv_dtype=kv_dtype)
     k = array(70, 2, 32)
     v = array(70, 2, 32, seed=1) * np.exp2(np.arange(70, dtype=np.float32) / 2 - 28)[:, None, None]
@@ -233,7 +233,7 @@ def test_stored_values(instruction_set: str, kv_dtype: str, block_size: int) -> 
     paged.store([k], [v])
     got = paged.attend([array(70, 4, 32)], [(0, 0, 70)])
     with np.errstate(all="ignore"):
-        stored = np.nan_to_num(as_stored(v, kv_dtype), posinf=np.inf, neginf=-np.inf)
+        stored = np.nan_to_num(as_stored(v, kv_dtype, 32), posinf=np.inf, neginf=-np.inf)
     stored = np.repeat(stored, 2, axis=1).reshape(70, -1)
     if kv_dtype == "int8":  # the one weight is 255 steps of 1/255
         np.testing.assert_allclose(got, stored, rtol=3e-7, atol=0)
@@ -282,6 +282,6 @@ def test_bytes_of_kv(kv_dtype: str) -> None:
     ops = CpuOps(threads=1, kv_dtype=kv_dtype)
     spec = KVSpec(3, 64, None)
     values = 2 * 160 * 3 * 64 * KV_BYTES[kv_dtype]
-    scales = 2 * 160 * 3 * 4 * 2 if kv_dtype == "int8" else 0  # one for 32 values
+    scales = 160 * 3 * 4 * (2 + 1) if kv_dtype == "int8" else 0  # of K one for 32 values, of V one
     assert ops.kv_nbytes(spec, 160) == values + scales
     assert ops.kv_layers([spec], 10, 16)[0].layer.nbytes == ops.kv_nbytes(spec, 160)

@@ -49,10 +49,9 @@ BREAKS = [
     Break(
         1,
         "products of K's codes are added in int16, which saturates",
-        "csrc/cpu/attention_codes.inl",
-        "sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_maddubs_epi16(size, four), ones));",
-        "const __m256i both = _mm256_madd_epi16(_mm256_maddubs_epi16(size, four), ones);\n"
-        "sums[r] = _mm256_adds_epi16(sums[r], both);",
+        "csrc/cpu/linear.inl",
+        '"vpaddd %[p], %[s], %[s]"',
+        '"vpaddsw %[p], %[s], %[s]"',
         (f"{CPU}/test_attention.py", f"{CPU}/test_attention_bits.py"),
         "avx2",
     ),
@@ -71,9 +70,10 @@ BREAKS = [
         "csrc/cpu/linear.inl",
         "if (piece.bias != nullptr) acc = add(acc, load(piece.bias + panel * kPanel));",
         "if (piece.bias != nullptr) {\n"
-        "const F bias = mul(load(piece.bias + panel * kPanel), set1(piece.rows == 1 ? 0.5f : 1.0f));\n"
+        "const bool single = piece.last_row - piece.first_row == 1;\n"
+        "const F bias = mul(load(piece.bias + panel * kPanel), set1(single ? 0.5f : 1.0f));\n"
         "acc = add(acc, bias);\n"
-        "if (piece.rows == 1) acc = add(acc, bias);\n"
+        "if (single) acc = add(acc, bias);\n"
         "}",
         (f"{CPU}/test_linear.py",),
     ),
@@ -95,10 +95,18 @@ BREAKS = [
     ),
     Break(
         3,
+        "a row is folded where its block's first one is",
+        "csrc/cpu/attention_codes.inl",
+        "seeing[i].folds = !split && query.begun;",
+        "seeing[i].folds = !split && queries[0].begun;",
+        (f"{CPU}/test_attention.py", f"{CPU}/test_attention_bits.py"),
+    ),
+    Break(
+        3,
         "the scales of V are those of the tile's first rows for all",
         "csrc/cpu/attention_codes.inl",
-        "if (i + j == 0 || one.first != (&one)[-1].first || one.last != (&one)[-1].last) {",
-        "if (i + j == 0) {",
+        "if (number == 0 || one.first != (&one)[-1].first || one.last != (&one)[-1].last) {",
+        "if (number == 0) {",
         (f"{CPU}/test_attention_bits.py",),
     ),
     Break(

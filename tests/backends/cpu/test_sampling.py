@@ -4,7 +4,6 @@ and of rows asked together."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -246,8 +245,8 @@ def test_what_does_not_fit() -> None:
     """Token ids and rows from outside, wants of another kind: refused in words, not read past the end."""
     ops = CpuOps(threads=1)
     given = ops.from_numpy(array(2, 10))
-    biased = replace(GREEDY, params=SamplingParams(logit_bias={10: 1.0}))
-    allowed = replace(GREEDY, params=SamplingParams(allowed_token_ids=[3, 10]))
+    biased = GREEDY._replace(params=SamplingParams(logit_bias={10: 1.0}))
+    allowed = GREEDY._replace(params=SamplingParams(allowed_token_ids=[3, 10]))
     for request in (
         RowRequest(2, 0, Sample((GREEDY,))),
         RowRequest(0, 0, Sample((biased,))),
