@@ -83,7 +83,6 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   view.v = v.data();
 }
 
-
 // --- recording ---
 
 std::unique_lock<std::mutex> Graph::recording() {
@@ -345,6 +344,7 @@ constexpr const char* kOpNames[] = {"embed", "rms_norm", "linear", "rope", "stor
 
 constexpr std::size_t kGatedPart = 512;   // values
 constexpr std::size_t kFewValues = 2048;  // so many are done before another thread has heard of them
+constexpr std::size_t kReadingRows = 1;   // of more, threads that wait are a hindrance to those that multiply
 constexpr std::size_t kRowBlock = 128;    // rows whose activations stay in a core's own cache while panels pass by
 // What the others may wait for when a thread has drawn the last piece: a few microseconds.
 constexpr std::size_t kLongMultiplication = std::size_t{1} << 20;  // multiplications
@@ -377,9 +377,13 @@ void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bo
         throw std::invalid_argument("run: a weight was never packed");
       }
     }
+    list_weights();
     all_packed_ = true;
   }
   if (!planned_) plan();
+  const bool reads = rows <= kReadingRows;
+  if (reads) machine_->pool.ahead().begin(weights_);
+  std::size_t linears = 0;
   arena_.grow(arena_columns_ * rows * sizeof(float));
   codes_.grow(quantized_inputs_ / kGroup * rows * Quantized::bytes_of_group());
   const int32_t* positions = batch == nullptr ? nullptr : batch->view().positions;  // no rope without a batch
@@ -393,10 +397,20 @@ void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bo
   }
   Work work{batch, rows, bound};
   for (const Node& node : nodes_) {
+    if (reads && node.op == Op::Linear) machine_->pool.ahead().pass(linears++);
     machine_->run(kOpNames[static_cast<std::size_t>(node.op)], [&] { run_node(node, work); });
     for (const Tap& tap : taps) {
       if (tap.view.buffer == node.out) copy_out(tap, work);  // before its memory serves another op
     }
+  }
+}
+
+void Graph::list_weights() {
+  weights_->ranges.clear();
+  for (const Node& node : nodes_) {
+    if (node.op != Op::Linear) continue;
+    const Weight::Segment& segment = node.weight->segments.front();  // of several, the first is as a rule the largest
+    weights_->ranges.push_back({segment.packed.data(), segment.packed_bytes});
   }
 }
 

@@ -164,6 +164,7 @@ class Graph {
   void check(const Tap& tap, std::size_t rows) const;
   int add(Node node, std::size_t columns);
   void plan();
+  void list_weights();
   void plan_memory();
   void plan_codes();
   Quantized codes_for(const Weight& weight, std::size_t rows) const;
@@ -182,6 +183,7 @@ class Graph {
   std::size_t arena_columns_ = 0;
   std::size_t quantized_inputs_ = 0;
   std::size_t embed_rows_ = SIZE_MAX;  // token ids must be below
+  std::shared_ptr<WeightRanges> weights_ = std::make_shared<WeightRanges>();
   int num_bound_ = 0;
   bool planned_ = false;
   bool all_packed_ = false;  // all weights have their memory

@@ -115,7 +115,9 @@ struct Pool::Shared {
   std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
 
-  explicit Shared(std::size_t threads) : tickets(threads) {}
+  const std::shared_ptr<ReadAhead> ahead;
+
+  Shared(std::size_t threads, std::shared_ptr<ReadAhead> ahead) : tickets(threads), ahead(std::move(ahead)) {}
 
   // The first piece of a share; the one behind the last is the next share's first.
   std::size_t first_piece(std::size_t share, std::size_t pieces) const { return pieces * share / tickets.size(); }
@@ -168,10 +170,12 @@ struct Pool::Shared {
 
   void serve(std::size_t thread) {
     set_float_mode();
+    ReadAhead::Cursor cursor;
     uint32_t seen = 0;
     for (;;) {
       int spins = 0;
       while (region.load(std::memory_order_acquire) == seen) {
+        if (ahead->read_some(thread, tickets.size(), cursor)) continue;
         if (++spins < kSpins) {
           relax();
           continue;
@@ -213,7 +217,7 @@ void Pool::start() {
   if (shared_ != nullptr && forks_seen_ == now) return;
   if (shared_ != nullptr) shared_.release();
   forks_seen_ = now;
-  shared_ = std::make_unique<Shared>(static_cast<std::size_t>(threads_));
+  shared_ = std::make_unique<Shared>(static_cast<std::size_t>(threads_), ahead_);
   for (int i = 1; i < threads_; ++i)
     shared_->workers.emplace_back([shared = shared_.get(), i, pin = pin_] {
       if (pin) stay_on(i);
@@ -235,6 +239,7 @@ void Pool::run(std::size_t count, std::size_t grain, Piece piece, const void* bo
   shared.open(shared.region.load(std::memory_order_relaxed) + 1, count, grain, piece, body);
   shared.work(0);
   for (int spins = 0; shared.done.load(std::memory_order_acquire) < count; ++spins) {
+    if (ahead_->read_some(0, static_cast<std::size_t>(threads_), cursor_)) continue;
     if (spins < kSpins) {
       relax();
     } else {

@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "read_ahead.h"
+
 namespace octavo {
 
 class Pool {
@@ -44,6 +46,9 @@ class Pool {
   void measure(bool on) { measures_ = on; }
   std::chrono::nanoseconds take_busy();  // of all threads since the last call
 
+  // What threads ask memory for while they wait. Announced by who holds a session.
+  ReadAhead& ahead() { return *ahead_; }
+
   // Holds the pool for one caller over many regions, and the floating-point mode that kernels need.
   class Session {
    public:
@@ -68,6 +73,8 @@ class Pool {
   bool measures_ = false;
   std::chrono::nanoseconds alone_{0};  // that the caller worked without the others
   std::mutex in_use_;
+  std::shared_ptr<ReadAhead> ahead_ = std::make_shared<ReadAhead>();
+  ReadAhead::Cursor cursor_;  // the caller's
   std::unique_ptr<Shared> shared_;
   unsigned forks_seen_ = 0;
 };
