@@ -487,7 +487,7 @@ void Graph::run_node(const Node& node, Work& work) {
     case Op::Rope: {
       const float* angles = angles_.as<float>();
       for (int i = 0; i < node.table; ++i) angles += 2 * tables_[static_cast<std::size_t>(i)].size() * rows;
-      pool.parallel(rows, 16, [&](std::size_t begin, std::size_t end) {
+      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           const float* angle = angles + node.dim * t;
           for (std::size_t c = 0; c < node.x.columns; c += node.head_dim) {
@@ -500,7 +500,7 @@ void Graph::run_node(const Node& node, Work& work) {
     }
     case Op::StoreKV: {
       const KVView& kv = node.layer->view;
-      pool.parallel(rows, 8, [&](std::size_t begin, std::size_t end) {
+      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < kv.kv_heads; ++h) {
             kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim,

@@ -210,7 +210,7 @@ def test_costs_are_those_of_the_cost_table(tiny_gemma3_dir: Path) -> None:
             model,
             sequences,
             weights=lambda ops: FileWeights(ops, model, "trace", tensors, gguf=False),
-            widths=Widths(kv=1 + 4 / 32),
+            widths=Widths(kv=1 + (4 / 32 + 4 / model.head_dim) / 2),
             logits_rows=2,
         )
         expected = cost.total([one.cost for one in records])

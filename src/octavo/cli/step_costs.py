@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from octavo.formats import RawTensor
     from octavo.ops import ModelConfig, Ops
 
-_KV_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int8": 1 + 4 / 32}  # a scale for each 32 codes
+_KV_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class _Sizes:
     def select_rows(self, _: object) -> _Sizes:
         """Rows in another order are of the same size."""
         return self
+
+
+def _kv_bytes(kv_dtype: str, head_dim: int) -> float:
+    """Of an element: the mean of K's, of which 32 share a scale in int8, and V's, of which a head does."""
+    scales = 2 / 32 + 2 / head_dim if kv_dtype == "int8" else 0.0
+    return _KV_BYTES[kv_dtype] + scales
 
 
 class StepCosts:
@@ -56,7 +62,7 @@ class StepCosts:
         self._model = model
         self._integer = integer
         self._integer_attention = kv_dtype == "int8"  # but for softmax, which is little beside its products
-        self._widths = Widths(kv=_KV_BYTES[kv_dtype])
+        self._widths = Widths(kv=_kv_bytes(kv_dtype, model.head_dim))
         self._known: dict[tuple[Any, int], StepCost] = {}
 
     def of(self, sequences: tuple[tuple[int, int], ...], logits_rows: int) -> StepCost:

@@ -30,17 +30,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 GCC = "12"  # whose figures are in the table
 SETS = ["avx512", "avx2"]
 
-# Of `quantize` and `quantize_weights` what is read from the stack is mostly arrays that are meant: the maxima of four
+# Of `quantize` and `weights_of` what is read from the stack is mostly arrays that are meant: the maxima of four
 # groups, which are found at once. Eight rows have 8 sums of AVX-512, but 16 of AVX2, which has 16 registers in all, so
 # that sums of groups go to the stack and back.
 TABLE = {
-    # Sums of rows are stored after each group and not read again before the last: `acc` lies in memory, since what
-    # comes behind the loop goes over it by a variable.
-    ("avx512", "panel_rows<Q4_0, 8>"): Limits(141, 80, broadcasts=8, stack_writes=8),
-    ("avx512", "panel_rows<Q4_1, 8>"): Limits(132, 80, stack_writes=8),
-    ("avx512", "panel_rows<Q8_0, 8>"): Limits(141, 80, broadcasts=8, stack_writes=8),
-    ("avx512", "panel_rows<Q4_K, 8>"): Limits(145, 81, stack_writes=8),
-    ("avx512", "panel_rows<Q6_K, 8>"): Limits(204, 98, broadcasts=24, stack_writes=16),
+    ("avx512", "panel_rows<Q4_0, 8>"): Limits(139, 80, broadcasts=8),
+    ("avx512", "panel_rows<Q4_1, 8>"): Limits(124, 80),
+    ("avx512", "panel_rows<Q8_0, 8>"): Limits(133, 80, broadcasts=8),
+    ("avx512", "panel_rows<Q4_K, 8>"): Limits(136, 81),
+    ("avx512", "panel_rows<Q6_K, 8>"): Limits(187, 98, broadcasts=24),
     ("avx512", "panel_rows<Q4_0, 1>"): Limits(40, 10, broadcasts=1),
     ("avx512", "panel_rows<Q4_1, 1>"): Limits(39, 10),
     ("avx512", "panel_rows<Q8_0, 1>"): Limits(40, 10, broadcasts=1),
@@ -51,26 +49,23 @@ TABLE = {
     ("avx512", "values_of<8, 2>"): Limits(43, 16, broadcasts=8),
     ("avx512", "values_of<1, 2>"): Limits(19, 2, broadcasts=1),
     ("avx512", "quantize"): Limits(400, 12, broadcasts=4, stack_reads=21, stack_writes=4, transfers=24),
-    ("avx512", "quantize_weights"): Limits(192, 16, broadcasts=4, stack_reads=36, stack_writes=2, transfers=2),
-    ("avx2", "panel_rows<Q4_0, 8>"): Limits(619, 176, broadcasts=144, stack_reads=32, stack_writes=47),
-    ("avx2", "panel_rows<Q4_1, 8>"): Limits(566, 176, broadcasts=136, stack_reads=30, stack_writes=38),
-    ("avx2", "panel_rows<Q8_0, 8>"): Limits(82, 16, broadcasts=8, stack_reads=5, stack_writes=4),
-    ("avx2", "panel_rows<Q4_K, 8>"): Limits(574, 178, broadcasts=136, stack_reads=29, stack_writes=37),
-    ("avx2", "panel_rows<Q6_K, 8>"): Limits(969, 260, broadcasts=152, stack_reads=105, stack_writes=136),
-    ("avx2", "panel_rows<Q4_0, 1>"): Limits(111, 22, broadcasts=18),
-    ("avx2", "panel_rows<Q4_1, 1>"): Limits(107, 22, broadcasts=17),
-    # Products of all quads are made before any is added, which takes more registers than there are.
-    ("avx2", "panel_rows<Q8_0, 1>"): Limits(208, 36, broadcasts=10, stack_reads=29, stack_writes=28),
-    ("avx2", "panel_rows<Q4_K, 1>"): Limits(113, 24, broadcasts=17),
-    ("avx2", "panel_rows<Q6_K, 1>"): Limits(139, 36, broadcasts=19),
-    # The inputs of all rows are broadcast before any is used.
-    ("avx2", "scores_of<8>"): Limits(55, 16, broadcasts=8, stack_reads=4, stack_writes=3),
-    ("avx2", "scores_of<1>"): Limits(12, 2, broadcasts=1),
-    # 32 sums and 16 registers.
-    ("avx2", "values_of<8, 2>"): Limits(240, 64, broadcasts=16, stack_reads=48, stack_writes=60),
-    ("avx2", "values_of<1, 2>"): Limits(56, 8, broadcasts=2),
+    ("avx512", "weights_of"): Limits(489, 32, broadcasts=19, stack_reads=39, stack_writes=42, transfers=8),
+    ("avx2", "panel_rows<Q4_0, 8>"): Limits(592, 176, broadcasts=80, stack_reads=50, stack_writes=45),
+    ("avx2", "panel_rows<Q4_1, 8>"): Limits(532, 176, broadcasts=72, stack_reads=40, stack_writes=37),
+    ("avx2", "panel_rows<Q8_0, 8>"): Limits(63, 16, broadcasts=8, stack_reads=4, stack_writes=3),
+    ("avx2", "panel_rows<Q4_K, 8>"): Limits(539, 178, broadcasts=72, stack_reads=42, stack_writes=37),
+    ("avx2", "panel_rows<Q6_K, 8>"): Limits(945, 260, broadcasts=88, stack_reads=118, stack_writes=113),
+    ("avx2", "panel_rows<Q4_0, 1>"): Limits(103, 22, broadcasts=10),
+    ("avx2", "panel_rows<Q4_1, 1>"): Limits(99, 22, broadcasts=9),
+    ("avx2", "panel_rows<Q8_0, 1>"): Limits(141, 36, broadcasts=17),
+    ("avx2", "panel_rows<Q4_K, 1>"): Limits(107, 24, broadcasts=9),
+    ("avx2", "panel_rows<Q6_K, 1>"): Limits(132, 36, broadcasts=11, stack_reads=3, stack_writes=1),
+    ("avx2", "scores_of<8>"): Limits(46, 16, broadcasts=8),
+    ("avx2", "scores_of<1>"): Limits(13, 2, broadcasts=1),
+    ("avx2", "values_of<8, 2>"): Limits(86, 16, broadcasts=16, stack_reads=2, stack_writes=2),
+    ("avx2", "values_of<1, 2>"): Limits(27, 2, broadcasts=2),
     ("avx2", "quantize"): Limits(492, 20, broadcasts=4, stack_reads=63, stack_writes=34, transfers=20),
-    ("avx2", "quantize_weights"): Limits(254, 32, broadcasts=4, stack_reads=46, stack_writes=4),
+    ("avx2", "weights_of"): Limits(441, 48, broadcasts=13, stack_reads=11, stack_writes=54, transfers=12),
 }
 
 
