@@ -381,7 +381,7 @@ void Graph::run(const Batch* batch, std::size_t rows, const std::vector<int>& bo
     all_packed_ = true;
   }
   if (!planned_) plan();
-  const bool reads = rows <= kReadingRows;
+  const bool reads = rows <= kReadingRows && !weights_->ranges.empty();
   if (reads) machine_->pool.ahead().begin(weights_);
   std::size_t linears = 0;
   arena_.grow(arena_columns_ * rows * sizeof(float));

@@ -76,6 +76,7 @@ class ReadAhead {
   };
 
   void put(std::size_t linear) {
+    Slot& slot = slots_[(first_number_ + linear) % slots_.size()];
     const WeightRanges* graph = now_.get();
     std::shared_ptr<WeightRanges> next;
     if (linear >= graph->ranges.size()) {
@@ -84,8 +85,6 @@ class ReadAhead {
       graph = next.get();
     }
     const bool known = graph != nullptr && linear < graph->ranges.size();
-    const std::size_t number = first_number_ + linear + (next == nullptr ? 0 : now_->ranges.size());
-    Slot& slot = slots_[number % slots_.size()];
     slot.begin.store(known ? graph->ranges[linear].begin : nullptr, std::memory_order_relaxed);
     slot.bytes.store(known ? graph->ranges[linear].bytes : 0, std::memory_order_relaxed);
   }
