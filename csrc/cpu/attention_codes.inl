@@ -178,7 +178,7 @@ OCTAVO_INLINE __m256i weigh(__m256i sum, __m256i even, __m256i odd, const Weight
       "vpbroadcastd %[b], %[p]\n\t"
       "vpmaddwd %[p], %[o], %[p]\n\t"
       "vpaddd %[p], %[s], %[s]"
-      : [s] "+x"(sum), [p] "=&x"(product)
+      : [s] "+&x"(sum), [p] "=&x"(product)
       : [e] "x"(even), [o] "x"(odd), [a] "m"(*reinterpret_cast<const WeightCode(*)[2]>(p)),
         [b] "m"(*reinterpret_cast<const WeightCode(*)[2]>(p + 2)));
   return sum;
@@ -312,7 +312,7 @@ __attribute__((noinline)) void scores_of(const Quantized& q, std::size_t first, 
 // A query that sees keys [first, last) of a tile, and what becomes of the sums of its weights' codes times V's.
 struct Seeing {
   std::size_t query, first, last;
-  float factor;    // by which the sums are multiplied; NaN if a scale or a weight is damaged
+  float factor;    // by which the sums are multiplied; NaN if a scale is damaged (a weight shows it by the tile's sum)
   float* out;      // [D]: the tile's, or the query's, into which the tile is folded
   bool folds;      // whether something is there already
   float old, now;  // if so, weights of that and of the tile
@@ -354,7 +354,7 @@ OCTAVO_INLINE void scales_of(const CodeTile& tile, std::size_t first, std::size_
 }
 
 // From scores [64] of some queries to codes of their weights, times the scales of the values, and factors. Four queries
-// at a time, since what goes across the lanes of one vector waits for itself.
+// at a time: a reduction across the lanes of one vector is a long chain of instructions that wait for each other.
 void weights_of(const CodeTile& tile, float scale, const Query* queries, Seeing* seeing, std::size_t count,
                 const float* scores, WeightCode* codes) {
   F scales[kChunks];
@@ -382,7 +382,7 @@ void weights_of(const CodeTile& tile, float scale, const Query* queries, Seeing*
       sums[j] = soften(weights[j], highest[j], [](F x) { return exp_of_weight(x); });
       for (std::size_t c = 0; c < kChunks; ++c) {
         weights[j][c] = mul(weights[j][c], scales[c]);
-        // None is negative: compared as integers in the order of floats, with NaN above all.
+        // None is negative: compared as integers in the order of floats, with the scales' NaN above all.
         products[j] = maxi(products[j], as_int(weights[j][c]));
       }
     }
@@ -414,7 +414,10 @@ void fold_into(Query* queries, Seeing* seeing, std::size_t count, bool split) {
   const auto fold = [&] {
     alignas(64) float weights[kLanes];
     fold_sums(states, tiles, waiting, weights);
-    for (std::size_t j = 0; j < waiting; ++j) folded[j]->old = weights[2 * j], folded[j]->now = weights[2 * j + 1];
+    for (std::size_t j = 0; j < waiting; ++j) {
+      folded[j]->old = weights[2 * j];
+      folded[j]->now = weights[2 * j + 1];
+    }
     waiting = 0;
   };
   for (std::size_t i = 0; i < count; ++i) {

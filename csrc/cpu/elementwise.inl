@@ -69,7 +69,7 @@ void embed(Format format, const uint8_t* packed, std::size_t inputs, std::size_t
 
 // --- K and V as stored ---
 
-// Int8 codes of `count` values of a token that share a scale, a multiple of 16. Symmetric, by the greatest; a scale
+// Int8 codes of `count` values of a token, a multiple of 16, that share a scale. Symmetric, by the greatest; a scale
 // that is NaN or infinite if they have any such, so that damage shows. The scale is stored at `at`.
 OCTAVO_INLINE void kv_codes(const float* values, std::size_t count, uint8_t* at, int8_t* codes) {
   // Of floats without their sign the order of integers is the same, with NaN on top.

@@ -345,7 +345,7 @@ constexpr const char* kOpNames[] = {"embed", "rms_norm", "linear", "rope", "stor
 constexpr std::size_t kGatedPart = 512;   // values
 constexpr std::size_t kFewValues = 2048;  // so many are done before another thread has heard of them
 constexpr std::size_t kReadingRows = 1;   // of more, threads that wait are a hindrance to those that multiply
-constexpr std::size_t kRowBlock = 128;    // rows whose activations stay in a core's own cache while panels pass by
+constexpr std::size_t kRowsAtOnce = 128;  // rows whose activations stay in a core's own cache while panels pass by
 // What the others may wait for when a thread has drawn the last piece: a few microseconds.
 constexpr std::size_t kLongMultiplication = std::size_t{1} << 20;  // multiplications
 constexpr std::size_t kLongRead = 32 << 10;                        // bytes of weights
@@ -355,9 +355,9 @@ std::size_t rows_of_piece(std::size_t rows, std::size_t columns) {
   return rows < 2 * kRowTile ? std::max<std::size_t>(1, kFewValues / columns) : kRowTile;
 }
 
-// Panels of a piece, each of so many multiplications and bytes.
-std::size_t panels_of_piece(std::size_t panels, std::size_t multiplications, std::size_t bytes, int threads) {
-  const std::size_t share = panels / (static_cast<std::size_t>(threads) * 8);
+// How many panels, each times the rows of a block, are a piece; each is so many multiplications and bytes.
+std::size_t panels_of_piece(std::size_t products, std::size_t multiplications, std::size_t bytes, int threads) {
+  const std::size_t share = products / (static_cast<std::size_t>(threads) * 8);
   return std::max<std::size_t>(1, std::min({share, kLongMultiplication / multiplications, kLongRead / bytes}));
 }
 
@@ -555,13 +555,13 @@ void Graph::run_linear(const Node& node, Work& work) {
   float* y = memory_of(node.out, work);
   std::size_t panels = 0;
   for (const Weight::Segment& segment : weight.segments) panels += panels_of(segment.outputs);
-  const std::size_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const std::size_t multiplications = std::min(rows, kRowBlock) * weight.inputs * kPanel;
+  const std::size_t blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const std::size_t multiplications = std::min(rows, kRowsAtOnce) * weight.inputs * kPanel;
   const std::size_t grain = panels_of_piece(blocks * panels, multiplications, weight.nbytes() / panels, pool.threads());
   // Panels [begin, end) of all segments, by one block of rows.
   const auto multiply = [&](std::size_t block, std::size_t begin, std::size_t end) {
-    const std::size_t first_row = block * kRowBlock;
-    const std::size_t last_row = std::min(first_row + kRowBlock, rows);
+    const std::size_t first_row = block * kRowsAtOnce;
+    const std::size_t last_row = std::min(first_row + kRowsAtOnce, rows);
     std::size_t first = 0;  // panel of the segment
     for (const Weight::Segment& segment : weight.segments) {
       const std::size_t last = first + panels_of(segment.outputs);

@@ -68,7 +68,7 @@ OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
 
 #elif defined(__AVX2__)
 
-// Codes of 8 bits are multiplied without their zero: what is too much in each is not among the products.
+// 128 is taken off each code of 8 bits first, so that no sum of inputs is needed to correct the product.
 template <int MaxCode>
 constexpr bool kWithoutZero = MaxCode > 127;
 
@@ -90,7 +90,7 @@ OCTAVO_INLINE void multiply_add(Halves& words, Q code, const int8_t* x) {
       : [cl] "x"(code.lo), [ch] "x"(code.hi), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
 }
 
-// sums += products of a signed code, whose size is below or equal to 128, and four broadcast inputs: |code| times the
+// sums += products of a signed code, of at most 128 in size, and four broadcast inputs: |code| times the
 // inputs with the sign of the code, by twos in int16, which holds 2 * 128 * 127.
 OCTAVO_INLINE __m256i multiply_add_signed(__m256i sum, __m256i code, __m256i size, __m256i ones, const int8_t* x) {
   __m256i product;
@@ -294,7 +294,7 @@ OCTAVO_INLINE void panel_of_codes(const LinearPiece& piece, std::size_t panel, s
       I isum[Rows];
       unroll<Rows>(OCTAVO_EACH(r) {
         if constexpr (layout.zero == 0 || kWithoutZero<layout.max_code>) {
-          static_assert(layout.zero == 0 || layout.zero == 128);
+          static_assert(!kWithoutZero<layout.max_code> || layout.zero == 128);
           isum[r] = set1i(0);
         } else {
           static_assert(std::has_single_bit(static_cast<unsigned>(layout.zero)));

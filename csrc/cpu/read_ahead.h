@@ -35,7 +35,8 @@ class ReadAhead {
   void begin(const std::shared_ptr<WeightRanges>& graph) {
     if (now_ != nullptr) now_->next = graph;
     const bool guessed = expected_.lock() == graph;
-    first_number_ += now_ != nullptr && guessed ? now_->ranges.size() : kAhead;
+    if (now_ != nullptr) first_number_ += now_->ranges.size();
+    if (!guessed) first_number_ += kAhead;  // what was announced beyond is of no graph that runs
     now_ = graph;
     expected_ = graph->next;
     for (std::size_t i = 0; i < kAhead; ++i) put(i);

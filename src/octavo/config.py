@@ -60,7 +60,9 @@ class EngineConfig:
     scheduling_policy: str = setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
     block_size: int = setting(16, "tokens of a KV block", choices=BLOCK_SIZES)
     kv_cache_dtype: str = setting(
-        "auto", "type of stored keys and values; auto: int8 on the cpu backend", choices=KV_DTYPES
+        "auto",
+        "type of stored keys and values; auto: int8 on the cpu backend, float16 there with compute_dtype=float32",
+        choices=KV_DTYPES,
     )
     kv_cache_memory_bytes: int | None = setting(None, "memory for KV blocks", low=1, high=2**63 - 1)
     enable_prefix_caching: bool = setting(True, "let requests use KV that earlier ones computed")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from octavo.loading.weights import FileWeights
 from octavo.observe import StepCost
 from octavo.ops import cost
 from octavo.ops.cost import Cost, Widths
+from octavo.runner import logits
 from octavo.runner.trace import trace_step
 
 from .conftest import Invoke
@@ -121,6 +123,15 @@ def test_profile_of_another_backend(invoke: Invoke, tiny_gemma3_dir: Path) -> No
     result = invoke("bench", "profile", "--model", tiny_gemma3_dir, "--backend", "reference")
     assert (result.code, result.out) == (2, "")
     assert "backend: bench profile takes steps of the cpu backend apart, not of reference" in result.err
+
+
+def test_logits_in_slices(tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+    """The head runs several times where its rows are many, in the engine and in what is expected of it."""
+    monkeypatch.setattr(logits, "LOGITS_SLICE_BYTES", 4 * 2 * model_config(tiny_gemma3_dir).vocab_size)
+    load = ("--input-len", 20, "--output-len", 3, "--batch-size", 5, "--num-iters", 1)
+    result = invoke("bench", "profile", "--model", tiny_gemma3_dir, *SMALL, *load)
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"linear model.embed_tokens +3 ", result.out)
 
 
 def test_what_was_timed_is_what_was_to_be_run() -> None:

@@ -82,7 +82,7 @@ def test_restored_from_files_and_after_a_restart(cold: LLM, tiny_gemma3_dir: Pat
                     llm._engine.kv.prefixes.tier.flush()
             loaded = llm.cache_stats.loaded_blocks
         assert loaded > 10, f"start {restart}"
-    with open_llm(tiny_gemma3_dir, 320, kv_offload_dir=tmp_path / "kv", kv_cache_dtype="int8") as llm:
+    with open_llm(tiny_gemma3_dir, 640, kv_offload_dir=tmp_path / "kv", kv_cache_dtype="float16") as llm:
         run(llm, asked[:1])
         assert llm.cache_stats.loaded_blocks == 0, "of other settings"
 

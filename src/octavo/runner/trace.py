@@ -13,6 +13,7 @@ from octavo.backends.trace import OpRecord, TraceOps, TraceWeight
 from octavo.models import WeightLoader, family, layer_states
 from octavo.ops import Batch, ModelConfig, Ops
 from octavo.ops.cost import Widths
+from octavo.runner.logits import rows_per_slice
 
 
 def trace_step(
@@ -34,8 +35,9 @@ def trace_step(
     batch = ops.prepare(_batch(sequences))
     *_, x = layer_states(model, ops, batch, ops.kv_layers(model.kv_specs, 0, 1))
     rows = np.arange(len(sequences) if logits_rows is None else logits_rows, dtype=np.int32)
-    if len(rows):
-        model.head(ops, ops.take_rows(x, rows))
+    at_a_time = rows_per_slice(config.vocab_size)
+    for first in range(0, len(rows), at_a_time):
+        model.head(ops, ops.take_rows(x, rows[first : first + at_a_time]))
     return ops.records
 
 

@@ -194,6 +194,8 @@ class Limits:
     def complaints_of_zeros(self, function: Function) -> list[str]:
         """Only of what should not be there at all, whichever the compiler."""
         kinds = [kind for kind in ("stack_reads", "stack_writes", "transfers") if getattr(self, kind) == 0]
+        if not function.hot_loops:
+            return [f"{function.name} has no loop"]
         return [one for loop in function.hot_loops for one in self._too_many(function, loop, " ".join(kinds))]
 
     def _too_many(self, function: Function, loop: Loop, kinds: str) -> list[str]:

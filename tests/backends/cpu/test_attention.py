@@ -224,16 +224,17 @@ def test_stored_values(instruction_set: str, kv_dtype: str, block_size: int) -> 
     """A row that sees one key only gives that key's value as stored: float16 rounded to nearest, int8 by the greatest
     of its values. From zero and denormals to values beyond float16, which become infinite."""
     ops = machine(instruction_set, kv_dtype=kv_dtype)
-    k = array(70, 2, 32)
-    v = array(70, 2, 32, seed=1) * np.exp2(np.arange(70, dtype=np.float32) / 2 - 28)[:, None, None]
+    head_dim = 80
+    k = array(70, 2, head_dim)
+    v = array(70, 2, head_dim, seed=1) * np.exp2(np.arange(70, dtype=np.float32) / 2 - 28)[:, None, None]
     v[3] = 0
     if kv_dtype != "int8":
         v[4], v[5, :, ::2], v[6] = 1e6, -65519.99, 65520.0
-    paged = Paged(ops, [70], 2, 32, block_size, window=1)
+    paged = Paged(ops, [70], 2, head_dim, block_size, window=1)
     paged.store([k], [v])
-    got = paged.attend([array(70, 4, 32)], [(0, 0, 70)])
+    got = paged.attend([array(70, 4, head_dim)], [(0, 0, 70)])
     with np.errstate(all="ignore"):
-        stored = np.nan_to_num(as_stored(v, kv_dtype, 32), posinf=np.inf, neginf=-np.inf)
+        stored = np.nan_to_num(as_stored(v, kv_dtype, head_dim), posinf=np.inf, neginf=-np.inf)
     stored = np.repeat(stored, 2, axis=1).reshape(70, -1)
     if kv_dtype == "int8":  # the one weight is 255 steps of 1/255
         np.testing.assert_allclose(got, stored, rtol=3e-7, atol=0)

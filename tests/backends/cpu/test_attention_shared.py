@@ -64,9 +64,10 @@ def test_shared_prefixes(instruction_set: str, kv_dtype: str, shape: Shape, bloc
     assert alone.machine.shared_tiles == 0
 
 
-def test_every_shared_tile_is_read_once() -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_every_shared_tile_is_read_once(kv_dtype: str) -> None:
     """Levels of the tree: 64 tokens of six sequences, 128 of five, then 192 more of four, and the last 64 of nobody."""
-    ops = CpuOps(threads=2)
+    ops = CpuOps(threads=2, kv_dtype=kv_dtype)
     paged, qs = family(ops, SHAPES[0], 16)
     paged.attend(qs, last_rows([1] * 7))
     assert ops.machine.shared_tiles == 3 * (320 // 64)
@@ -74,10 +75,12 @@ def test_every_shared_tile_is_read_once() -> None:
     assert ops.machine.shared_tiles == 3 * (320 // 64), "nothing in common, nothing shared"
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("state_bytes", [0, 3000, 20_000, 40_000, 1 << 20])
-def test_states_take_no_more_than_they_may(state_bytes: int) -> None:
+def test_states_take_no_more_than_they_may(state_bytes: int, kv_dtype: str) -> None:
     """Rows that would need more read their tiles by themselves, to the same bits."""
-    alone, ops = CpuOps(threads=1, share_prefixes=False), CpuOps(threads=2)
+    alone = CpuOps(threads=1, share_prefixes=False, kv_dtype=kv_dtype)
+    ops = CpuOps(threads=2, kv_dtype=kv_dtype)
     ops.machine.state_bytes = state_bytes
     expecting, qs = family(alone, SHAPES[0], 16)
     paged, _ = family(ops, SHAPES[0], 16)
@@ -97,10 +100,12 @@ def depth(node: int) -> int:
     return 0 if PARENTS[node] < 0 else depth(PARENTS[node]) + 1
 
 
-def test_one_handle_for_many_layers() -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_one_handle_for_many_layers(kv_dtype: str) -> None:
     """A prepared batch serves layers of several windows and machines of several settings, and stays as it was when its
     arrays change. Guards against a cut that was made for another layer or another number of threads."""
-    alone, together = CpuOps(threads=1, share_prefixes=False), CpuOps(threads=3)
+    alone = CpuOps(threads=1, share_prefixes=False, kv_dtype=kv_dtype)
+    together = CpuOps(threads=3, kv_dtype=kv_dtype)
     for window in (None, 40):
         paged, qs = family(alone, (2, 2, 16, window), 16)
         layers = {ops: family(ops, (2, 2, 16, window), 16)[0].kv for ops in (alone, together)}

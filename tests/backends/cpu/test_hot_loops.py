@@ -132,7 +132,11 @@ class Compiled:
 
     @cached_property
     def is_of_the_table(self) -> bool:
-        compiler = self._commands["kernels_avx2.cpp"][0]
+        cached = re.search(
+            r"^CMAKE_CXX_COMPILER:.*?=(.*)$", (self._folder / "CMakeCache.txt").read_text(), re.MULTILINE
+        )
+        assert cached is not None
+        compiler = cached[1]
         command = [compiler, "-dM", "-E", "-x", "c++", "/dev/null"]
         macros = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return f"#define __GNUC__ {GCC}\n" in macros and "__clang__" not in macros
