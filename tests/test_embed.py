@@ -29,21 +29,24 @@ def embeddings(llm: LLM, prompts: Any, params: Any = None) -> list[list[float]]:
     return [output.outputs.embedding for output in llm.embed(prompts, params, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_beside_transformers(tiny_dir: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "kv_cache_dtype", "tolerance"),
+    [("cpu", "float16", 0.02), ("cpu", "int8", 0.05), ("reference", "float32", 0.02)],
+)
+def test_beside_transformers(tiny_dir: Path, backend: str, kv_cache_dtype: str, tolerance: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
-    with LLM(str(tiny_dir), backend=backend, **SETTINGS) as llm:
+    with LLM(str(tiny_dir), backend=backend, kv_cache_dtype=kv_cache_dtype, **SETTINGS) as llm:
         outputs = llm.embed(PROMPTS, PLAIN, use_tqdm=False)
         lasts = llm.embed(PROMPTS, PoolingParams(pooling="last", normalize=False), use_tqdm=False)
     for output, last in zip(outputs, lasts, strict=True):
         with torch.no_grad():
             states = model(torch.tensor([output.prompt_token_ids]), output_hidden_states=True).hidden_states[-1][0]
         expected = states.mean(0).numpy()
-        np.testing.assert_allclose(output.outputs.embedding, expected, rtol=0.02, atol=0.02)
-        np.testing.assert_allclose(last.outputs.embedding, states[-1].numpy(), rtol=0.02, atol=0.02)
+        np.testing.assert_allclose(output.outputs.embedding, expected, rtol=0.02, atol=tolerance)
+        np.testing.assert_allclose(last.outputs.embedding, states[-1].numpy(), rtol=0.02, atol=tolerance)
         assert output.finished and output.metrics.num_generated_tokens == 0
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.backends.cpu import CpuOps
 from octavo.cli import verify_quality
 from octavo.cli.check import Status
 from octavo.cli.verify_exactness import CELLS, QUICK, Cell, Counts, _judge, requests_for
 from octavo.cli.verify_quality import _compare_greedy, _compare_logits, distance
 from octavo.core.plan import StepPlan
-from octavo.models.gemma import Gemma3Model
 from octavo.runner.model_runner import ModelRunner
 
 from .conftest import Invoke
@@ -90,18 +90,18 @@ def test_too_little_memory_for_the_comparison(
 
 def change_logits(monkeypatch: pytest.MonkeyPatch, factor: Callable[[StepPlan], float]) -> None:
     """Multiply all logits of a step by what its plan says."""
-    head, run = Gemma3Model.head, ModelRunner.run
+    sample, run = CpuOps.sample, ModelRunner.run
     by = np.float32(1)
 
-    def changed(self: Gemma3Model, ops: Any, x: Any) -> Any:
-        return ops.from_numpy(ops.to_numpy(head(self, ops, x)) * by)
+    def changed(self: CpuOps, logits: Any, requests: Any) -> Any:
+        return sample(self, self.from_numpy(self.to_numpy(logits) * by), requests)
 
     def noting(self: ModelRunner, plan: StepPlan) -> Any:
         nonlocal by
         by = np.float32(factor(plan))
         return run(self, plan)
 
-    monkeypatch.setattr(Gemma3Model, "head", changed)
+    monkeypatch.setattr(CpuOps, "sample", changed)
     monkeypatch.setattr(ModelRunner, "run", noting)
 
 
