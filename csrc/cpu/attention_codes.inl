@@ -145,28 +145,11 @@ OCTAVO_INLINE void put_weights(WeightCode* p, I codes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
 }
 
-template <std::size_t Rows, int Half>
-OCTAVO_INLINE void dot_half_of_keys(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q,
-                                    __m256i* sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (std::size_t j = 0; j < quads; ++j) {
-    const auto* at = reinterpret_cast<const __m256i*>(k + j * stride + 32 * Half);
-    const __m256i code = _mm256_xor_si256(_mm256_loadu_si256(at), _mm256_set1_epi8(-128));
-    const __m256i size = _mm256_abs_epi8(code);
-    unroll<Rows>(OCTAVO_EACH(r) { sums[r] = multiply_add_signed(sums[r], code, size, ones, q + r * kGroup + 4 * j); });
-  }
-}
-
 template <std::size_t Rows>
 OCTAVO_INLINE void dot_keys(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q, const int32_t*,
                             I* sums) {
-  __m256i half[Rows];
-  unroll<Rows>(OCTAVO_EACH(r) { half[r] = _mm256_setzero_si256(); });
-  dot_half_of_keys<Rows, 0>(k, stride, quads, q, half);
-  unroll<Rows>(OCTAVO_EACH(r) { sums[r].lo = half[r]; });
-  unroll<Rows>(OCTAVO_EACH(r) { half[r] = _mm256_setzero_si256(); });
-  dot_half_of_keys<Rows, 1>(k, stride, quads, q, half);
-  unroll<Rows>(OCTAVO_EACH(r) { sums[r].hi = half[r]; });
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r] = set1i(0); });
+  dot_signed<Rows>(k, stride, quads, q, sums);
 }
 
 // sum + the codes of the first and third of four keys times their weights, and of the second and fourth.

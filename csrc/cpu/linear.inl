@@ -129,30 +129,35 @@ OCTAVO_INLINE void dot_some(const uint8_t* codes, const int8_t* x, I* sums) {
   });
 }
 
-template <Codes kind, std::size_t First, std::size_t Last, std::size_t Rows>
-OCTAVO_INLINE void dot_signed(const uint8_t* codes, const int8_t* x, I* sums) {
+// One half (8 outputs) of each quad of bytes, which lie `stride` apart and are 128 more than their codes.
+template <std::size_t Rows, int Half>
+OCTAVO_INLINE void dot_half_signed(const uint8_t* codes, std::size_t stride, std::size_t quads, const int8_t* x,
+                                   __m256i* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
-  const auto add = [&](auto half, __m256i* sum) __attribute__((always_inline)) {
-    for (std::size_t j = First; j < Last; ++j) {
-      const Q quad = code_quad<kind>(codes, j);
-      const __m256i code = _mm256_xor_si256(half == 0 ? quad.lo : quad.hi, _mm256_set1_epi8(-128));
-      const __m256i size = _mm256_abs_epi8(code);
-      unroll<Rows>(OCTAVO_EACH(r) { sum[r] = multiply_add_signed(sum[r], code, size, ones, x + r * kGroup + 4 * j); });
-    }
-  };
-  __m256i sum[Rows];
-  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = sums[r].lo; });
-  add(std::integral_constant<int, 0>{}, sum);
-  unroll<Rows>(OCTAVO_EACH(r) { sums[r].lo = sum[r]; });
-  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = sums[r].hi; });
-  add(std::integral_constant<int, 1>{}, sum);
-  unroll<Rows>(OCTAVO_EACH(r) { sums[r].hi = sum[r]; });
+  for (std::size_t j = 0; j < quads; ++j) {
+    const auto* at = reinterpret_cast<const __m256i*>(codes + j * stride + 32 * Half);
+    const __m256i code = _mm256_xor_si256(_mm256_loadu_si256(at), _mm256_set1_epi8(-128));
+    const __m256i size = _mm256_abs_epi8(code);
+    unroll<Rows>(OCTAVO_EACH(r) { sums[r] = multiply_add_signed(sums[r], code, size, ones, x + r * kGroup + 4 * j); });
+  }
+}
+
+template <std::size_t Rows>
+OCTAVO_INLINE void dot_signed(const uint8_t* codes, std::size_t stride, std::size_t quads, const int8_t* x, I* sums) {
+  __m256i half[Rows];
+  unroll<Rows>(OCTAVO_EACH(r) { half[r] = sums[r].lo; });
+  dot_half_signed<Rows, 0>(codes, stride, quads, x, half);
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r].lo = half[r]; });
+  unroll<Rows>(OCTAVO_EACH(r) { half[r] = sums[r].hi; });
+  dot_half_signed<Rows, 1>(codes, stride, quads, x, half);
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r].hi = half[r]; });
 }
 
 template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
 OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
   if constexpr (kWithoutZero<MaxCode>) {
-    dot_signed<kind, First, Last, Rows>(codes, x, sums);
+    static_assert(kind == Codes::kBytes && First == 0);
+    dot_signed<Rows>(codes, 64, Last, x, sums);
   } else {
     constexpr std::size_t kFours = Rows / 4;
     unroll<kFours>(
