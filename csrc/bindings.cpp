@@ -1,4 +1,4 @@
-// The one file that knows Python. Shapes are checked here and in the graph, the GIL is released around every op.
+// What Python sees of the kernels. Shapes are checked here and in the graph, the GIL is released around every op.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,12 +9,17 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <system_error>
 
 #include "cpu/graph.h"
 #include "cpu/sampler.h"
+#include "cpu/weight_files.h"
 
 namespace nb = nanobind;
 using namespace octavo;
+
+void bind_texts(nb::module_& m);  // bindings_texts.cpp
 
 namespace {
 
@@ -141,6 +146,28 @@ void pack(Machine& machine, const std::vector<Packing>& all) {
         pack_rows(weight.format, rows + row * row_bytes, 1, row_bytes, whole.inputs, output, weight.packed.data());
       }
     });
+  }
+}
+
+using Flag = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Without the interpreter; what the system refuses becomes an OSError.
+template <class Function>
+auto os_errors(const Function& function) {
+  try {
+    nb::gil_scoped_release release;
+    return function();
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+}
+
+void check_packed(const std::vector<std::shared_ptr<Weight>>& weights, bool packed) {
+  for (const auto& weight : weights) {
+    if (weight == nullptr) throw nb::value_error("no weight");
+    if (weight->allocated() != packed) throw nb::value_error(packed ? "a weight is not packed" : "a weight is packed");
   }
 }
 
@@ -370,73 +397,6 @@ void write_block(const KVLayer& layer, std::size_t block, const nb::bytes& kv) {
   std::memcpy(layer.v.data() + block * v, from + k, v);
 }
 
-// --- strings of a GGUF file: a uint64 length and its bytes, one after another ---
-
-using FileBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu, nb::ro>;
-using Offsets = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// Offsets of the strings' first bytes, for as many as lie wholly before `end`; (how many, where the next one begins).
-std::pair<std::size_t, std::size_t> locate_strings(const FileBytes& file, std::size_t start, std::size_t end,
-                                                   const Offsets& starts) {
-  const std::size_t size = std::min<std::size_t>(file.shape(0), end);
-  std::size_t position = start;
-  for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    uint64_t length;
-    if (position > size || size - position < sizeof length) return {i, position};
-    std::memcpy(&length, file.data() + position, sizeof length);
-    if (length > size - position - sizeof length) return {i, position};
-    position += sizeof length;
-    starts.data()[i] = static_cast<int64_t>(position);
-    position += length;
-  }
-  return {starts.shape(0), position};
-}
-
-// Bytes that are not UTF-8 become lone surrogates.
-nb::list decode_strings(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
-  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_strings: a start and an end for each string");
-  nb::list strings;
-  for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    const int64_t from = starts.data()[i];
-    const int64_t to = ends.data()[i];
-    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
-      throw nb::index_error("decode_strings: outside the file");
-    }
-    PyObject* text =
-        PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(file.data()) + from, to - from, "surrogateescape");
-    if (text == nullptr) throw nb::python_error();
-    strings.append(nb::steal(text));
-  }
-  return strings;
-}
-
-// Each string as the two around its only space; None if one is not of that form or not UTF-8, for somebody else to say
-// what is wrong.
-nb::object decode_pairs(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
-  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_pairs: a start and an end for each string");
-  nb::list pairs;
-  for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    const int64_t from = starts.data()[i];
-    const int64_t to = ends.data()[i];
-    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
-      throw nb::index_error("decode_pairs: outside the file");
-    }
-    const char* begin = reinterpret_cast<const char*>(file.data()) + from;
-    const char* end = begin + (to - from);
-    const char* space = std::find(begin, end, ' ');
-    if (space == begin || space + 1 >= end || std::find(space + 1, end, ' ') != end) return nb::none();
-    PyObject* left = PyUnicode_DecodeUTF8(begin, space - begin, "strict");
-    PyObject* right = left == nullptr ? nullptr : PyUnicode_DecodeUTF8(space + 1, end - space - 1, "strict");
-    if (right == nullptr) {
-      Py_XDECREF(left);
-      PyErr_Clear();
-      return nb::none();
-    }
-    pairs.append(nb::make_tuple(nb::steal(left), nb::steal(right)));
-  }
-  return pairs;
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
 #if defined(OCTAVO_X86)
@@ -492,10 +452,6 @@ NB_MODULE(_C, m) {
           "Tiles of K and V, of one KV head, that rows of several sequences have read together so far.")
       .def_prop_ro("instruction_set", [](const Machine& machine) { return machine.kernels.name; })
       .def_prop_ro("threads", [](const Machine& machine) { return machine.pool.threads(); });
-  m.def("locate_strings", &locate_strings, nb::arg("file"), nb::arg("start"), nb::arg("end"),
-        nb::arg("starts").noconvert(), "Fill `starts` with offsets; (how many were found, where the next one begins).");
-  m.def("decode_strings", &decode_strings, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
-  m.def("decode_pairs", &decode_pairs, nb::arg("file"), nb::arg("starts").noconvert(), nb::arg("ends").noconvert());
   m.def(
       "sample", &sample_rows, nb::arg("machine"), nb::arg("logits").noconvert(), nb::arg("requests"),
       "Answers of all requests, in order: (tokens, values, log-probabilities, best tokens of each or of all); None if "
@@ -511,11 +467,29 @@ NB_MODULE(_C, m) {
           },
           nb::arg("parts"), nb::arg("inputs"), nb::arg("bias").none() = nb::none(),
           "`parts`: (format, outputs) of each; `bias`: of all outputs, to be added to each row of the result.")
+      .def("release", &Weight::release, "As if it had never been packed.")
       .def("unpack", &unpack, nb::arg("part"), nb::arg("first"), nb::arg("out").noconvert(),
            "The values of a part's outputs from `first` on, into float32 [n, inputs].")
       .def_prop_ro("inputs", [](const Weight& weight) { return weight.inputs; })
       .def_prop_ro("outputs", [](const Weight& weight) { return weight.outputs; })
       .def_prop_ro("nbytes", &Weight::nbytes);
+  m.def(
+      "write_weights",
+      [](const std::vector<std::shared_ptr<Weight>>& weights, int fd, uint64_t offset, const Flag& stop) {
+        check_packed(weights, true);
+        if (stop.shape(0) == 0) throw nb::value_error("write_weights: no flag");
+        return os_errors([&] { return write_weights(weights, fd, offset, stop.data()); });
+      },
+      nb::arg("weights"), nb::arg("fd"), nb::arg("offset"), nb::arg("stop").noconvert(),
+      "Packed weights to a file, from an offset on; their checksum. Raises OSError, once stop[0] is not 0 as well.");
+  m.def(
+      "read_weights",
+      [](const std::vector<std::shared_ptr<Weight>>& weights, int fd, uint64_t offset) {
+        check_packed(weights, false);
+        return os_errors([&] { return read_weights(weights, fd, offset); });
+      },
+      nb::arg("weights"), nb::arg("fd"), nb::arg("offset"),
+      "What write_weights wrote, instead of packing; the checksum of what was read. Raises OSError.");
   m.def("pack", &pack, nb::arg("machine"), nb::arg("all").noconvert(),
         "Pack rows as files have them: (weight, part, uint8 rows [n, bytes], output of the part that they begin at) of "
         "each.");
@@ -528,6 +502,7 @@ NB_MODULE(_C, m) {
           nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"),
           nb::arg("window"))
       .def("copy_block", &copy_block, nb::arg("source"), nb::arg("target"))
+      .def("copy_slot", &KVLayer::copy_slot, nb::arg("source"), nb::arg("target"), "K and V of one token.")
       .def("read_block", &read_block, nb::arg("block"), "K and V of a block.")
       .def("write_block", &write_block, nb::arg("block"), nb::arg("kv"), "What `read_block` gave.")
       .def_prop_ro(
@@ -603,4 +578,5 @@ NB_MODULE(_C, m) {
            nb::arg("taps").noconvert() = nb::tuple(),
            "Run with the memory of bound buffers and, last, of the last op's output. `taps`: (view, rows, out) to "
            "copy.");
+  bind_texts(m);
 }

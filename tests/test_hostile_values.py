@@ -173,7 +173,7 @@ FLAGS = [field.name for field in fields(SamplingParams) if field.default in (Tru
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags_are_no_code(flag: str) -> None:
     """They are looked at in the engine's thread."""
-    assert len(FLAGS) == 6
+    assert len(FLAGS) == 7
     with pytest.raises(InvalidRequestError, match=flag):
         SamplingParams(**{flag: Lying(bool)})
 

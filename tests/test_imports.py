@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "models": {"ops"},
     "sampling": {"core", "ops"},
     "backends": {"core", "ops", "sampling", "_C"},
-    "speculation": {"core", "ops"},
+    "speculation": {"core", "_C"},
     "loading": {"core", "ops", "models", "formats"},
     "runner": {"core", "ops", "models", "backends", "speculation"},
     "text": {"core"},

@@ -586,7 +586,7 @@ def test_packing_that_fails_leaves_nothing(
 ) -> None:
     """Guards against an engine whose threads and memory outlive the error: the weights are packed while it is wired."""
 
-    def refused(_: object) -> None:
+    def refused(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(FileWeights, "finish", refused)

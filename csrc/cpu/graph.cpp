@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 namespace octavo {
@@ -51,6 +52,12 @@ void Weight::allocate() {
   allocated_ = true;
 }
 
+void Weight::release() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  for (Segment& segment : segments) segment.packed = {};
+  allocated_ = false;
+}
+
 bool Weight::any_codes() const {
   return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return !is_float(s.format); });
 }
@@ -81,6 +88,35 @@ KVLayer::KVLayer(KVType type, std::size_t blocks, std::size_t block_size, std::s
   v = Bytes(times(num_blocks, v_block_bytes()), Bytes::Kind::kLazy);
   view.k = k.data();
   view.v = v.data();
+}
+
+void KVLayer::copy_slot(std::size_t source, std::size_t target) {
+  const std::size_t size = view.block_size;
+  if (source / size >= num_blocks || target / size >= num_blocks) throw std::out_of_range("copy_slot: no such slot");
+  const std::size_t from = source % size;
+  const std::size_t to = target % size;
+  const std::size_t value = view.type == KVType::F32 ? 4 : 2;
+  for (std::size_t head = 0; head < view.kv_heads; ++head) {
+    const uint8_t* k_from = view.k + (source / size * view.kv_heads + head) * view.k_head_bytes();
+    const uint8_t* v_from = view.v + (source / size * view.kv_heads + head) * view.v_head_bytes();
+    uint8_t* k_to = view.k + (target / size * view.kv_heads + head) * view.k_head_bytes();
+    uint8_t* v_to = view.v + (target / size * view.kv_heads + head) * view.v_head_bytes();
+    if (view.type != KVType::I8) {
+      for (std::size_t d = 0; d < view.head_dim; ++d) {
+        std::memmove(k_to + (d * size + to) * value, k_from + (d * size + from) * value, value);
+      }
+      std::memmove(v_to + to * view.head_dim * value, v_from + from * view.head_dim * value, view.head_dim * value);
+      continue;
+    }
+    for (std::size_t d = 0; d < view.head_dim; ++d) {
+      k_to[view.k_code_at(d, to)] = k_from[view.k_code_at(d, from)];
+      v_to[view.v_code_at(d, to)] = v_from[view.v_code_at(d, from)];
+    }
+    for (std::size_t d = 0; d < view.head_dim; d += KVView::kScaled) {
+      std::memmove(k_to + view.k_scale_at(d, to), k_from + view.k_scale_at(d, from), sizeof(float));
+    }
+    std::memmove(v_to + view.v_scale_at(to), v_from + view.v_scale_at(from), sizeof(float));
+  }
 }
 
 // --- recording ---

@@ -37,6 +37,7 @@ struct Weight {
          const std::vector<float>& bias = {});
   Weight(const Weight&) = delete;
   void allocate();  // zeros, once. Throws std::bad_alloc
+  void release();   // as if it had never been allocated
   bool allocated() const { return allocated_; }
   bool any_codes() const;  // integer formats, which take quantised activations
   bool any_floats() const;
@@ -57,6 +58,8 @@ struct KVLayer {
           long window);
   std::size_t k_block_bytes() const { return view.kv_heads * view.k_head_bytes(); }
   std::size_t v_block_bytes() const { return view.kv_heads * view.v_head_bytes(); }
+  // K and V of one token, to another place.
+  void copy_slot(std::size_t source, std::size_t target);
 };
 
 // How long an op took, and how long all threads together worked on it.

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     )
     from octavo.core.params import OutputKind, RepetitionDetectionParams, SamplingParams
     from octavo.core.pooling import EmbeddingOutput, EmbeddingRequestOutput, PoolingParams
+    from octavo.core.proposer import SpeculationStats
+    from octavo.core.speculation import SpeculativeConfig
     from octavo.core.structured import StructuredOutputsParams
     from octavo.documents.readers import DocumentError
     from octavo.frontend import ChatPrompt, Messages, Prompt
@@ -104,6 +106,8 @@ _MODULES = {
     ),
     "octavo.core.params": ("OutputKind", "RepetitionDetectionParams", "SamplingParams"),
     "octavo.core.pooling": ("EmbeddingOutput", "EmbeddingRequestOutput", "PoolingParams"),
+    "octavo.core.proposer": ("SpeculationStats",),
+    "octavo.core.speculation": ("SpeculativeConfig",),
     "octavo.core.structured": ("StructuredOutputsParams",),
     "octavo.documents.readers": ("DocumentError",),
     "octavo.frontend": ("ChatPrompt", "Messages", "Prompt"),
@@ -175,6 +179,8 @@ __all__ = [
     "SelectResult",
     "Session",
     "Source",
+    "SpeculationStats",
+    "SpeculativeConfig",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "__version__",

@@ -15,12 +15,13 @@ import numpy  # noqa: F401
 from octavo.build import build_engine
 from octavo.config import EngineConfig
 from octavo.core.errors import InvalidRequestError, RequestFailedError
-from octavo.core.outputs import CacheStats
 
 if TYPE_CHECKING:
     from octavo.core.engine_client import EngineClient
     from octavo.core.margins_params import MarginsParams
+    from octavo.core.outputs import CacheStats
     from octavo.core.pooling import EmbeddingRequestOutput, PoolingOutput, PoolingParams, PoolingSpec
+    from octavo.core.proposer import SpeculationStats
     from octavo.frontend import ChatPrompt, Messages, Prompt
     from octavo.margins_request import MarginsRequest
     from octavo.session import SessionClient
@@ -69,6 +70,12 @@ class BaseLLM:
         """Counters since the start: tokens computed, looked up, found and shared by forks, blocks inserted, evicted and
         copied."""
         return replace(self._engine.kv.stats)
+
+    @property
+    def speculation_stats(self) -> SpeculationStats | None:
+        """Counters since the start of what was guessed and came true; None without speculative_config."""
+        proposer = self._engine.proposer
+        return None if proposer is None else proposer.stats.copy()
 
     def chat_prompt(
         self,

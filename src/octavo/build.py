@@ -8,20 +8,25 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import octavo
 from octavo.backends.registry import BackendRefusedError, backend, backends
 from octavo.config import EngineConfig
 from octavo.core.errors import ConfigError, OutOfMemoryError
 from octavo.formats import GGUFFile, open_weights
 from octavo.formats.mapping import ModelFile
-from octavo.hub import resolve_model
+from octavo.hub import octavo_home, resolve_model
+from octavo.loading.fingerprint import code_files, fingerprint_of, model_files, versions_of
+from octavo.loading.kept_weights import KeptWeights
 from octavo.loading.loaded_model import LoadedModel
 from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
 from octavo.loading.model_config import model_config
 from octavo.loading.weights import FileWeights
 from octavo.models import Model, family, layer_states
 from octavo.ops import ModelConfig, Ops
+from octavo.ops.packing import Packing
 from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
@@ -69,15 +74,32 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         model = family(of_model.architecture).model(of_model, loader)  # takes no memory until it is packed
         plan = _plan(config, of_model, model, loader.nbytes(), ops, max_model_len)
         log.info("%s", plan)
-        with ThreadPoolExecutor(1) as beside:
-            packed = beside.submit(_pack, loader, file)
-            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model)
-            packed.result()
+        kept = _kept_weights(config, path, loader.packing)
+        was_loaded = kept.find(loader.packing.nbytes)
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                packed = beside.submit(_pack, loader, file, kept)
+                yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model, was_loaded)
+                packed.result()
+        finally:
+            kept.close()
+        if not was_loaded:  # all of the model is sound, or it would not have come so far
+            kept.write_beside(loader.packing)
 
 
-def _pack(loader: FileWeights, file: ModelFile) -> None:
-    loader.finish()
+def _pack(loader: FileWeights, file: ModelFile, kept: KeptWeights) -> None:
+    loader.finish(kept)
     file.drop_pages()
+
+
+def _kept_weights(config: EngineConfig, path: Path, packing: Packing) -> KeptWeights:
+    """Where weights are kept from one start to the next."""
+    folder, most = octavo_home(writable=False) / "packed", config.kept_weights_bytes
+    if not packing.nbytes or not most:
+        return KeptWeights(folder, 0, "")
+    files = model_files(path)
+    identity = f"{packing.identity} {fingerprint_of(files, octavo.__version__)} {versions_of([*files, *code_files()])}"
+    return KeptWeights(folder, most, identity)
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

@@ -15,9 +15,11 @@ from typing import Any
 
 from octavo.core.errors import ConfigError, shown
 from octavo.core.settings import ENV_PREFIX, Given, check_settings, from_environment, made, setting
+from octavo.core.speculation import SpeculativeConfig
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_KV_OFFLOAD_BYTES = 4 << 30
+DEFAULT_KEPT_WEIGHTS_BYTES = 16 << 30
 
 OTHER_VARIABLES = ("HOME", "LOG_LEVEL", "API_KEY")  # with the prefix: read elsewhere
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -70,11 +72,22 @@ class EngineConfig:
     kv_offload_bytes: int = setting(
         DEFAULT_KV_OFFLOAD_BYTES, "most bytes of blocks in that folder, of all processes", low=1, high=2**63 - 1
     )
+    kept_weights_bytes: int = setting(
+        DEFAULT_KEPT_WEIGHTS_BYTES,
+        "most bytes of packed weights kept in the cache folder, so that models start faster; 0: none",
+        low=0,
+        high=2**63 - 1,
+    )
     max_cache_overtakes: int = setting(
         16, "how often requests with more of their prompt cached may pass a waiting one", low=0, high=MAX_TOKENS
     )
     cascade_attention: bool = setting(True, "read KV that sequences of a step share once for all of them")
     compute_dtype: str = setting("auto", "type of weights and activations in arithmetic", choices=COMPUTE_DTYPES)
+    speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - a field
+        None,
+        'how tokens are guessed, as JSON: {"method": "suffix"} or {"method": "ngram"}; null: they are not',
+        metavar="JSON",
+    )
     seed: int | None = setting(None, "seed of requests that give none", low=0, high=2**64 - 1)
     max_logprobs: int = setting(20, "most log-probabilities a request may ask for per token", low=0, high=MAX_TOKENS)
 

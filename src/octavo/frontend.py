@@ -64,6 +64,7 @@ class Limits:
     block_size: int  # tokens
     default_seed: int | None
     priority_allowed: bool
+    guesses_tokens: bool = False  # speculative decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,12 @@ class Frontend:
         from octavo.coordinators.beams import least_blocks
 
         params = exact_record("params", params, BeamSearchParams)
+        if self.limits.guesses_tokens and params.speculative_decoding:
+            raise InvalidRequestError(
+                "speculative_decoding",
+                "a beam search wants the best tokens of each row, not one that a guess could equal, so guesses save it "
+                "nothing: give false, or an engine without speculative_config",
+            )
         if params.width > self.limits.max_num_seqs:
             raise InvalidRequestError(
                 "beam_width",

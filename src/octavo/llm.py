@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from octavo.base_llm import BaseLLM, chat_options
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, RequestFailedError
-from octavo.core.outputs import CacheExplanation, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 from octavo.core.values import exact_bool, exact_list, exact_record, is_a
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.ask import AskResult, AskRun
     from octavo.core.ask_params import AskParams
     from octavo.core.margins_params import MarginsParams
+    from octavo.core.outputs import CacheExplanation, RequestOutput
     from octavo.core.pooling import EmbeddingRequestOutput, PoolingParams
     from octavo.frontend import Messages, Prompt, Request
     from octavo.margins import MarginsResult, MarginsRun

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from octavo.formats import GGUFFile, open_weights
 from octavo.frontend import Frontend, Limits
 from octavo.hub import resolve_model
 from octavo.kv_cache import KVCacheManager
-from octavo.loading.fingerprint import fingerprint_of, versions_of
+from octavo.loading.fingerprint import code_files, fingerprint_of, model_files, versions_of
 from octavo.loading.generation_config import GGUF_KEYS, generation_config_of
 from octavo.runner.block_files import BlockFiles
 from octavo.runner.model_runner import LocalExecutor, ModelRunner
@@ -52,7 +51,7 @@ class BuiltEngine:
 
 def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine:
     """Everything around a model. Raises ModelFormatError, UnsupportedModelError, ConfigError."""
-    tokenizer = make_tokenizer(loaded.file, loaded.path)
+    tokenizer = make_tokenizer(loaded.file, loaded.path, is_sound=loaded.was_loaded)
     fingerprint = system_fingerprint(config, loaded.ops, loaded.path)
     limits = Limits(
         vocab_size=loaded.config.vocab_size,
@@ -63,6 +62,7 @@ def wire(config: EngineConfig, loaded: LoadedModel, clock: Clock) -> BuiltEngine
         block_size=config.block_size,
         default_seed=config.seed,
         priority_allowed=config.scheduling_policy == "priority",
+        guesses_tokens=config.speculative_config is not None,
     )
     tokens = ModelTokens(tokenizer, loaded.config.vocab_size)
     return BuiltEngine(
@@ -93,11 +93,12 @@ def _generation_config(file: ModelFile, path: Path) -> Callable[[], dict[str, An
     return partial(generation_config_of, path, metadata)
 
 
-def make_tokenizer(file: ModelFile, path: Path) -> Tokenizer:
+def make_tokenizer(file: ModelFile, path: Path, *, is_sound: bool = False) -> Tokenizer:
+    """`is_sound`: one was made of these very files before."""
     if isinstance(file, GGUFFile):
         from octavo.text.gguf_vocab import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(file.metadata, file.path)
+        return tokenizer_from_gguf(file.metadata, file.path, is_sound=is_sound)
     from octavo.text.directory import tokenizer_from_directory
 
     return tokenizer_from_directory(path)
@@ -121,7 +122,7 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
     )
     # What is kept beyond this process must not outlive a change that the fingerprint's samples do not show, of the
     # model or of the code.
-    identity = f"{fingerprint} {versions_of([*_files(loaded.path), *_code()])}"
+    identity = f"{fingerprint} {versions_of([*model_files(loaded.path), *code_files()])}"
     tier = None
     if config.kv_offload_dir is not None:
         tier = BlockFiles(
@@ -140,22 +141,14 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         tier=tier,
         identity=identity,
     )
-    return Engine(scheduler, kv, LocalExecutor(runner, tier), clock, codec)
+    proposer = None
+    if config.speculative_config is not None:
+        from octavo.speculation.speculator import Speculator
+
+        proposer = Speculator(config.speculative_config)
+    return Engine(scheduler, kv, LocalExecutor(runner, tier), clock, codec, proposer)
 
 
 def system_fingerprint(config: EngineConfig, ops: Ops, path: Path) -> str:
     """What answers depend on besides the request: the model's files, this version, and how the backend computes."""
-    return "octavo-" + fingerprint_of(_files(path), octavo.__version__, ops.identity)
-
-
-def _files(model: Path) -> list[Path]:
-    if model.is_file():
-        return [model]
-    # Regular files: what else somebody may have put there is not read, and a pipe would be waited for.
-    return [p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".gguf") and p.is_file()]
-
-
-def _code() -> list[Path]:
-    """The file of the compiled kernels, if there is one."""
-    found = find_spec("octavo._C")
-    return [Path(found.origin)] if found is not None and found.origin is not None else []
+    return "octavo-" + fingerprint_of(model_files(path), octavo.__version__, ops.identity)

@@ -23,6 +23,7 @@ from octavo.cli.answering import harmless
 from octavo.cli.engine_args import add_engine_arguments, engine_config
 from octavo.cli.sampling_args import add_sampling_arguments, sampling_params
 from octavo.core.errors import ConfigError
+from octavo.core.speculation import SpeculativeConfig
 
 from .conftest import Invoke
 
@@ -208,6 +209,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "allowed_token_ids": (["--allowed-token-ids", "7,5"], (5, 7)),
     "bad_words": (["--bad-words", "x y"], ("x y",)),
     "skip_reading_prefix_cache": (["--skip-reading-prefix-cache"], True),
+    "speculative_decoding": (["--no-speculative-decoding"], False),
     "repetition_detection": (
         ["--repetition-detection", '{"max_pattern_size": 5, "min_count": 3}'],
         RepetitionDetectionParams(5, 0, 3),
@@ -231,9 +233,10 @@ def test_every_engine_setting_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> Non
     values = {"backend": "cpu", "scheduling_policy": "priority", "kv_cache_dtype": "float16", "model": "x",
               "compute_dtype": "float64", "max_num_seqs": 16, "block_size": 32, "instruction_set": "avx2",
               "enable_prefix_caching": True, "cascade_attention": False, "pin_threads": True,
-              "kv_offload_dir": "/x"}  # fmt: skip
+              "kv_offload_dir": "/x", "speculative_config": SpeculativeConfig(method="ngram")}  # fmt: skip
     given = {field.name: values.get(field.name, 1000) for field in fields(EngineConfig) if field.name != "seed"}
-    arguments = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    told = {name: str(value) for name, value in given.items()} | {"speculative_config": '{"method": "ngram"}'}
+    arguments = [text for name, value in told.items() for text in ("--" + name.replace("_", "-"), value)]
     monkeypatch.setenv("OCTAVO_BLOCK_SIZE", "64")
     monkeypatch.setenv("OCTAVO_BACKEND", "auto")
     monkeypatch.setenv("OCTAVO_SEED", "9")

@@ -100,6 +100,7 @@ def test_every_field_has_a_flag() -> None:
         "repetition_detection": ['{"max_pattern_size": 5, "min_count": 3}'],
     }
     flags = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"}
+    flags.add("speculative_decoding")
     not_flags = {"output_kind", "sampling", "num_beams", "detokenize", "spaces_between_special_tokens"}
     not_flags.add("structured_outputs")  # not beside --ignore-eos
     structured = parsed("--beam-width", "3", "--structured-outputs", '{"regex": "a+"}')
@@ -114,7 +115,7 @@ def test_every_field_has_a_flag() -> None:
     assert names == set(values) | flags | not_flags
     arguments = [part for name, given in values.items() for part in ("--" + name.replace("_", "-"), *given)]
     arguments += ["--ignore-eos", "--include-stop-str-in-output", "--no-skip-special-tokens"]
-    params = parsed(*arguments, "--skip-reading-prefix-cache")
+    params = parsed(*arguments, "--skip-reading-prefix-cache", "--no-speculative-decoding")
     assert isinstance(params, BeamSearchParams)
     default: Any = BeamSearchParams()
     same = {name for name in set(values) | flags if getattr(params, name) == getattr(default, name)}

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 from octavo.cli.serve_config import KINDS, kinds_of_settings
 from octavo.config import EngineConfig
 from octavo.core.settings import choices_of, flag, kind_of, type_hints, variable
+from octavo.core.speculation import SpeculativeConfig
 from octavo.server.settings import Limits, ServerSettings
 
 from .conftest import Invoke
@@ -102,7 +103,7 @@ def sample(kind: type, one: Any) -> Any:
         return ["a", "b"]
     if of_type is int:
         return (one.default or one.metadata["low"]) + 3
-    return {float: 7.5, str: "words", Limits: {"max_n": 5}}[of_type]
+    return {float: 7.5, str: "words", Limits: {"max_n": 5}, SpeculativeConfig: {"method": "ngram"}}[of_type]
 
 
 @pytest.mark.parametrize("way", ["flags", "variables", "file"])
@@ -126,6 +127,8 @@ def test_every_setting_in_every_way(ways: Ways, tmp_path: Path, name: str, way: 
     assert sources[name].endswith(written)
     if name == "api_key":
         assert name not in values  # secret
+    elif name == "speculative_config":
+        assert values[name] == {**asdict(SpeculativeConfig(method="ngram"))}
     elif name == "limits":
         assert values[name]["max_n"] == 5 and values[name]["max_prompts"] == Limits().max_prompts
     else:

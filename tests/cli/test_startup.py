@@ -45,7 +45,14 @@ def test_what_is_loaded_of_octavo() -> None:
     assert python("-c", f"import octavo; {code}") == "octavo\n"
     helped = python("-c", f"from octavo.cli.main import main; main(['--help']); {code}").splitlines()[-1].split()
     mine = ["octavo", "octavo.cli", "octavo.cli.main", "octavo.cli.setting_args", "octavo.cli.streams"]
-    assert helped == [*mine, "octavo.config", "octavo.core", "octavo.core.errors", "octavo.core.settings"]
+    assert helped == [
+        *mine,
+        "octavo.config",
+        "octavo.core",
+        "octavo.core.errors",
+        "octavo.core.settings",
+        "octavo.core.speculation",
+    ]
 
 
 def test_how_much_is_loaded() -> None:

@@ -42,6 +42,7 @@ BAD: list[tuple[str, Any]] = [
             "skip_special_tokens",
             "spaces_between_special_tokens",
             "skip_reading_prefix_cache",
+            "speculative_decoding",
         )
     ),
     ("output_kind", "sometimes"),

@@ -24,8 +24,10 @@ from octavo.core.plan import (
     StepResult,
     TokenLogprob,
     TokenLogprobs,
+    accepted_drafts,
 )
-from octavo.core.protocols import Proposer, TextCodec
+from octavo.core.proposer import Proposer
+from octavo.core.protocols import TextCodec
 from octavo.core.request import RequestSpec
 from octavo.core.want import Draw, Hidden, NextLogprobs, Sample, Score, TopK, Want
 from octavo.engine import Engine, SchedulerConfig
@@ -152,9 +154,17 @@ class FakeExecutor:
         for grant in plan.grants:
             self.computed += grant.num_tokens
             numbers = self._prefixes(self.seen(grant))
-            for position in range(grant.start, grant.stop):
-                self._slots[self._slot(grant, position)] = numbers[position]
-        return StepResult(tuple(self._answer(grant) for grant in plan.grants))
+            for place in range(grant.start, grant.stop):
+                is_node = grant.draft_parents and place >= grant.first_draft
+                number = self._prefixes(self._above(grant, place)[1])[-1] if is_node else numbers[place]
+                self._slots[self._slot(grant, place)] = number
+        results = tuple(self._answer(grant) for grant in plan.grants)
+        for grant, result in zip(plan.grants, results, strict=True):
+            if grant.draft_parents:
+                for depth, number in enumerate(accepted_drafts(grant, result.rows)):
+                    source = self._slot(grant, grant.first_draft + number)
+                    self._slots[self._slot(grant, grant.first_draft + depth)] = self._slots[source]
+        return StepResult(results)
 
     def read_block(self, block: int) -> bytes:
         return repr([self._slots[block, offset] for offset in range(self.block_size)]).encode()
@@ -167,6 +177,15 @@ class FakeExecutor:
         token_ids = self._known[grant.sequence_id][: grant.stop - grant.num_drafts] + list(grant.drafts)
         assert tuple(token_ids[grant.start :]) == grant.token_ids and len(token_ids) == grant.stop
         return token_ids
+
+    def _above(self, grant: Grant, place: int) -> tuple[list[int], list[int]]:
+        """What the row of a node of a draft tree sees: places of slots, and the tokens in them."""
+        numbers = [place - grant.first_draft]
+        while (parent := grant.draft_parents[numbers[0]]) >= 0:
+            numbers.insert(0, parent)
+        places = [*range(grant.first_draft), *(grant.first_draft + number for number in numbers)]
+        known = self._known[grant.sequence_id][: grant.first_draft]
+        return places, known + [grant.drafts[number] for number in numbers]
 
     def _prefixes(self, token_ids: list[int]) -> list[int]:
         """A number for the tokens up to each position: equal where these are, and only there."""
@@ -187,19 +206,28 @@ class FakeExecutor:
 
     def _answer(self, grant: Grant) -> GrantResult:
         token_ids = self.seen(grant)
-        for position, expected in enumerate(self._prefixes(token_ids)):
-            held = self._slots.get(self._slot(grant, position))
-            assert held == expected, (
-                f"sequence {grant.sequence_id} reads what was computed after {self._tokens(held)} "
-                f"at {position}, not after {token_ids[: position + 1]}"
-            )
+        last = grant.first_draft if grant.draft_parents else grant.stop
+        self._check(grant, list(range(last)), token_ids[:last])
         rows = []
         for start, stop, want in grant.wants:
             assert grant.start <= start < stop <= grant.stop
-            rows += [
-                self.row(position, want, token_ids[: position + 1], position - start) for position in range(start, stop)
-            ]
+            for place in range(start, stop):
+                if place < last:
+                    rows.append(self.row(place, want, token_ids[: place + 1], place - start))
+                    continue
+                places, tokens = self._above(grant, place)
+                self._check(grant, places, tokens)
+                rows.append(self.row(len(tokens) - 1, want, tokens, place - start))
         return GrantResult(tuple(rows))
+
+    def _check(self, grant: Grant, places: list[int], token_ids: list[int]) -> None:
+        """What is read was computed for these very tokens."""
+        for place, expected in zip(places, self._prefixes(token_ids), strict=True):
+            held = self._slots.get(self._slot(grant, place))
+            assert held == expected, (
+                f"sequence {grant.sequence_id} reads what was computed after {self._tokens(held)} "
+                f"at {place}, not what belongs to {token_ids}"
+            )
 
     def row(self, position: int, want: Want, seen: list[int], index: int) -> RowResult:
         """What the row that follows these tokens says, of a want's row number `index`."""

@@ -10,26 +10,33 @@ from dataclasses import dataclass, field
 import pytest
 
 from octavo.core.events import EventKind
-from octavo.core.plan import Grant, StepPlan, StepResult
-from octavo.engine.engine import num_accepted
+from octavo.core.plan import Grant, StepPlan, StepResult, accepted_drafts, num_accepted
 from tests.coordinators.test_branches import User
 from tests.engine.fake import VOCAB, Harness, expected, next_token
+from tests.proposing import Proposing
 
 
 @dataclass
-class Guesser:
+class Guesser(Proposing):
     """Guesses what the fake model says of plain requests with seed 0, and guesses wrong at times."""
 
     share_wrong: float = 0.0
     salt: object = (0, (0,))
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+    def guess(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
         known = list(token_ids)
         for _ in range(self.rng.randint(0, max_tokens)):
             right = next_token(known, self.salt)
             known.append(self.rng.randrange(VOCAB) if self.rng.random() < self.share_wrong else right)
         return known[len(token_ids) :]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["chains", "trees"])
+def branched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whatever is guessed here stands in trees too."""
+    monkeypatch.setattr(Guesser, "branched", request.param)
+    return request.param
 
 
 @dataclass
@@ -58,7 +65,8 @@ def cached_prefixes(harness: Harness) -> list[list[int]]:
     return [[token_id for above in [*node.path()][::-1] for token_id in above.key] for node in nodes]
 
 
-def test_right_guesses_save_steps() -> None:
+def test_right_guesses_save_steps(branched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guesser, "num_trees", 0)
     plain = Harness()
     plain.add("r", [1, 2, 3], max_tokens=24)
     plain.run()
@@ -66,8 +74,9 @@ def test_right_guesses_save_steps() -> None:
     harness.add("r", [1, 2, 3], max_tokens=24)
     harness.run()
     assert harness.tokens("r") == plain.tokens("r") == expected([1, 2, 3], 24)
-    assert verified.accepted == verified.drafted > 12
+    assert verified.accepted > 8 and (branched or verified.accepted == verified.drafted)
     assert harness.engine.num_steps + verified.accepted == plain.engine.num_steps == 24
+    assert (Guesser.num_trees > 0) == branched
     assert harness.outputs["r"].metrics.num_generated_tokens == 24
 
 
@@ -175,6 +184,15 @@ def test_what_was_accepted() -> None:
     assert num_accepted(grant, rows(5, 6, 9, 8)) == 2
     assert num_accepted(grant, rows(5, 9, 7, 8)) == 1, "what follows a wrong guess is no verdict"
     assert num_accepted(grant, rows(4, 6, 7, 8)) == 0
+    assert num_accepted(grant, rows(5)) == 1, "rows that are missing say nothing"
+    #  1 - 5 - 6
+    #    \\ 7 - 6 - 8
+    tree = Grant("r", 0, 9, 15, (1, 5, 7, 6, 6, 8), (0, 1, 2, 3), (), num_drafts=5, draft_parents=(-1, -1, 0, 1, 3))
+    assert [tree.position_of_draft(n) for n in range(5)] == [10, 10, 11, 11, 12]
+    assert accepted_drafts(tree, rows(7, 0, 6, 0, 8, 9)) == (1, 3, 4)
+    assert accepted_drafts(tree, rows(5, 6, 0, 2, 8, 9)) == (0, 2)
+    assert accepted_drafts(tree, rows(6, 6, 6, 6, 6, 6)) == ()
+    assert tree.without_drafts() == Grant("r", 0, 9, 10, (1,), (0, 1, 2, 3))
 
 
 def test_a_plan_is_a_value() -> None:
@@ -193,10 +211,10 @@ def test_a_plan_is_a_value() -> None:
 
 def test_a_proposer_that_raises_fails_nobody() -> None:
     class Broken(Guesser):
-        def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+        def guess(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
             if len(token_ids) % 3 == 0:
                 raise IndexError("no such n-gram")
-            return super().propose(token_ids, max_tokens)
+            return super().guess(token_ids, max_tokens)
 
     harness = Harness(proposer=Broken())
     verified = Verified()
@@ -236,3 +254,30 @@ def test_a_listener_of_plans_that_raises_is_called_no_more() -> None:
     harness.run()
     assert harness.tokens("r") == expected([1, 2, 3], 5)
     assert calls == heard[:1] and len(heard) > 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_a_drafter_that_is_always_right_or_always_wrong(size: int) -> None:
+    """The first gives a token more in a step than it guesses, the second one token a step."""
+
+    class Always(Guesser):
+        branched = False
+
+        def guess(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+            known = list(token_ids)
+            for _ in range(min(size, max_tokens)):
+                right = next_token(known, self.salt)
+                known.append((right + 1) % VOCAB if self.share_wrong else right)
+            return known[len(token_ids) :]
+
+    tokens = 1 + 5 * (size + 1)  # the first comes out of the prompt's last row
+    for share_wrong, steps in ((0.0, 6), (1.0, tokens)):
+        harness, verified = Harness(proposer=Always(share_wrong)), Verified()
+        harness.engine.step_listeners.append(verified)
+        harness.add("r", [1, 2, 3], max_tokens=tokens)
+        harness.run()
+        assert harness.tokens("r") == expected([1, 2, 3], tokens)
+        assert harness.engine.num_steps == steps
+        assert verified.accepted == (0 if share_wrong else verified.drafted)
+        metrics = harness.outputs["r"].metrics
+        assert (metrics.num_draft_tokens, metrics.num_accepted_tokens) == (verified.drafted, verified.accepted)

@@ -23,12 +23,12 @@ from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from octavo.core.events import EventKind, Reason
 from octavo.core.outputs import CompletionOutput
-from octavo.core.plan import Grant, StepPlan, StepResult
+from octavo.core.plan import Grant, StepPlan, StepResult, num_accepted
 from octavo.core.request import RequestSpec
 from octavo.core.session_calls import Generated
-from octavo.engine.engine import num_accepted
 from tests.coordinators.test_branches import User, scores
 from tests.engine.fake import VOCAB, Harness, next_token
+from tests.proposing import Proposing
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3}
 
@@ -75,7 +75,7 @@ class Task:
 
 
 @dataclass
-class Storm:
+class Storm(Proposing):
     seed: int
     rng: random.Random = field(init=False)
     harness: Harness = field(init=False)
@@ -87,7 +87,7 @@ class Storm:
     branches: dict[str, list[BranchState]] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
 
-    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+    def guess(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
         """Guesses, some of them wrong, for whatever began with the same prompt."""
         token_ids = list(token_ids)
         salts = [

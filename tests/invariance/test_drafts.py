@@ -11,13 +11,13 @@ import pytest
 
 from octavo import LLM, RequestOutput, SamplingParams
 from octavo.core.events import EventKind
-from octavo.core.plan import StepPlan, StepResult
-from octavo.engine.engine import num_accepted
+from octavo.core.plan import StepPlan, StepResult, num_accepted
+from tests.proposing import Proposing
 
 SETTINGS: dict[str, Any] = {"max_num_seqs": 12, "max_num_batched_tokens": 48, "max_model_len": 160}
 
 
-class Guesser:
+class Guesser(Proposing):
     """Guesses from what requests alone were answered, and wrong at times."""
 
     def __init__(self, answers: list[list[int]], vocab_size: int) -> None:
@@ -26,7 +26,7 @@ class Guesser:
         self._rng = random.Random(0)
         self.accepted = self.rejected = 0
 
-    def propose(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+    def guess(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
         rng, known = self._rng, list(token_ids)
         following = [one[len(known) :] for one in self._answers if one[: len(known)] == known]
         guess = rng.choice(following)[: rng.randint(0, max_tokens)] if following else []
@@ -54,7 +54,8 @@ def bits(output: RequestOutput) -> Any:
 
 @pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("is_scarce", [False, True])
-def test_the_same_bits(tiny_gemma3_dir: Path, kv_dtype: str, is_scarce: bool) -> None:
+@pytest.mark.parametrize("branched", [False, True], ids=["chains", "trees"])
+def test_the_same_bits(tiny_gemma3_dir: Path, kv_dtype: str, is_scarce: bool, branched: bool) -> None:
     """Sliding windows, samples, penalties, stop strings, a pool in which somebody is preempted, the prefix cache."""
     words = "the quick brown fox jumps over the lazy dog "
     prompts = [words * n for n in (1, 2, 1, 3)] + [words * 2 + "and "]
@@ -73,6 +74,7 @@ def test_the_same_bits(tiny_gemma3_dir: Path, kv_dtype: str, is_scarce: bool) ->
     if is_scarce:
         settings["kv_cache_memory_bytes"] = 12 * block_bytes
     guesser = Guesser([[*o.prompt_token_ids, *one.token_ids] for o in alone for one in o.outputs], vocab_size)
+    guesser.branched = branched
     with LLM(str(tiny_gemma3_dir), **settings) as llm:
         llm._engine.scheduler._proposer = guesser
         llm._engine.step_listeners.append(guesser.note)

@@ -44,6 +44,7 @@ VALUES: dict[str, list[Any]] = {
     "stream": [True],
     "stream_options": [{"include_usage": True}],
     "skip_reading_prefix_cache": [True],
+    "speculative_decoding": [False],
     "user": ["somebody"],
 }
 COMPLETION = {

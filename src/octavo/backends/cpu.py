@@ -89,6 +89,44 @@ class CpuArray:
         return self.buffer, self.first, self.columns
 
 
+class CpuPacking:
+    """See octavo.ops.packing.Packing. The layout of packed weights is the same on all instruction sets."""
+
+    def __init__(self, ops: CpuOps, rows: list[_Rows]) -> None:
+        self.identity = f"cpu compute {ops.compute_dtype}"
+        self._ops = ops
+        self._rows = rows
+        self._weights: list[_C.Weight] = []
+
+    @property
+    def _all(self) -> list[_C.Weight]:
+        """Each once, in the order in which the model took them."""
+        if not self._weights:
+            self._weights = list({id(rows.weight): rows.weight for rows in self._rows}.values())
+        return self._weights
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self._all)
+
+    def pack(self) -> None:
+        self._ops.pack(self._rows)
+
+    def write(self, fd: int, offset: int, stop: NDArray[np.uint8]) -> int:
+        return _C.write_weights(self._all, fd, offset, stop)
+
+    def read(self, fd: int, offset: int) -> int:
+        return _C.read_weights(self._all, fd, offset)
+
+    def release(self) -> None:
+        for weight in self._all:
+            weight.release()
+
+    def end(self) -> None:
+        self._all  # noqa: B018 - the weights are known from the rows
+        self._ops.end_deferring(self._rows)
+
+
 class CpuOps:
     """See octavo.ops.Ops.
 
@@ -184,12 +222,12 @@ class CpuOps:
             for part, at in zip(run, ats, strict=True)
         ]
         if self._deferred is None:
-            self._pack(rows)
+            self.pack(rows)
         else:
             self._deferred += rows
         return CpuWeight(packed, tuple(part.shape[0] for part in parts))
 
-    def _pack(self, all_rows: Sequence[_Rows]) -> None:
+    def pack(self, all_rows: Sequence[_Rows]) -> None:
         as_they_are: list[_Rows] = []
         as_floats: list[_Rows] = []
         for rows in all_rows:
@@ -207,15 +245,14 @@ class CpuOps:
                 values = r.tensor.dequantize(slice(first, min(first + step, outputs)))
                 _C.pack(self.machine, [(r.weight, r.segment, values.view(np.uint8), None, r.at + first)])
 
-    def defer_packing(self) -> Callable[[], None]:
-        deferred = self._deferred = []
+    def defer_packing(self) -> CpuPacking:
+        self._deferred = []
+        return CpuPacking(self, self._deferred)
 
-        def pack() -> None:
+    def end_deferring(self, rows: list[_Rows]) -> None:
+        if self._deferred is rows:
             self._deferred = None
-            self._pack(deferred)
-            deferred.clear()
-
-        return pack
+        rows.clear()
 
     def embedding_weight(self, tensor: StoredTensor) -> CpuWeight:
         return self.linear_weight([tensor])
@@ -355,6 +392,11 @@ class CpuOps:
         for source, target in copies:  # in order: a target may be the source of a later copy
             for kv in layers:
                 kv.layer.copy_block(source, target)
+
+    def copy_slots(self, layers: Sequence[CpuKV], copies: Sequence[tuple[int, int]]) -> None:
+        for kv in layers:
+            for source, target in copies:  # in order, as above
+                kv.layer.copy_slot(source, target)
 
     def read_block(self, layers: Sequence[CpuKV], block: int) -> bytes:
         return b"".join(kv.layer.read_block(block) for kv in layers)

@@ -17,6 +17,7 @@ from octavo.backends.eager import run_eagerly
 from octavo.backends.registry import backend
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
+from octavo.ops.packing import InMemory
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 from octavo.sampling import Sampler
@@ -107,7 +108,7 @@ class ReferenceOps:
             self._deferred.append(pack)
         return weight
 
-    def defer_packing(self) -> Callable[[], None]:
+    def defer_packing(self) -> InMemory:
         deferred = self._deferred = []
 
         def pack() -> None:
@@ -116,7 +117,7 @@ class ReferenceOps:
                 weight()
             deferred.clear()
 
-        return pack
+        return InMemory(pack)
 
     def embedding_weight(self, tensor: StoredTensor) -> Linear:
         return self.linear_weight([tensor])
@@ -277,6 +278,13 @@ class ReferenceOps:
             for layer in layers:
                 layer.k[target] = layer.k[source]
                 layer.v[target] = layer.v[source]
+
+    def copy_slots(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
+        for layer in layers:
+            for part in (layer.k, layer.v):
+                flat = part.reshape(-1, *part.shape[2:])
+                for source, target in copies:
+                    flat[target] = flat[source]
 
     def to_numpy(self, x: Floats) -> Floats:
         return x

@@ -14,6 +14,7 @@ from octavo.backends.eager import run_eagerly
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor, cost
 from octavo.ops.cost import Cost, Widths
+from octavo.ops.packing import InMemory
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 
@@ -91,8 +92,8 @@ class TraceOps:
         shape = (sum(outputs), parts[0].shape[1])
         return TraceWeight(names, shape, sum(tensor.nbytes for tensor in read), outputs, bool(biases))
 
-    def defer_packing(self) -> Callable[[], None]:
-        return lambda: None
+    def defer_packing(self) -> InMemory:
+        return InMemory()
 
     def embedding_weight(self, tensor: StoredTensor) -> TraceWeight:
         return self.linear_weight([tensor])
@@ -180,6 +181,9 @@ class TraceOps:
 
     def copy_blocks(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
         raise TypeError("a trace is of one batch and copies no blocks")
+
+    def copy_slots(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
+        raise TypeError("a trace is of one batch and copies no slots")
 
     def read_block(self, layers: Sequence[KVSpec], block: int) -> bytes:
         raise TypeError("the trace backend has shapes and no values")

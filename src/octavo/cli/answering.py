@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.errors import InvalidRequestError, ModelNotFoundError, OctavoError
-from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.core.params import OutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
+    from octavo.core.outputs import CompletionOutput, Logprob, RequestOutput
     from octavo.frontend import Prompt
     from octavo.llm import LLM
 
@@ -215,6 +215,8 @@ def speed_line(output: RequestOutput) -> str:
     ]
     if times["ttft_s"] is not None:
         parts.append(f"first token after {times['ttft_s']:.2f} s")
+    if drafted := output.metrics.num_draft_tokens:
+        parts.append(f"{output.metrics.num_accepted_tokens} of {drafted} guessed tokens accepted")
     return "; ".join(parts)
 
 

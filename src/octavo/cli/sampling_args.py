@@ -60,6 +60,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "logit_bias": ("JSON", 'add to logits, as in {"15": -100}, by token id'),
     "allowed_token_ids": ("ID,…", "draw no other tokens; may be repeated"),
     "skip_reading_prefix_cache": ("", "compute the whole prompt, whatever of it is cached"),
+    "speculative_decoding": ("", "guess tokens, with --speculative-config; answers are the same (default on)"),
     "repetition_detection": (
         "JSON",
         'end an output that repeats itself: {"max_pattern_size": 256, "min_pattern_size": 16, "min_count": 4} (the '

@@ -119,7 +119,8 @@ class Completion:
     @property
     def want(self) -> Sample:
         """The next token; of those after it, as many may be guessed as the output has room for."""
-        return Sample((self.draw,), max(self.request.max_tokens - len(self.token_ids) - 1, 0))
+        room = self.request.max_tokens - len(self.token_ids) - 1
+        return Sample((self.draw,), room if room > 0 and self.request.params.speculative_decoding else 0)
 
     def attach_to(self, sequence: Sequence) -> None:
         """Let this output's state follow the sequence that carries it. Counts for penalties and the state of a grammar

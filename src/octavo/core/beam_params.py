@@ -73,6 +73,7 @@ class BeamSearchParams:
     skip_reading_prefix_cache: bool = False
     repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    speculative_decoding: bool = True
     sampling: SamplingParams = field(init=False, repr=False, compare=False)  # what the two kinds of request share
 
     def __post_init__(self) -> None:

@@ -44,6 +44,8 @@ class RequestMetrics:
     num_preemptions: int = 0
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    num_draft_tokens: int = 0  # guessed, and verified in steps (speculative decoding)
+    num_accepted_tokens: int = 0  # of these, tokens that came true: so many were not waited for
 
 
 @dataclass(slots=True)

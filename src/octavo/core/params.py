@@ -130,6 +130,8 @@ class SamplingParams:
             mapping of RepetitionDetectionParams' fields will do. Not before min_tokens.
         structured_outputs: what the output must look like: StructuredOutputsParams, or a mapping of its fields. It ends
             where nothing may follow, whatever min_tokens says. Needs the package llguidance.
+        speculative_decoding: whether tokens may be guessed where the engine does so (speculative_config); answers are
+            the same either way.
     """
 
     n: int = 1
@@ -159,6 +161,7 @@ class SamplingParams:
     skip_reading_prefix_cache: bool = False
     repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    speculative_decoding: bool = True
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -213,6 +216,7 @@ class SamplingParams:
             "spaces_between_special_tokens",
             "include_stop_str_in_output",
             "skip_reading_prefix_cache",
+            "speculative_decoding",
         ):
             _set(self, name, exact_bool(name, getattr(self, name)))
 

@@ -6,6 +6,7 @@ so it can be recorded, carried out again, or sent to another process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,12 @@ class Grant(NamedTuple):
     """Positions [start, stop) of one sequence, to be computed in this step.
 
     The last `num_drafts` of its tokens are guesses that the sequence does not have. Their rows are wanted like that of
-    the token before them, each with the history of the guesses up to it: so they verify each other.
+    the token before them, each with the history of the guesses up to it: so they verify each other. One draws for all
+    of them, so the last rows with draws are the last token's and theirs, in this order.
+
+    With `draft_parents` they form a tree: several may follow the same token. Each lies in a slot of its own, as if at
+    the positions from the first of them on, and has the position of its depth; it sees what it follows. Those that come
+    true are moved to their positions by whoever carries the plan out, before he returns.
     """
 
     request_id: str  # of the request that owns the sequence
@@ -42,6 +48,7 @@ class Grant(NamedTuple):
     block_table: tuple[int, ...]  # as of this step; covers positions [0, stop)
     wants: tuple[Wanted, ...] = ()  # of rows of this grant
     num_drafts: int = 0
+    draft_parents: tuple[int, ...] = ()  # of each the number of the one it follows, -1: the last token; (): a chain
 
     @property
     def num_tokens(self) -> int:
@@ -51,11 +58,25 @@ class Grant(NamedTuple):
     def drafts(self) -> tuple[int, ...]:
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
+    @property
+    def first_draft(self) -> int:
+        """Position of the first draft, as its slot has it."""
+        return self.stop - self.num_drafts
+
+    def position_of_draft(self, number: int) -> int:
+        if not self.draft_parents:
+            return self.first_draft + number
+        depth, parent = 0, self.draft_parents[number]
+        while parent >= 0:
+            depth, parent = depth + 1, self.draft_parents[parent]
+        return self.first_draft + depth
+
     def without_drafts(self) -> Grant:
         """The same as it would be if nobody had guessed."""
-        stop = self.stop - self.num_drafts
+        stop = self.first_draft
         wants = tuple(wanted for wanted in self.wants if wanted.stop <= stop)
-        return self._replace(stop=stop, token_ids=self.token_ids[: stop - self.start], wants=wants, num_drafts=0)
+        token_ids = self.token_ids[: stop - self.start]
+        return self._replace(stop=stop, token_ids=token_ids, wants=wants, num_drafts=0, draft_parents=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +132,29 @@ class GrantResult(NamedTuple):
 
     rows: tuple[RowResult, ...] = ()  # want by want, row by row
     error: str | None = None
+
+
+def accepted_drafts(grant: Grant, rows: SequenceOf[RowResult]) -> tuple[int, ...]:
+    """The numbers of a grant's drafts that are what was drawn in their places, the first first. The token drawn after
+    the last of them is the next one: so a verified sequence is the one that would have been drawn token by token."""
+    if not grant.num_drafts:
+        return ()
+    drawn = [row.draws[0].token_id for row in rows if row.draws][-grant.num_drafts - 1 :]
+    drafts, parents = grant.drafts, grant.draft_parents
+    accepted: list[int] = []
+    last = -1
+    while last + 1 < len(drawn):
+        following = [n for n, parent in enumerate(parents) if parent == last] if parents else [last + 1]
+        right = [n for n in following if n < len(drafts) and drafts[n] == drawn[last + 1]]
+        if not right:
+            break
+        last = right[0]
+        accepted.append(last)
+    return tuple(accepted)
+
+
+def num_accepted(grant: Grant, rows: SequenceOf[RowResult]) -> int:
+    return len(accepted_drafts(grant, rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the engine is handed and never builds itself: text codec, executor, proposer, clock."""
+"""What the engine is handed and never builds itself: text codec, executor, clock."""
 
 from __future__ import annotations
 
@@ -141,14 +141,6 @@ class BlockTier(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class Proposer(Protocol):
-    """Drafts tokens that may follow a sequence, for speculative decoding."""
-
-    def propose(self, token_ids: Sequence[int], max_tokens: int) -> Sequence[int]:
-        """At most `max_tokens` of them. `token_ids` must not be kept or changed."""
-        ...
 
 
 class Clock(Protocol):

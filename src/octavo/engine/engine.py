@@ -11,7 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
-from itertools import count, takewhile
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from octavo.coordinators.factory import make_coordinator
@@ -20,8 +20,9 @@ from octavo.core.errors import InvalidRequestError, OctavoError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.namespace import Namespace
 from octavo.core.outputs import CacheExplanation, CompletionOutput, RequestOutput
-from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
-from octavo.core.protocols import Background, Clock, Executor, Proposer, TextCodec
+from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, accepted_drafts
+from octavo.core.proposer import Proposer
+from octavo.core.protocols import Background, Clock, Executor, TextCodec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.sequence import Sequence
 from octavo.core.session_calls import Call
@@ -75,6 +76,7 @@ class Engine:
         self.plan_listeners: list[Callable[[StepPlan], None]] = []
         self.step_listeners: list[StepListener] = []
         self.background: Background = _AtOnce()
+        self.proposer = proposer
         self.scheduler = Scheduler(config, kv, self.events, proposer)
         kv.on_evict = self._note_eviction
         self._executor = executor
@@ -204,11 +206,13 @@ class Engine:
             "available_blocks": self.kv.num_available,
             "cached_blocks": self.kv.num_cached,
             "stats": replace(self.kv.stats),
+            "speculation": None if self.proposer is None else self.proposer.stats.copy(),
         }
 
     def step(self) -> list[Output]:
         """Run one step; what is new for users, in the order in which the requests were added. While all that is left
         waits for blocks that are being read, it waits for them a little and does nothing."""
+        began = self.clock()
         plan = self.scheduler.schedule()
         outputs = self.take_outputs()
         outputs += [self._end(coordinator, "error", error) for coordinator, error in self.scheduler.broken]
@@ -228,7 +232,16 @@ class Engine:
         self.kv.stats.computed_tokens += plan.num_tokens
         self._learn_speed(plan, result)
         _tell(self.step_listeners, plan, result)
-        return outputs + self._update(plan, result)
+        outputs += self._update(plan, result)
+        self._learn_of_guesses(plan, result, self.clock() - began)
+        return outputs
+
+    def _learn_of_guesses(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        if self.proposer is not None:
+            try:
+                self.proposer.learn(plan, result, seconds)
+            except Exception:
+                log.exception("learning what came of guesses raised")
 
     def _learn_speed(self, plan: StepPlan, result: StepResult) -> None:
         """How long a block of a prompt takes to compute: what a cached one has to be faster than."""
@@ -377,14 +390,23 @@ class Engine:
         """What was computed counts, up to the first draft that differs from what was drawn."""
         stop, token_ids, rows = grant.stop, sequence.token_ids, result.rows
         if grant.num_drafts:
-            accepted = num_accepted(grant, rows)
-            stop -= grant.num_drafts - accepted
-            token_ids, rows = [*token_ids, *grant.drafts[:accepted]], tuple(row for row in rows if row.position < stop)
+            accepted, first = accepted_drafts(grant, rows), grant.first_draft
+            self._count_drafts(grant, len(accepted))
+            stop = first + len(accepted)
+            token_ids = [*token_ids, *(grant.drafts[n] for n in accepted)]
+            of_drafts = rows[len(rows) - grant.num_drafts :]
+            rows = rows[: len(rows) - grant.num_drafts]
+            rows += tuple(of_drafts[n]._replace(position=first + i) for i, n in enumerate(accepted))
             self.kv.truncate(sequence.block_table, stop)
         sequence.commit(stop)
         exact = stop if sequence.exact_until is None else min(stop, sequence.exact_until)
         self.kv.commit(sequence.block_table, token_ids, exact)
         return SequenceResult(sequence, grant.start, stop, rows)
+
+    def _count_drafts(self, grant: Grant, accepted: int) -> None:
+        metrics = self._coordinators[grant.request_id].metrics
+        metrics.num_draft_tokens += grant.num_drafts
+        metrics.num_accepted_tokens += accepted
 
     def _end(self, coordinator: Coordinator, reason: str | None, error: str | None = None) -> Output:
         """Its last output. The request is gone from the engine whatever its own bookkeeping raises."""
@@ -423,11 +445,3 @@ def _tell(listeners: list[Any], *what: Any) -> None:
         except Exception:
             log.exception("a listener of steps raised, and is called no more")
             listeners.remove(listener)
-
-
-def num_accepted(grant: Grant, rows: SequenceOf[RowResult]) -> int:
-    """How many of a grant's drafts are what was drawn in their places. The token drawn after them is the next one: so a
-    verified sequence is the one that would have been drawn token by token."""
-    drawn = {row.position + 1: row.draws[0].token_id for row in rows if row.draws}
-    first = grant.stop - grant.num_drafts
-    return sum(1 for _ in takewhile(lambda pair: drawn.get(pair[0]) == pair[1], enumerate(grant.drafts, first)))

@@ -37,9 +37,9 @@ from octavo.core.coordinator import Coordinator
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
 from octavo.core.plan import BlockCopy, Grant, StepPlan
-from octavo.core.protocols import Proposer
+from octavo.core.proposer import NO_DRAFT, Asked, Draft, Proposer
 from octavo.core.sequence import Sequence
-from octavo.core.want import Sample, TopK
+from octavo.core.want import Sample
 from octavo.kv_cache import CachedPrefix, KVCacheManager, PendingKV
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class _Step:
         self.copies: list[BlockCopy] = []
         self.computing: dict[Hashable, Sequence] = {}  # the next block of each sequence that is granted a prefill
         self.following: set[int] = set()  # ids of sequences that wait for a block of another's
+        self.drafts: dict[int, Draft] = {}  # by sequence id: what may follow it
 
     def add(self, grant: Grant) -> None:
         self.grants[grant.sequence_id] = grant
@@ -168,6 +169,8 @@ class Scheduler:
         entry = self._entries.pop(coordinator.request_id)
         self._leave_queue(entry)
         coordinator.drop_all()
+        if self._proposer is not None:
+            self._proposer.forget(coordinator.request_id)
         self.kv.end_request(coordinator.request_id, coordinator.namespace)
 
     def stalled(self) -> Coordinator | None:
@@ -215,6 +218,8 @@ class Scheduler:
                 self.settle(entry.coordinator)
             except Exception as error:
                 self._break(step, entry, error)
+        if self._proposer is not None:
+            self._propose(step, self._proposer)
         for generating in (True, False):
             for entry in tuple(self._running):
                 try:
@@ -319,10 +324,13 @@ class Scheduler:
             if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
                 most = min(most, len(pending) - 1)  # the wanted row waits for the others'
             start, stop = pending.start, pending.start + min(len(pending), most)
-            drafts = self._propose(step, sequence)
+            draft = NO_DRAFT
+            if step.drafts and sequence.is_generating:  # a token is left for each row that may still come
+                draft = step.drafts.get(sequence.id, NO_DRAFT).first(max(step.tokens_left - step.rows_left, 0))
+            drafts = draft.token_ids
             copies = self.kv.allocate(sequence.block_table, start, stop + len(drafts)) if drafts else None
             if copies is None:  # nobody makes room for guesses
-                drafts = ()
+                draft, drafts = NO_DRAFT, ()
                 while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
                     # What is copied takes a block more than what is computed anew.
                     kept = self.kv.give_part_back(sequence.block_table, start) if len(unit) == 1 else start
@@ -343,27 +351,37 @@ class Scheduler:
                     stop=end,
                     token_ids=(*sequence.token_ids[start:stop], *drafts),
                     block_table=tuple(sequence.block_table[: self.kv.blocks_for(end)]),
-                    wants=sequence.wants_within(start, stop, drafts),
+                    wants=sequence.wants_within(start, stop, *draft),
                     num_drafts=len(drafts),
+                    draft_parents=draft.parents,
                 )
             )
 
-    def _propose(self, step: _Step, sequence: Sequence) -> tuple[int, ...]:
-        """Guesses for a sequence that generates, as many as others leave of the budget: a token is theirs for each row
-        that may still come."""
-        if self._proposer is None or not sequence.is_generating:
-            return ()
-        drawn = [wanted.want for wanted in sequence.wants if isinstance(wanted.want, Sample | TopK)]
-        if len(drawn) != 1 or not isinstance(drawn[0], Sample) or len(drawn[0].draws) != 1:
-            return ()
-        most = min(drawn[0].max_drafts, step.tokens_left - step.rows_left)
-        if most < 1:
-            return ()
+    def _propose(self, step: _Step, proposer: Proposer) -> None:
+        """Have tokens guessed for sequences that draw one token next."""
+        asked: list[Asked] = []
+        num_rows = num_drawing = 0
+        for entry in self._running:
+            coordinator = entry.coordinator
+            for sequence in coordinator.sequences:
+                if not (pending := sequence.num_pending):
+                    continue
+                num_rows += pending
+                if not sequence.is_generating:
+                    continue
+                num_drawing += 1
+                if len(sequence.wants) != 1 or not isinstance(want := sequence.wants[0].want, Sample):
+                    continue
+                if want.max_drafts and len(want.draws) == 1:
+                    names = coordinator.request_id, coordinator.namespace
+                    asked.append(Asked(sequence, *names, want.draws[0], want.max_drafts))
         try:
-            return tuple(self._proposer.propose(sequence.token_ids, most))[:most]
+            if asked:
+                drafts = proposer.propose(asked, min(num_rows, step.tokens_left), num_drawing)
+                most = {one.sequence.id: one.max_drafts for one in asked}
+                step.drafts = {n: draft.first(most[n]) for n, draft in drafts.items()}
         except Exception:
-            log.exception("guessing raised; sequence %d goes on without", sequence.id)
-            return ()
+            log.exception("guessing raised; step %d goes on without", self._num_steps)
 
     # --- admission ---
 

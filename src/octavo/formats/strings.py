@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo._C import decode_pairs, decode_strings
+from octavo._C import decode_pairs, decode_strings, strings_within
 from octavo._C import locate_strings as _locate
 from octavo.core.errors import ModelFormatError
 
@@ -74,6 +74,20 @@ class StringArray(Sequence[str]):
         """All strings, each as the two around its only space; None if one is not of that form or not UTF-8."""
         file = np.frombuffer(self._buffer, np.uint8)
         return decode_pairs(file, np.ascontiguousarray(self._starts), np.ascontiguousarray(self._ends))
+
+    def within(self, text: bytes, *, pairs: bool = False) -> list[int]:
+        """Indices of those that occur in a text, none of them empty. With `pairs` they are two parts with a space
+        between, and must occur put together."""
+        file = np.frombuffer(self._buffer, np.uint8)
+        return strings_within(file, np.ascontiguousarray(self._starts), np.ascontiguousarray(self._ends), text, pairs)
+
+    def copied(self) -> StringArray:
+        """The same strings, of which the file is needed no more."""
+        if not len(self._starts):
+            return self
+        first = int(self._starts.min())
+        blob = bytes(self._buffer[first : int(self._ends.max())])
+        return StringArray(memoryview(blob), self._starts - first, self._ends - first)
 
     def to_bytes_list(self) -> list[bytes]:
         """The bytes of all strings."""

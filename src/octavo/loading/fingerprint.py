@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 14
+
+
+def model_files(model: Path) -> list[Path]:
+    """All files that a model is made of."""
+    if model.is_file():
+        return [model]
+    # Regular files: what else somebody may have put there is not read, and a pipe would be waited for.
+    return [p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".gguf") and p.is_file()]
+
+
+def code_files() -> list[Path]:
+    """The file of the compiled kernels, if there is one."""
+    found = find_spec("octavo._C")
+    return [Path(found.origin)] if found is not None and found.origin is not None else []
 
 
 def versions_of(files: list[Path]) -> str:

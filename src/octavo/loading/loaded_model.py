@@ -23,3 +23,4 @@ class LoadedModel(NamedTuple):
     ops: Ops
     memory_plan: MemoryPlan
     model: Model
+    was_loaded: bool = False  # before, from these very files: they were checked to be sound

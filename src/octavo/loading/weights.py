@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError
 from octavo.formats.tensor import RawTensor
+from octavo.loading.kept_weights import KeptWeights
 from octavo.models import family
 from octavo.models.descriptor import Family
 from octavo.ops import ModelConfig, Ops
@@ -35,7 +36,7 @@ class FileWeights:
         self._tensors = tensors
         self._gguf = gguf
         self._unused = set(tensors)
-        self._pack = ops.defer_packing()
+        self.packing = ops.defer_packing()
 
     # --- what models call ---
 
@@ -65,8 +66,9 @@ class FileWeights:
             return True
         return bool(_IGNORED.fullmatch(name) or re.fullmatch(self._family.others, name))
 
-    def finish(self) -> None:
-        """The model has taken all it wants: pack that. May run beside other work, while the file is open.
+    def finish(self, kept: KeptWeights | None = None) -> None:
+        """The model has taken all it wants: pack that, or read what was kept. May run beside other work, while the file
+        is open.
 
         Raises ModelFormatError when the file holds weights that the model did not ask for: they would change it.
         """
@@ -76,7 +78,9 @@ class FileWeights:
             raise ModelFormatError(
                 self._path, "tensors", f"hold weights that a {self._config.architecture} model does not have: {shown}"
             )
-        self._pack()
+        if kept is None or not kept.read(self.packing):
+            self.packing.pack()
+        self.packing.end()
 
     def _take(self, name: str, expected: tuple[int, ...], kind: str = "weight") -> RawTensor:
         file_name = self._file_name(name, kind)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from octavo.core.plan import RowResult
     from octavo.ops.batch import Batch
+    from octavo.ops.packing import Packing
 
 Array = Any  # a backend's array
 Weight = Any  # a backend's packed weight; a model reads `.parts` of a linear's, the numbers of outputs of its parts
@@ -127,9 +128,8 @@ class Ops(Protocol):
         `biases`: [out_i] of each part, or none at all."""
         ...
 
-    def defer_packing(self) -> Callable[[], None]:
-        """Give weights from here on to the function that comes back, which packs them all: call it once, in any thread,
-        before a weight is used and while the tensors' file is open."""
+    def defer_packing(self) -> Packing:
+        """What weights from here on are given to, instead of being packed at once."""
         ...
 
     def embedding_weight(self, tensor: StoredTensor) -> Weight:
@@ -209,6 +209,10 @@ class Ops(Protocol):
 
     def copy_blocks(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in all layers, in order."""
+        ...
+
+    def copy_slots(self, layers: Sequence[KVLayer], copies: Sequence[tuple[int, int]]) -> None:
+        """Copy K and V of single tokens (source slot, target slot) in all layers, in order."""
         ...
 
     def read_block(self, layers: Sequence[KVLayer], block: int) -> bytes:

@@ -25,11 +25,18 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
     query_start_loc = [0]
     width = max((len(grant.block_table) for grant in grants), default=0)
     tables = np.zeros((len(grants), width), np.int32)
+    starts, parents = [-1] * len(grants), list[int]()  # of draft trees
     for index, grant in enumerate(grants):
         table = grant.block_table
         first = len(input_ids)
         input_ids += grant.token_ids
-        positions += range(grant.start, grant.stop)
+        positions += range(grant.start, grant.stop if not grant.draft_parents else grant.first_draft)
+        if grant.draft_parents:
+            positions += [grant.position_of_draft(n) for n in range(grant.num_drafts)]
+            starts[index] = grant.first_draft
+            first_node = first + grant.num_tokens - grant.num_drafts
+            nodes = [parent if parent < 0 else first_node + parent for parent in grant.draft_parents]
+            parents += [-1] * (len(input_ids) - len(parents) - grant.num_drafts) + nodes
         slots += [table[p // block_size] * block_size + p % block_size for p in range(grant.start, grant.stop)]
         query_start_loc.append(len(input_ids))
         tables[index, : len(table)] = table
@@ -45,7 +52,23 @@ def make_batch(grants: Sequence[Grant], block_size: int) -> Batch:
         slot_mapping=np.array(slots, np.int32),
         logits_indices=np.array(wanted, np.int32),
         block_size=block_size,
+        tree_starts=np.array(starts, np.int32) if parents else None,
+        tree_parents=np.array(parents + [-1] * (len(input_ids) - len(parents)), np.int32) if parents else None,
     )
+
+
+def slot_of(grant: Grant, position: int, block_size: int) -> int:
+    return grant.block_table[position // block_size] * block_size + position % block_size
+
+
+def moves_of(grant: Grant, accepted: Sequence[int], block_size: int) -> list[tuple[int, int]]:
+    """From which slots to which others K and V of the drafts that came true go."""
+    first = grant.first_draft
+    return [
+        (slot_of(grant, first + number, block_size), slot_of(grant, first + depth, block_size))
+        for depth, number in enumerate(accepted)
+        if number != depth
+    ]
 
 
 def logits_requests(grants: Sequence[Grant]) -> list[RowRequest]:
@@ -56,10 +79,12 @@ def logits_requests(grants: Sequence[Grant]) -> list[RowRequest]:
         for start, stop, want in grant.wants:
             if isinstance(want, Hidden):
                 continue
-            for position in range(start, stop):
-                number += last != (index, position)
-                last = index, position
-                single = want if not isinstance(want, NextLogprobs) else want.of_row(position - start)
+            for row in range(start, stop):
+                number += last != (index, row)
+                last = index, row
+                single = want if not isinstance(want, NextLogprobs) else want.of_row(row - start)
+                is_node = grant.draft_parents and row >= grant.first_draft
+                position = grant.position_of_draft(row - grant.first_draft) if is_node else row
                 requests.append(RowRequest(number, position, single))
     return requests
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult
+from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult, accepted_drafts
 from octavo.core.protocols import BlockTier
 from octavo.core.want import FINAL, Hidden
 from octavo.models import Model, layer_states
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.ops.rows import RowRequest, SamplingError
-from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch
+from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch, moves_of
 from octavo.runner.logits import rows_per_slice
 
 Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
@@ -50,8 +50,18 @@ class ModelRunner:
         hidden = self._hidden(wanted, states)
         computed = time.perf_counter()
         results = self._answer(plan.grants, batch, x, hidden)
+        self._move_accepted(plan.grants, results)
         ended = time.perf_counter()
         return StepResult(results, {"model": computed - started, "sample": ended - computed})
+
+    def _move_accepted(self, grants: tuple[Grant, ...], results: tuple[GrantResult, ...]) -> None:
+        """What came true of draft trees goes where it belongs."""
+        moves: list[tuple[int, int]] = []
+        for grant, result in zip(grants, results, strict=True):
+            if grant.draft_parents and result.error is None:
+                moves += moves_of(grant, accepted_drafts(grant, result.rows), self._block_size)
+        if moves:
+            self._ops.copy_slots(self._kv, moves)
 
     def read_block(self, block: int) -> bytes:
         """K and V of one block in all layers, as `BlockLoad` takes them."""

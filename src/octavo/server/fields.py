@@ -147,6 +147,9 @@ class EngineFields(RequestFields):
     """What requests for text ask of the engine."""
 
     skip_reading_prefix_cache: Any = flag("compute the whole prompt, whatever of it is cached")
+    speculative_decoding: Any = flag(
+        "false: guess no tokens, where the server does so; answers are the same, and a beam search wants it so"
+    )
 
 
 class TextFields(TextParams, EngineFields):

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from octavo.core.margins import MarginsOutput
 from octavo.core.outputs import CacheStats, RequestMetrics, RequestOutput
 from octavo.core.pooling import PoolingOutput, PoolingSpec
+from octavo.core.proposer import SpeculationStats
 from octavo.core.request import RequestSpec
 from octavo.server.records import completions_of, num_prompt_tokens
 
@@ -199,3 +200,31 @@ class _EngineFigures(Collector):
             counter = CounterMetricFamily(self._prefix + name, told, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
+        if (speculation := figures.get("speculation")) is not None:
+            yield from self._of_speculation(speculation)
+
+    def _of_speculation(self, stats: SpeculationStats) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Only where tokens are guessed, as in vLLM."""
+        for name, told, value in (
+            ("drafts", "times that tokens were guessed for a sequence in a step", stats.num_drafts),
+            ("draft_tokens", "tokens guessed, and verified in steps", stats.num_draft_tokens),
+            ("accepted_tokens", "of these, tokens that came true", stats.num_accepted_tokens),
+        ):
+            counter = CounterMetricFamily(f"{self._prefix}spec_decode_num_{name}", told, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+        by_position = CounterMetricFamily(
+            f"{self._prefix}spec_decode_num_accepted_tokens_per_pos",
+            "guesses that came true, by how many tokens stood before them",
+            labels=["model_name", "position"],
+        )
+        for position, value in enumerate(stats.accepted_per_position):
+            by_position.add_metric([self._model, str(position)], value)
+        yield by_position
+        for name, told, figure in (
+            ("tokens_per_step", "tokens that a sequence got in a step", stats.tokens_per_step),
+            ("seconds_saved", "predicted time of steps that were spared, less what guesses took", stats.seconds_saved),
+        ):
+            gauge = GaugeMetricFamily(f"{self._prefix}spec_decode_{name}", told, labels=["model_name"])
+            gauge.add_metric([self._model], figure)
+            yield gauge

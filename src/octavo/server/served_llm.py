@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from octavo.async_llm import AsyncLLM
 from octavo.core.outputs import CacheStats
+from octavo.core.proposer import SpeculationStats
 from octavo.frontend import Frontend
 from octavo.server.metrics import Metrics
 from octavo.server.records import current_record
@@ -98,6 +99,12 @@ class ServedLLM(AsyncLLM):
     def cache_stats(self) -> CacheStats:
         """As of the engine's last sign of life."""
         return replace(self.engine.figures.get("stats", CacheStats()))
+
+    @property
+    def speculation_stats(self) -> SpeculationStats | None:
+        """As of the engine's last sign of life."""
+        stats: SpeculationStats | None = self.engine.figures.get("speculation")
+        return None if stats is None else stats.copy()
 
     @property
     def num_unfinished_requests(self) -> int:

@@ -32,6 +32,7 @@ from octavo.core.outputs import (
     RequestOutput,
 )
 from octavo.core.params import LogitBias, OutputKind, RepetitionDetectionParams, SamplingParams
+from octavo.core.proposer import SpeculationStats
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.structured import StructuredOutputsParams
 from octavo.frontend import Limits
@@ -72,6 +73,7 @@ _RECORDS: tuple[type, ...] = (
     margins.StopReading,
     CacheExplanation,
     CacheStats,
+    SpeculationStats,
     Limits,
     pooling.PoolingSpec,
     pooling.PoolingParams,

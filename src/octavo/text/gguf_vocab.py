@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError, UnsupportedModelError
 from octavo.text.added_tokens import AddedTokens, check_lengths
-from octavo.text.byte_level import build_byte_level, pre_tokenizer_family
+from octavo.text.byte_level import build_byte_level, byte_alphabet, pre_tokenizer_family
 from octavo.text.score_bpe import SPACE, ScoreBPE
 from octavo.text.token_bytes import BYTE_TOKEN, ToBytes, byte_level_bytes, sentencepiece_bytes
 from octavo.text.tokenizer import Tokenizer
@@ -92,6 +93,11 @@ class _Metadata:
             raise self.error(key, f"not valid UTF-8 near {error.object[error.start :][:20]!r}") from None
         return items
 
+    def located(self, key: str) -> Any:
+        """Strings that are decoded one by one, and know which of them occur in a text; None if they are not such."""
+        value = self.get(key)
+        return value.copied() if hasattr(value, "within") else None
+
     def pairs(self, key: str) -> list[tuple[str, ...]]:
         """Strings of two parts with a space between, taken apart: as many parts as there are."""
         value = self.get(key)
@@ -145,8 +151,11 @@ class _Metadata:
         log.warning(f"%s: {message}", self.path, *values)
 
 
-def tokenizer_from_gguf(values: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
-    """From the ``tokenizer.*`` keys of a GGUF file; `path` is for error messages.
+def tokenizer_from_gguf(
+    values: Mapping[str, Any], path: object = "GGUF metadata", *, is_sound: bool = False
+) -> Tokenizer:
+    """From the ``tokenizer.*`` keys of a GGUF file; `path` is for error messages. `is_sound`: the same metadata made a
+    tokenizer before, so what makes one at once may wait until more than a few short texts are tokenised.
 
     String arrays are sequences of str (one with a ``to_list`` method is turned into a list by it), numeric arrays
     NumPy arrays or sequences. Raises UnsupportedModelError for a kind of tokenizer not implemented,
@@ -156,8 +165,10 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object = "GGUF metadata
     kind = metadata.string("model")
     if kind not in KINDS:
         raise UnsupportedModelError(f"{path}: tokenizer.ggml.model is {kind!r}; supported kinds: {', '.join(KINDS)}")
-    tokens = metadata.strings("tokens")
-    if not tokens:
+    tokens = metadata.located("tokens") if is_sound and kind == "gpt2" else None
+    if tokens is None:
+        is_sound, tokens = False, metadata.strings("tokens")
+    if not len(tokens):
         raise metadata.error("tokens", "no tokens")
     if len(tokens) > MAX_TOKENS:  # each becomes several objects
         raise metadata.error("tokens", f"{len(tokens)} tokens; {MAX_TOKENS} are allowed")
@@ -177,7 +188,9 @@ def tokenizer_from_gguf(values: Mapping[str, Any], path: object = "GGUF metadata
         raise metadata.error("tokens", str(error)) from None
     named_texts = {name: tokens[token_id] for name, token_id in named.items()}
 
-    build = _build_byte_level if kind == "gpt2" else _build_scored
+    build: Any = _build_byte_level if kind == "gpt2" else _build_scored
+    if is_sound:
+        build = _build_byte_level_as_needed
     encode, to_bytes, strip, add_bos = build(metadata, values, tokens, types, special, user_defined, ids["unk_token"])
     return Tokenizer(
         encode=_with_ends(metadata, encode, ids["bos_token"], ids["eos_token"], add_bos),
@@ -244,6 +257,10 @@ def _vocab(metadata: _Metadata, tokens: list[str]) -> dict[str, int]:
     return vocab
 
 
+# Bytes of a text for which only the tokens in it are looked for, and how many such texts. It takes a tenth of the time
+# that the whole vocabulary takes.
+_SHORT, _FEW = 2048, 3
+
 _Built = tuple[Callable[[str], list[int]], ToBytes, bool, bool]  # encode, to_bytes, strip leading space, BOS by default
 
 
@@ -264,18 +281,46 @@ def _build_byte_level(
         )
     family = pre_tokenizer_family(metadata.string("pre", "default"))
     merges = metadata.pairs("merges")
-    tokenizer = build_byte_level(
-        _vocab(metadata, tokens),
-        merges,
-        family,
-        special=[tokens[n] for n in sorted(special)],
-        user_defined=[tokens[n] for n in user_defined],
-        path=metadata.path,
-    )
+    added = {"special": [tokens[n] for n in sorted(special)], "user_defined": [tokens[n] for n in user_defined]}
+    tokenizer = build_byte_level(_vocab(metadata, tokens), merges, family, **added, path=metadata.path)
 
     def encode(text: str) -> list[int]:
         # As a batch of one: other threads run meanwhile, and no offsets are made, which take as long again.
         return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return encode, byte_level_bytes(special.union(user_defined)), False, family == "llama-bpe"
+
+
+def _build_byte_level_as_needed(
+    metadata: _Metadata, values: Mapping[str, Any], tokens: Any, types: Any, special: set[int], *rest: Any
+) -> _Built:
+    """The same of metadata that is known to be sound. A few short texts are tokenised with the part of the vocabulary
+    that they can have: merging never makes a token that is not in the text, so the others change nothing."""
+    user_defined, _ = rest
+    merges = metadata.located("merges")
+    if merges is None:
+        return _build_byte_level(metadata, values, metadata.strings("tokens"), types, special, *rest)
+    family = pre_tokenizer_family(metadata.string("pre", "default"))
+    added = {"special": [tokens[n] for n in sorted(special)], "user_defined": [tokens[n] for n in user_defined]}
+    spelt = {byte: char for char, byte in byte_alphabet().items()}
+    whole: list[Callable[[str], list[int]]] = []
+    left = iter(range(_FEW))
+    lock = Lock()
+
+    def encode(text: str) -> list[int]:
+        data = text.encode()
+        if not whole and len(data) <= _SHORT and next(left, None) is not None:
+            letters = "".join(spelt[byte] for byte in data).encode()
+            ids = {*tokens.within(letters), *special, *user_defined}
+            vocab = {tokens[n]: n for n in sorted(ids) if tokens[n]}
+            chosen = [tuple(merges[n].split(" ")) for n in merges.within(letters, pairs=True)]
+            part = build_byte_level(vocab, chosen, family, **added, path=metadata.path)
+            return part.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with lock:
+            if not whole:
+                built = _build_byte_level(metadata, values, metadata.strings("tokens"), types, special, *rest)
+                whole.append(built[0])
+        return whole[0](text)
 
     return encode, byte_level_bytes(special.union(user_defined)), False, family == "llama-bpe"
 

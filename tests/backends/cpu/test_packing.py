@@ -139,11 +139,12 @@ def test_deferred_packing_is_the_same() -> None:
     ops = CpuOps(threads=2)
     tensors = [random_tensor(name, 96, 256) for name in ("Q4_1", "Q8_0", "F16")]
     expected = [ops.linear_weight([tensor]) for tensor in tensors]
-    pack = ops.defer_packing()
+    packing = ops.defer_packing()
     weights = [ops.linear_weight([tensor]) for tensor in tensors]
-    thread = threading.Thread(target=pack)
+    thread = threading.Thread(target=packing.pack)
     thread.start()
     thread.join()
+    packing.end()
     later = ops.linear_weight([tensors[0]])
     x = array(3, 256)
     for weight, one in zip([*weights, later], [*expected, expected[0]], strict=True):

@@ -1,0 +1,206 @@
+#include "suffix_automaton.h"
+
+#include <algorithm>
+#include <queue>
+#include <stdexcept>
+
+namespace octavo {
+
+namespace {
+
+// Suffixes of a position whose continuation is counted: in a text of one repeated token there are as many as tokens.
+constexpr int kCounted = 48;
+// Edges of a state that are looked at for alternatives; behind a single common token there can be as many as tokens.
+constexpr int kLookedAt = 32;
+constexpr std::size_t kMostTokens = std::size_t{1} << 29;  // ids of states and edges are 32 bits
+
+uint64_t key_of(int32_t state, int32_t token) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(state)) << 32 | static_cast<uint32_t>(token);
+}
+
+std::size_t hash_of(uint64_t key) {  // the finaliser of splitmix64 (Steele et al., 2014)
+  key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9u;
+  key = (key ^ (key >> 27)) * 0x94d049bb133111ebu;
+  return static_cast<std::size_t>(key ^ (key >> 31));
+}
+
+}  // namespace
+
+SuffixAutomaton::SuffixAutomaton() : table_(16, {0, kNone}) { states_.push_back({0, kNone, 0}); }
+
+int32_t SuffixAutomaton::find(int32_t state, int32_t token) const {
+  const uint64_t key = key_of(state, token);
+  const std::size_t mask = table_.size() - 1;
+  for (std::size_t at = hash_of(key) & mask;; at = (at + 1) & mask) {
+    if (table_[at].second == kNone) return kNone;
+    if (table_[at].first == key) return table_[at].second;
+  }
+}
+
+void SuffixAutomaton::place(int32_t edge_index, uint64_t key) {
+  const std::size_t mask = table_.size() - 1;
+  std::size_t at = hash_of(key) & mask;
+  while (table_[at].second != kNone) at = (at + 1) & mask;
+  table_[at] = {key, edge_index};
+}
+
+void SuffixAutomaton::add_edge(int32_t state, int32_t token, int32_t target, int32_t taken) {
+  if ((edges_.size() + 1) * 2 > table_.size()) {
+    std::vector<std::pair<uint64_t, int32_t>> old(table_.size() * 2, {0, kNone});
+    old.swap(table_);
+    for (const auto& [key, edge] : old) {
+      if (edge != kNone) place(edge, key);
+    }
+  }
+  const int32_t index = static_cast<int32_t>(edges_.size());
+  edges_.push_back({token, target, states_[state].edges, taken});
+  states_[state].edges = index;
+  place(index, key_of(state, token));
+}
+
+void SuffixAutomaton::count(int32_t state, int32_t token) {
+  const int32_t edge = find(state, token);
+  State& counted = states_[state];
+  ++edges_[edge].taken;
+  ++counted.taken;
+  if (counted.best == kNone || edges_[edge].taken >= edges_[counted.best].taken) counted.best = edge;
+}
+
+void SuffixAutomaton::extend(int32_t token) {
+  if (tokens_.size() >= kMostTokens) throw std::length_error("a text of so many tokens is not indexed");
+  tokens_.push_back(token);
+  const int32_t before = last_;
+  const int32_t added = static_cast<int32_t>(states_.size());
+  states_.push_back({states_[before].length + 1, 0, static_cast<int32_t>(tokens_.size())});
+  int32_t state = before, edge = kNone;
+  for (; state != kNone && (edge = find(state, token)) == kNone; state = states_[state].link) {
+    add_edge(state, token, added, 0);
+  }
+  if (state != kNone) {
+    const int32_t target = edges_[edge].target;
+    if (states_[target].length == states_[state].length + 1) {
+      states_[added].link = target;
+    } else {  // the shorter substrings of the target end here too: they become a state of their own
+      const int32_t clone = static_cast<int32_t>(states_.size());
+      State copy = states_[target];
+      copy.length = states_[state].length + 1;
+      copy.edges = copy.best = kNone;
+      states_.push_back(copy);
+      const int32_t best = states_[target].best;
+      for (int32_t e = states_[target].edges; e != kNone; e = edges_[e].next) {
+        const Edge from = edges_[e];  // add_edge may move them
+        add_edge(clone, from.token, from.target, from.taken);
+        if (e == best) states_[clone].best = static_cast<int32_t>(edges_.size()) - 1;
+      }
+      for (; state != kNone && (edge = find(state, token)) != kNone && edges_[edge].target == target;
+           state = states_[state].link) {
+        edges_[edge].target = clone;
+      }
+      states_[target].link = states_[added].link = clone;
+    }
+  }
+  last_ = added;
+  int32_t counted = before;
+  for (int n = 0; n < kCounted && counted != kNone; ++n, counted = states_[counted].link) count(counted, token);
+}
+
+SuffixAutomaton::Match SuffixAutomaton::own() const {
+  if (tokens_.empty() || tokens_.back() < 0) return {};
+  const int32_t state = states_[last_].link;
+  return {state, states_[state].length};
+}
+
+SuffixAutomaton::Match SuffixAutomaton::follow(Match match, int32_t token) const {
+  if (token < 0) return {};
+  for (int32_t state = match.state; state != kNone; state = states_[state].link) {
+    const int32_t edge = find(state, token);
+    if (edge != kNone) return {edges_[edge].target, std::min(match.length, states_[state].length) + 1};
+  }
+  return {};
+}
+
+bool SuffixAutomaton::holds(const uint8_t* begin, const uint8_t* end) const {
+  int32_t state = 0;
+  for (; begin != end; ++begin) {
+    const int32_t edge = find(state, *begin);
+    if (edge == kNone) return false;
+    state = edges_[edge].target;
+  }
+  return true;
+}
+
+std::pair<int32_t, int32_t> SuffixAutomaton::earliest(int32_t max_length) const {
+  Match match = own();
+  while (match.state != 0 && states_[states_[match.state].link].length >= max_length) {
+    match.state = states_[match.state].link;
+  }
+  if (match.state == 0) return {0, 0};
+  return {states_[match.state].first_end, std::min(states_[match.state].length, max_length)};
+}
+
+SuffixAutomaton::Guess SuffixAutomaton::guess(Match match, int32_t max_tokens, float min_share,
+                                              int32_t branches) const {
+  struct Candidate {
+    float share;  // product of all shares down to it
+    int32_t order, edge, parent, length;
+    bool operator<(const Candidate& other) const {  // of equals the one found first
+      return share != other.share ? share < other.share : order > other.order;
+    }
+  };
+  Guess found;
+  std::priority_queue<Candidate> open;
+  int32_t order = 0;
+  std::vector<float> own_shares;  // by order
+  const auto expand = [&](int32_t state, int32_t length, int32_t parent, float share) {
+    while (state > 0 && states_[state].best == kNone) {  // the text's end
+      state = states_[state].link;
+      length = states_[state].length;
+    }
+    if (state <= 0) return;
+    const State& from = states_[state];
+    const auto offer = [&](int32_t edge) {
+      const float of_all = static_cast<float>(edges_[edge].taken) / static_cast<float>(from.taken);
+      if (edges_[edge].token < 0 || edges_[edge].taken == 0 || share * of_all < min_share) return;
+      open.push({share * of_all, order++, edge, parent, length});
+      own_shares.push_back(of_all);
+    };
+    offer(from.best);
+    if (branches < 2) return;
+    std::vector<int32_t> others;
+    int looked_at = 0;
+    for (int32_t e = from.edges; e != kNone && looked_at < kLookedAt; e = edges_[e].next, ++looked_at) {
+      if (e != from.best) others.push_back(e);
+    }
+    std::stable_sort(others.begin(), others.end(),
+                     [&](int32_t a, int32_t b) { return edges_[a].taken > edges_[b].taken; });
+    for (int32_t n = 0; n < static_cast<int32_t>(others.size()) && n < branches - 1; ++n) offer(others[n]);
+  };
+  expand(match.state, match.length, -1, 1.0f);
+  while (!open.empty() && static_cast<int32_t>(found.tokens.size()) < max_tokens) {
+    const Candidate next = open.top();
+    open.pop();
+    const Edge& edge = edges_[next.edge];
+    const int32_t index = static_cast<int32_t>(found.tokens.size());
+    found.tokens.push_back(edge.token);
+    found.parents.push_back(next.parent);
+    found.lengths.push_back(next.length);
+    found.shares.push_back(own_shares[next.order]);
+    expand(edge.target, next.length + 1, index, next.share);
+  }
+  return found;
+}
+
+SuffixAutomaton::Match SuffixAutomaton::checked(Match match) const {
+  if (match.state < 0 || match.state >= static_cast<int32_t>(states_.size()) || match.length < 0 ||
+      match.length > states_[match.state].length) {
+    throw std::out_of_range("no such match");
+  }
+  return match;
+}
+
+std::size_t SuffixAutomaton::nbytes() const {
+  return states_.capacity() * sizeof(State) + edges_.capacity() * sizeof(Edge) + table_.capacity() * sizeof(table_[0]) +
+         tokens_.capacity() * sizeof(int32_t);
+}
+
+}  // namespace octavo

@@ -1,0 +1,101 @@
+"""The contract of what guesses tokens: what it is asked, what it gives, and figures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from octavo.core import sequence
+    from octavo.core.namespace import Namespace
+    from octavo.core.plan import StepPlan, StepResult
+    from octavo.core.want import Draw
+
+
+class Asked(NamedTuple):
+    """A sequence for which guesses are welcome in the step that is being made."""
+
+    sequence: sequence.Sequence
+    request_id: str
+    namespace: Namespace
+    draw: Draw  # of the token that comes next
+    max_drafts: int  # at least 1
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow a sequence, the first of them its last token."""
+
+    token_ids: tuple[int, ...]
+    parents: tuple[
+        int, ...
+    ] = ()  # of each the number of the one that it follows, before it; -1: the sequence; (): a chain
+
+    def first(self, count: int) -> Draft:
+        """At most so many of them; a tree that is a chain as such."""
+        parents = self.parents[:count]
+        return Draft(self.token_ids[:count], () if parents == tuple(range(-1, len(parents) - 1)) else parents)
+
+
+NO_DRAFT = Draft(())
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """Since the engine was built."""
+
+    num_drafts: int = 0  # times that tokens were guessed for a sequence, and verified in a step
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)  # how often the first, second, ... was accepted
+    drafted_per_position: list[int] = field(default_factory=list)
+    num_drawn_tokens: int = 0  # by steps and sequences for which guesses were welcome, whether or not there were any
+    num_draws: int = 0  # such steps and sequences
+    seconds_saved: float = 0.0  # predicted time of the steps that were spared, less what guessing added to others
+
+    def count(self, num_drafts: int, num_accepted: int) -> None:
+        """A sequence's part of one step."""
+        self.num_draws += 1
+        self.num_drawn_tokens += num_accepted + 1
+        if not num_drafts:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        missing = num_drafts - len(self.drafted_per_position)
+        if missing > 0:
+            self.accepted_per_position += [0] * missing
+            self.drafted_per_position += [0] * missing
+        for position in range(num_drafts):
+            self.drafted_per_position[position] += 1
+            self.accepted_per_position[position] += position < num_accepted
+
+    def copy(self) -> SpeculationStats:
+        """As they are now."""
+        lists = list(self.accepted_per_position), list(self.drafted_per_position)
+        return replace(self, accepted_per_position=lists[0], drafted_per_position=lists[1])
+
+    @property
+    def tokens_per_step(self) -> float:
+        """That a sequence got in a step; 1 where nothing was accepted."""
+        return self.num_drawn_tokens / self.num_draws if self.num_draws else 1.0
+
+
+class Proposer(Protocol):
+    """Guesses tokens that may follow sequences, to be verified in the step that is being made (speculative decoding).
+    Called by the engine's thread between steps. Where it raises, that step goes on without."""
+
+    stats: SpeculationStats
+
+    def propose(self, asked: Sequence[Asked], num_rows: int, num_drawing: int) -> Mapping[int, Draft]:
+        """Guesses by sequence id, at most `max_drafts` each; those of which nothing is guessed are left out. The step
+        has about `num_rows` rows without them, and `num_drawing` sequences draw a token in it."""
+        ...
+
+    def learn(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """What came of the step for which was proposed last, which took so long in all."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        ...

@@ -1,0 +1,1 @@
+"""Guesses of what sequences generate next: who makes them, and how many of them pay."""

@@ -1,0 +1,120 @@
+"""The engine's Proposer: a drafter guesses, the control says how much of it goes into the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, accepted_drafts
+from octavo.core.proposer import Asked, Draft, SpeculationStats
+from octavo.core.speculation import SpeculativeConfig
+from octavo.speculation import lookup
+from octavo.speculation.control import Acceptance, Brake, StepCosts, choose
+from octavo.speculation.drafter import Drafter, Guess
+
+
+class _Pending(NamedTuple):
+    request_id: str
+    guess: Guess
+
+
+class Speculator:
+    """See the module."""
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self.stats = SpeculationStats()
+        self.costs = StepCosts()
+        self._drafter: Drafter = lookup.NGram(config) if config.method == "ngram" else lookup.Suffix(config)
+        self._most = config.max_drafts
+        self._adaptive = config.adaptive
+        self._acceptance = Acceptance(first_estimates())
+        self._brake = Brake()
+        self._pending: dict[int, _Pending] = {}  # by sequence id: what was guessed for the step under way
+        self._drawing = 0  # sequences that draw in it
+
+    def propose(self, asked: Sequence[Asked], num_rows: int, num_drawing: int) -> dict[int, Draft]:
+        """See octavo.core.protocols.Proposer."""
+        self._drafter.sweep()
+        self._drawing = num_drawing
+        self._pending = {
+            one.sequence.id: _Pending(one.request_id, self._drafter.guess(one, min(one.max_drafts, self._most)))
+            for one in asked
+        }
+        guessed = {n: pending for n, pending in self._pending.items() if pending.guess.token_ids}
+        if not self._adaptive:
+            return {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, (_, guess) in guessed.items()}
+        if not guessed or self._brake.holds:
+            return {}
+        chosen = choose({n: self._marginals(*one) for n, one in guessed.items()}, num_rows, num_drawing, self.costs)
+        return {n: part_of(guessed[n].guess, numbers) for n, numbers in chosen.items()}
+
+    def _marginals(self, request_id: str, guess: Guess) -> list[float]:
+        """Of each token, how probable it is that it comes true and all that it follows."""
+        found: list[float] = []
+        for parent, kind in zip(guess.parents, guess.kinds, strict=True):
+            above = found[parent] if parent >= 0 else 1.0
+            found.append(above * self._acceptance.probability(request_id, kind))
+        return found
+
+    def learn(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """See octavo.core.protocols.Proposer."""
+        num_drafts = num_accepted = 0
+        for grant, of_grant in zip(plan.grants, result.results, strict=True):
+            pending = self._pending.get(grant.sequence_id)
+            if pending is None or of_grant.error is not None:
+                continue
+            came = _came(grant, of_grant)
+            if not came:
+                continue
+            num_drafts += grant.num_drafts
+            num_accepted += len(came) - 1
+            self.stats.count(grant.num_drafts, len(came) - 1)
+            self._learn_of(pending, came)
+        if num_drafts:
+            without = self.costs.of(plan.num_tokens - num_drafts)
+            drawing = max(self._drawing, 1)
+            saved = without + num_accepted * self.costs.of(drawing) / drawing - seconds
+            self.stats.seconds_saved += saved
+            self._brake.observe(seconds, saved)
+        self.costs.observe(plan.num_tokens, seconds)
+        self._pending = {}
+
+    def _learn_of(self, pending: _Pending, came: Sequence[int]) -> None:
+        """Of all tokens that were guessed in the places of those that came, verified or not."""
+        request_id, guess = pending
+        parent = -1
+        for token_id in came:
+            right = None
+            for number, above in enumerate(guess.parents):
+                if above == parent:
+                    is_right = guess.token_ids[number] == token_id
+                    self._acceptance.observe(request_id, guess.kinds[number], is_right)
+                    right = number if is_right else right
+            if right is None:
+                return
+            parent = right
+
+    def forget(self, request_id: str) -> None:
+        """See octavo.core.protocols.Proposer."""
+        self._acceptance.forget(request_id)
+
+
+def _came(grant: Grant, result: GrantResult) -> list[int]:
+    """The tokens that a sequence got in a step."""
+    accepted = accepted_drafts(grant, result.rows)
+    rows = [row for row in result.rows if row.draws][-grant.num_drafts - 1 :]
+    return [rows[n].draws[0].token_id for n in (0, *(number + 1 for number in accepted)) if n < len(rows)]
+
+
+def part_of(guess: Guess, numbers: Sequence[int]) -> Draft:
+    """Some of the tokens of a guess; with each all that it follows."""
+    places: Mapping[int, int] = {number: place for place, number in enumerate(numbers)} | {-1: -1}
+    token_ids = tuple(guess.token_ids[n] for n in numbers)
+    return Draft(token_ids, tuple(places[guess.parents[n]] for n in numbers))
+
+
+def first_estimates() -> list[float]:
+    """By kind, before anything was seen: longer suffixes and continuations without an alternative are likelier."""
+    by_length = (0.1, 0.15, 0.35, 0.6, 0.8, 0.9)
+    by_share = (0.4, 0.7, 1.0)
+    return [length * share for _ in range(2) for length in by_length for share in by_share]
