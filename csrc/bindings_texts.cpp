@@ -160,15 +160,17 @@ void bind_texts(nb::module_& m) {
           "How long a suffix of the text occurs before, up to `max_length`, and what followed it first.")
       .def(
           "guess",
-          [](const SuffixAutomaton& self, std::tuple<int32_t, int32_t> match, int32_t max_tokens, float min_share,
-             int32_t branches) {
-            auto guess =
-                self.guess(self.checked({std::get<0>(match), std::get<1>(match)}), max_tokens, min_share, branches);
-            return std::make_tuple(std::move(guess.tokens), std::move(guess.parents), std::move(guess.lengths),
-                                   std::move(guess.shares));
+          [](const SuffixAutomaton& self, std::tuple<int32_t, int32_t> match, int32_t max_tokens,
+             const std::vector<float>& rates, float min_chance, float min_share, int32_t branches) {
+            auto guess = self.guess(self.checked({std::get<0>(match), std::get<1>(match)}), max_tokens, rates,
+                                    min_chance, min_share, branches);
+            return std::make_tuple(std::move(guess.tokens), std::move(guess.parents), std::move(guess.kinds),
+                                   std::move(guess.chances));
           },
-          nb::arg("match"), nb::arg("max_tokens"), nb::arg("min_share"), nb::arg("branches") = 1,
-          "(tokens, parents, lengths, shares) of what may follow a match, the likeliest first.")
+          nb::arg("match"), nb::arg("max_tokens"), nb::arg("rates"), nb::arg("min_chance"), nb::arg("min_share"),
+          nb::arg("branches") = 1, "(tokens, parents, kinds, chances) of what may follow a match, the likeliest first.")
+      .def_static("kind_of", &SuffixAutomaton::kind_of, nb::arg("length"), nb::arg("taken"), nb::arg("of_all"),
+                  "Of a guess, by which its chance is known.")
       .def_prop_ro("num_tokens", [](const SuffixAutomaton& self) { return self.tokens().size(); })
       .def_prop_ro("nbytes", &SuffixAutomaton::nbytes);
 }

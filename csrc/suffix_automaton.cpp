@@ -138,35 +138,44 @@ std::pair<int32_t, int32_t> SuffixAutomaton::earliest(int32_t max_length) const 
   return {states_[match.state].first_end, std::min(states_[match.state].length, max_length)};
 }
 
-SuffixAutomaton::Guess SuffixAutomaton::guess(Match match, int32_t max_tokens, float min_share,
-                                              int32_t branches) const {
+int32_t SuffixAutomaton::kind_of(int32_t length, int32_t taken, int32_t of_all) {
+  int32_t of_length = 0;
+  while (of_length < kLengths - 1 && length >> of_length != 0) ++of_length;
+  return of_length * kShares + (taken == of_all ? 2 : 2 * taken >= of_all ? 1 : 0);
+}
+
+SuffixAutomaton::Guess SuffixAutomaton::guess(Match match, int32_t max_tokens, const std::vector<float>& rates,
+                                              float min_chance, float min_share, int32_t branches) const {
   struct Candidate {
-    float share;  // product of all shares down to it
-    int32_t order, edge, parent, length;
+    float chance, share;  // products of all down to it
+    int32_t order, edge, parent, length, kind;
     bool operator<(const Candidate& other) const {  // of equals the one found first
-      return share != other.share ? share < other.share : order > other.order;
+      return chance != other.chance ? chance < other.chance : order > other.order;
     }
   };
+  if (rates.size() != static_cast<std::size_t>(kKinds)) throw std::invalid_argument("guess: a rate for each kind");
   Guess found;
   std::priority_queue<Candidate> open;
   int32_t order = 0;
-  std::vector<float> own_shares;  // by order
-  const auto expand = [&](int32_t state, int32_t length, int32_t parent, float share) {
+  std::vector<int32_t> others;
+  const auto expand = [&](int32_t state, int32_t length, int32_t parent, float chance, float share) {
     while (state > 0 && states_[state].best == kNone) {  // the text's end
       state = states_[state].link;
       length = states_[state].length;
     }
     if (state <= 0) return;
     const State& from = states_[state];
-    const auto offer = [&](int32_t edge) {
-      const float of_all = static_cast<float>(edges_[edge].taken) / static_cast<float>(from.taken);
-      if (edges_[edge].token < 0 || edges_[edge].taken == 0 || share * of_all < min_share) return;
-      open.push({share * of_all, order++, edge, parent, length});
-      own_shares.push_back(of_all);
+    const auto offer = [&](int32_t number) {
+      const Edge& edge = edges_[number];
+      if (edge.token < 0 || edge.taken == 0) return;
+      const int32_t kind = kind_of(length, edge.taken, from.taken);
+      const float mine = chance * rates[static_cast<std::size_t>(kind)];
+      const float of_all = share * static_cast<float>(edge.taken) / static_cast<float>(from.taken);
+      if (mine >= min_chance && of_all >= min_share) open.push({mine, of_all, order++, number, parent, length, kind});
     };
     offer(from.best);
-    if (branches < 2) return;
-    std::vector<int32_t> others;
+    if (branches < 2 || edges_[from.best].taken == from.taken) return;
+    others.clear();
     int looked_at = 0;
     for (int32_t e = from.edges; e != kNone && looked_at < kLookedAt; e = edges_[e].next, ++looked_at) {
       if (e != from.best) others.push_back(e);
@@ -175,7 +184,7 @@ SuffixAutomaton::Guess SuffixAutomaton::guess(Match match, int32_t max_tokens, f
                      [&](int32_t a, int32_t b) { return edges_[a].taken > edges_[b].taken; });
     for (int32_t n = 0; n < static_cast<int32_t>(others.size()) && n < branches - 1; ++n) offer(others[n]);
   };
-  expand(match.state, match.length, -1, 1.0f);
+  expand(match.state, match.length, -1, 1.0f, 1.0f);
   while (!open.empty() && static_cast<int32_t>(found.tokens.size()) < max_tokens) {
     const Candidate next = open.top();
     open.pop();
@@ -183,9 +192,9 @@ SuffixAutomaton::Guess SuffixAutomaton::guess(Match match, int32_t max_tokens, f
     const int32_t index = static_cast<int32_t>(found.tokens.size());
     found.tokens.push_back(edge.token);
     found.parents.push_back(next.parent);
-    found.lengths.push_back(next.length);
-    found.shares.push_back(own_shares[next.order]);
-    expand(edge.target, next.length + 1, index, next.share);
+    found.kinds.push_back(next.kind);
+    found.chances.push_back(next.chance);
+    expand(edge.target, next.length + 1, index, next.chance, next.share);
   }
   return found;
 }

@@ -18,12 +18,16 @@ class SuffixAutomaton {
     int32_t length = 0;
   };
   // Guesses of what follows: token i comes after token parents[i], -1: after the match. A token's parent stands before
-  // it. `shares`: of the times that something followed a parent (behind all that was matched), how often it was this
-  // token. `lengths`: of what was matched before the token, all above it included.
+  // it. `kinds`: see kind_of. `chances`: that a token and all it follows come true.
   struct Guess {
-    std::vector<int32_t> tokens, parents, lengths;
-    std::vector<float> shares;
+    std::vector<int32_t> tokens, parents, kinds;
+    std::vector<float> chances;
   };
+
+  // What the chance of a guess depends on: the length of what was matched before it (0, 1, 2-3, 4-7, 8-15, more), and
+  // of the times that something followed, how often it was this token (less than half, more, always).
+  static constexpr int32_t kLengths = 6, kShares = 3, kKinds = kLengths * kShares;
+  static int32_t kind_of(int32_t length, int32_t taken, int32_t of_all);
 
   SuffixAutomaton();
 
@@ -44,10 +48,12 @@ class SuffixAutomaton {
   // suffix's length; length 0 if none occurs before the end.
   std::pair<int32_t, int32_t> earliest(int32_t max_length) const;
 
-  // The likeliest continuations: at most so many tokens, none less likely than `min_share` (the product of the shares
-  // down to it), each parent with at most so many branches. Where the text ends the guess goes on from the longest
-  // suffix that went on, so that a text that repeats itself is guessed for more than one round.
-  Guess guess(Match match, int32_t max_tokens, float min_share, int32_t branches) const;
+  // The likeliest continuations: at most so many tokens, of each parent at most so many branches. `rates` [kKinds]: how
+  // often guesses of a kind come true. None is less likely than `min_chance`, nor is the product of its and its
+  // parents' shares less than `min_share`. Where the text ends the guess goes on from the longest suffix that went on,
+  // so that a text that repeats itself is guessed for more than one round.
+  Guess guess(Match match, int32_t max_tokens, const std::vector<float>& rates, float min_chance, float min_share,
+              int32_t branches) const;
 
   // A match as a caller had it from here; throws std::out_of_range for one that cannot be.
   Match checked(Match match) const;

@@ -123,8 +123,16 @@ class SuffixAutomaton:
     def follow(self, match: _Match, tokens: Sequence[int]) -> _Match: ...
     def earliest(self, max_length: int, max_tokens: int) -> tuple[int, list[int]]: ...
     def guess(
-        self, match: _Match, max_tokens: int, min_share: float, branches: int = 1
+        self,
+        match: _Match,
+        max_tokens: int,
+        rates: Sequence[float],
+        min_chance: float,
+        min_share: float,
+        branches: int = 1,
     ) -> tuple[list[int], list[int], list[int], list[float]]: ...
+    @staticmethod
+    def kind_of(length: int, taken: int, of_all: int) -> int: ...
     @property
     def num_tokens(self) -> int: ...
     @property

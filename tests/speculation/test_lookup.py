@@ -34,8 +34,8 @@ class Sequences:
 
 
 def guess(drafter: Drafter, sequence: Sequence, most: int = 4, namespace: Namespace = SHARED) -> list[int]:
-    found = drafter.guess(Asked(sequence, "r", namespace, DRAW, most), most)
-    assert len(found.token_ids) == len(found.kinds) == len(found.parents) <= most
+    found = drafter.guess(Asked(sequence, "r", namespace, DRAW, most), most, [1.0] * len(drafter.first_rates))
+    assert len(found.token_ids) == len(found.kinds) == len(found.parents) == len(found.chances) <= most
     assert all(parent < number for number, parent in enumerate(found.parents))
     return found.token_ids
 

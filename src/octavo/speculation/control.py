@@ -1,21 +1,26 @@
 """How many guessed tokens pay: learnt from how often guesses come true and what steps cost, on this machine, now.
 
 A step of R rows takes T(R) seconds. Of the tokens guessed, each comes true with a probability; it counts only if those
-before it do. Adding the likeliest m of all sequences' guesses to a step makes it give D + p_1 + ... + p_m tokens, where
-D sequences draw, in T(R + m): the m of most tokens a second is taken (goodput, as in SmartSpec; Liu et al., 2024).
-Probabilities are learnt from all guesses, verified or not: what came shows whether a guess would have come true.
+before it do. With m guesses in a step each of its S sequences waits longer, by T(R + m) / T(R), and a sequence gets
+1 + p_1 + p_2 + ... tokens instead of one. Taken is what makes the product of all sequences' speeds greatest
+(proportional fairness; Kelly, 1997): one sequence alone gets most tokens a second, and of many none is slowed down for
+the sake of a few. Probabilities are learnt from all guesses, verified or not: what came shows whether a guess would
+have come true.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
 _EXACT = 16  # rows up to which each number has a time of its own
 _FIRST = 4  # observations of a number of rows whose mean is taken
-_LEAST_GAIN = 1.15  # tokens a second of what is added, over those of the step without: a prediction of less is noise
-_LIKELY = 0.02  # tokens less probable are not looked at
+_LEAST_GAIN = 0.03  # of the logarithm of a speed: a prediction of less is noise
+_MOST_AT_ONCE = 256  # guesses in a step
+_MOST = 0.995  # no guess is surer
 _REMEMBERED = 256.0  # guesses of a kind, of all requests
 _OF_REQUEST = 32.0  # guesses of a request
 _PRIOR = 4.0  # guesses that a kind's first estimate, and a request's, counts as
@@ -80,29 +85,27 @@ def _rounded(rows: int) -> int:
 
 
 class Acceptance:
-    """How probable guesses are, by kind, and how much more or less so for a request."""
+    """How often guesses come true, by kind, and how much more or less often for a request."""
 
     def __init__(self, first: Sequence[float]) -> None:
         """`first`: by kind, an estimate to begin with."""
-        self._true = [_PRIOR * one for one in first]
-        self._all = [_PRIOR] * len(first)
+        self._rates = list(first)
+        self._weights = [_PRIOR] * len(self._rates)  # how many guesses an estimate counts as
         self._requests: dict[str, tuple[float, float]] = {}  # request id -> (came true, expected to)
 
-    def probability(self, request_id: str, kind: int) -> float:
+    def rates(self, request_id: str) -> list[float]:
+        """By kind, for a request."""
         true, expected = self._requests.get(request_id, (0.0, 0.0))
-        of_kind = self._true[kind] / self._all[kind]
-        return min(of_kind * (true + _PRIOR) / (expected + _PRIOR), 0.995)
+        factor = (true + _PRIOR) / (expected + _PRIOR)
+        return [rate * factor if rate * factor < _MOST else _MOST for rate in self._rates]
 
     def observe(self, request_id: str, kind: int, came_true: bool) -> None:
+        rate, weight = self._rates[kind], self._weights[kind]
         true, expected = self._requests.get(request_id, (0.0, 0.0))
         keep = 1 - 1 / _OF_REQUEST
-        self._requests[request_id] = (
-            true * keep + came_true,
-            expected * keep + self._true[kind] / self._all[kind],
-        )
-        keep = min(_REMEMBERED / (self._all[kind] + 1), 1.0)
-        self._true[kind] = (self._true[kind] + came_true) * keep
-        self._all[kind] = (self._all[kind] + 1) * keep
+        self._requests[request_id] = true * keep + came_true, expected * keep + rate
+        self._rates[kind] = rate + (came_true - rate) / (weight + 1)
+        self._weights[kind] = min(weight + 1, _REMEMBERED)
 
     def forget(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -136,34 +139,42 @@ class Brake:
 
 
 def choose(
-    probabilities: Mapping[int, Sequence[float]], num_rows: int, num_drawing: int, costs: StepCosts
+    guesses: Mapping[int, tuple[Sequence[int], Sequence[float]]], num_rows: int, num_sequences: int, costs: StepCosts
 ) -> dict[int, list[int]]:
     """Which of each sequence's guessed tokens go into a step: their numbers, ascending, by sequence id.
 
     Args:
-        probabilities: by sequence id, of each token that it and all that it follows come true; none is more probable
-            than what it follows.
-        num_rows, num_drawing: rows of the step without guesses, and sequences that draw a token in it.
+        guesses: by sequence id, of each token which one it follows (-1: the sequence), and the chance that it and all
+            that it follows come true, which is not above that of what it follows.
+        num_rows, num_sequences: rows of the step without guesses, and sequences in it.
     """
-    likely = [
-        (-probability, number, sequence_id)
-        for sequence_id, each in probabilities.items()
-        for number, probability in enumerate(each)
-        if probability >= _LIKELY
-    ]
-    likely.sort()
+    waiting: list[tuple[float, int, int, int]] = []  # (what it gains, sequence id, place in the order, number)
+    orders: dict[int, list[int]] = {}
+    tokens = dict.fromkeys(guesses, 1.0)
+    for sequence_id, (_, chances) in guesses.items():
+        order = orders[sequence_id] = sorted(range(len(chances)), key=lambda n: (-chances[n], n))
+        if order:
+            waiting.append((-math.log1p(chances[order[0]]), sequence_id, 0, order[0]))
+    heapq.heapify(waiting)
     plain = costs.of(num_rows)
-    tokens = float(num_drawing)
-    if num_rows > num_drawing:  # prompts are worth the time that they take
-        tokens += num_drawing * max(plain / costs.of(num_drawing) - 1, 0.0)
-    best, most = 0, tokens / plain
-    worth, added = most * _LEAST_GAIN, 0.0
-    for number, (negative, _, _) in enumerate(likely, 1):
-        added -= negative
-        seconds = costs.of(num_rows + number)
-        if (goodput := (tokens + added) / seconds) > most and added > (seconds - plain) * worth:
-            best, most = number, goodput
+    best, most, gained = 0, _LEAST_GAIN, 0.0
+    taken: list[tuple[int, int]] = []
+    while waiting and len(taken) < _MOST_AT_ONCE:
+        gain, sequence_id, place, number = heapq.heappop(waiting)
+        if gain > -_LEAST_GAIN:
+            break
+        gained -= gain
+        taken.append((sequence_id, number))
+        chances, order = guesses[sequence_id][1], orders[sequence_id]
+        tokens[sequence_id] += chances[number]
+        if place + 1 < len(order):
+            following = order[place + 1]
+            gain = -math.log1p(chances[following] / tokens[sequence_id])
+            heapq.heappush(waiting, (gain, sequence_id, place + 1, following))
+        value = gained - num_sequences * math.log(costs.of(num_rows + len(taken)) / plain)
+        if value > most:
+            best, most = len(taken), value
     chosen: dict[int, list[int]] = {}
-    for _, number, sequence_id in likely[:best]:
+    for sequence_id, number in taken[:best]:
         chosen.setdefault(sequence_id, []).append(number)
     return {sequence_id: sorted(numbers) for sequence_id, numbers in chosen.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from octavo.core.proposer import Asked
@@ -13,20 +14,21 @@ class Guess(NamedTuple):
     token_ids: list[int]
     parents: list[int]  # of each the number of the one that it follows, before it; -1: the sequence
     kinds: list[int]  # of each: how often guesses of a kind come true is learnt
-
-    @classmethod
-    def chain(cls, token_ids: list[int], kinds: list[int]) -> Guess:
-        return cls(token_ids, list(range(-1, len(token_ids) - 1)), kinds)
+    chances: list[float]  # of each: that it and all that it follows come true
 
 
-NO_GUESS = Guess([], [], [])
+NO_GUESS = Guess([], [], [], [])
 
 
 class Drafter(Protocol):
     """Guesses for one sequence at a time, between two steps; what it costs is engine time."""
 
-    def guess(self, asked: Asked, max_tokens: int) -> Guess: ...
+    first_rates: Sequence[float]  # by kind: how often its guesses may come true, before any was seen
 
-    def sweep(self) -> list[int]:
-        """Forget sequences that have ended; their ids."""
+    def guess(self, asked: Asked, max_tokens: int, rates: list[float]) -> Guess:
+        """At most so many tokens. `rates`: how often those of each kind come true."""
+        ...
+
+    def sweep(self) -> None:
+        """Forget sequences that have ended."""
         ...

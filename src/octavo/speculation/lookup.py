@@ -19,15 +19,10 @@ from octavo.core.speculation import SpeculativeConfig
 from octavo.speculation.drafter import NO_GUESS, Guess
 
 _MAX_NAMESPACES = 64  # whose past outputs are kept; the one used longest ago goes first
-_LENGTHS = 6  # classes of how long a suffix was found: 0, 1, 2-3, 4-7, 8-15, 16 and more
-_SHARES = 3  # of how many of the continuations were the one that is guessed
-NUM_KINDS = 2 * _LENGTHS * _SHARES
-
-
-def kind_of(length: int, share: float, from_past: bool = False) -> int:
-    """The kind of a guess: what its probability depends on."""
-    of_share = 2 if share > 0.99 else 1 if share >= 0.5 else 0
-    return (min(length.bit_length(), _LENGTHS - 1) + _LENGTHS * from_past) * _SHARES + of_share
+_LEAST_CHANCE = 0.02  # guesses less likely than this are not made
+# By kind (`SuffixAutomaton.kind_of`): longer suffixes and continuations without an alternative are likelier.
+_FIRST_RATES = [length * share for length in (0.1, 0.15, 0.35, 0.6, 0.8, 0.9) for share in (0.4, 0.7, 1.0)]
+_NUM_KINDS = len(_FIRST_RATES)
 
 
 class OwnText:
@@ -77,17 +72,26 @@ def text_of(sequence: Sequence) -> SuffixAutomaton:
 class NGram:
     """The Drafter of prompt lookup."""
 
+    first_rates: SequenceOf[float] = _FIRST_RATES
+
     def __init__(self, config: SpeculativeConfig) -> None:
         self._least, self._most = config.lookup
 
-    def guess(self, asked: Asked, max_tokens: int) -> Guess:
+    def guess(self, asked: Asked, max_tokens: int, rates: list[float]) -> Guess:
         length, token_ids = text_of(asked.sequence).earliest(self._most, max_tokens)
         if length < self._least:
             return NO_GUESS
-        return Guess.chain(token_ids, [kind_of(length + n, 1.0) for n in range(len(token_ids))])
+        kinds: list[int] = []
+        chances: list[float] = []
+        chance = 1.0
+        for number in range(len(token_ids)):
+            kind = SuffixAutomaton.kind_of(length + number, 1, 1)
+            chance *= rates[kind]
+            kinds.append(kind)
+            chances.append(chance)
+        return Guess(token_ids, list(range(-1, len(token_ids) - 1)), kinds, chances)
 
-    def sweep(self) -> list[int]:
-        return []
+    def sweep(self) -> None: ...
 
 
 class _Past:
@@ -130,6 +134,8 @@ class _Following:
 class Suffix:
     """The Drafter of suffix decoding."""
 
+    first_rates: SequenceOf[float] = (*_FIRST_RATES, *_FIRST_RATES)  # in its own text, and in the past
+
     def __init__(self, config: SpeculativeConfig) -> None:
         self._min_share = config.suffix_decoding_min_token_prob
         self._branches = config.max_branches
@@ -138,18 +144,22 @@ class Suffix:
         self._past: OrderedDict[Namespace, _Past] = OrderedDict()
         self._following: dict[int, _Following] = {}  # by sequence id
 
-    def guess(self, asked: Asked, max_tokens: int) -> Guess:
+    def guess(self, asked: Asked, max_tokens: int, rates: list[float]) -> Guess:
         own = text_of(asked.sequence)
-        found, match, from_past = own, own.own(), False
+        found, match, first_kind = own, own.own(), 0
         if self._max_outputs:
             for past, at in self._past_matches(asked):
                 if at[1] > match[1]:
-                    found, match, from_past = past, at, True
+                    found, match, first_kind = past, at, _NUM_KINDS
         if not match[1]:
             return NO_GUESS
-        token_ids, parents, lengths, shares = found.guess(match, max_tokens, self._min_share, self._branches)
-        kinds = [kind_of(length, share, from_past) for length, share in zip(lengths, shares, strict=True)]
-        return Guess(token_ids, parents, kinds)
+        of_kinds = rates[first_kind : first_kind + _NUM_KINDS]
+        token_ids, parents, kinds, chances = found.guess(
+            match, max_tokens, of_kinds, _LEAST_CHANCE, self._min_share, self._branches
+        )
+        if first_kind:
+            kinds = [first_kind + kind for kind in kinds]
+        return Guess(token_ids, parents, kinds, chances)
 
     def _past_matches(self, asked: Asked) -> list[tuple[SuffixAutomaton, tuple[int, int]]]:
         """In each generation of its namespace's past."""
@@ -174,14 +184,13 @@ class Suffix:
         following.num_followed = len(token_ids)
         return list(zip(past.generations, following.matches, strict=True))
 
-    def sweep(self) -> list[int]:
+    def sweep(self) -> None:
         ended = [n for n, following in self._following.items() if following.sequence.dropped]
         for sequence_id in ended:
             following = self._following.pop(sequence_id)
             output = following.sequence.token_ids[following.num_prompt_tokens :]
             if output and not following.namespace.is_private:
                 self._remember(following.namespace, output)
-        return ended
 
     def _remember(self, namespace: Namespace, output: list[int]) -> None:
         past = self._past.setdefault(namespace, _Past())

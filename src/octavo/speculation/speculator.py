@@ -18,6 +18,9 @@ class _Pending(NamedTuple):
     guess: Guess
 
 
+_LOOKS = 3  # steps in which a sequence is not looked at, at most, after nothing was found that pays
+
+
 class Speculator:
     """See the module."""
 
@@ -27,37 +30,53 @@ class Speculator:
         self._drafter: Drafter = lookup.NGram(config) if config.method == "ngram" else lookup.Suffix(config)
         self._most = config.max_drafts
         self._adaptive = config.adaptive
-        self._acceptance = Acceptance(first_estimates())
+        self._acceptance = Acceptance(self._drafter.first_rates)
         self._brake = Brake()
         self._pending: dict[int, _Pending] = {}  # by sequence id: what was guessed for the step under way
         self._drawing = 0  # sequences that draw in it
+        self._rest: dict[int, tuple[int, int]] = {}  # sequence id -> (steps left without a look, steps the next time)
 
     def propose(self, asked: Sequence[Asked], num_rows: int, num_drawing: int) -> dict[int, Draft]:
-        """See octavo.core.protocols.Proposer."""
+        """See octavo.core.proposer.Proposer."""
         self._drafter.sweep()
         self._drawing = num_drawing
-        self._pending = {
-            one.sequence.id: _Pending(one.request_id, self._drafter.guess(one, min(one.max_drafts, self._most)))
-            for one in asked
-        }
-        guessed = {n: pending for n, pending in self._pending.items() if pending.guess.token_ids}
+        self._pending = {}
+        for one in asked:
+            if not self._rests(one.sequence.id):
+                rates = self._acceptance.rates(one.request_id)
+                guess = self._drafter.guess(one, min(one.max_drafts, self._most), rates)
+                self._pending[one.sequence.id] = _Pending(one.request_id, guess)
+        guessed = {n: guess for n, (_, guess) in self._pending.items() if guess.token_ids}
         if not self._adaptive:
-            return {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, (_, guess) in guessed.items()}
-        if not guessed or self._brake.holds:
-            return {}
-        chosen = choose({n: self._marginals(*one) for n, one in guessed.items()}, num_rows, num_drawing, self.costs)
-        return {n: part_of(guessed[n].guess, numbers) for n, numbers in chosen.items()}
+            return {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, guess in guessed.items()}
+        chosen: dict[int, list[int]] = {}
+        if guessed and not self._brake.holds:
+            offered = {n: (guess.parents, guess.chances) for n, guess in guessed.items()}
+            chosen = choose(offered, num_rows, num_drawing, self.costs)
+        self._rest_after(chosen)
+        return {n: part_of(guessed[n], numbers) for n, numbers in chosen.items()}
 
-    def _marginals(self, request_id: str, guess: Guess) -> list[float]:
-        """Of each token, how probable it is that it comes true and all that it follows."""
-        found: list[float] = []
-        for parent, kind in zip(guess.parents, guess.kinds, strict=True):
-            above = found[parent] if parent >= 0 else 1.0
-            found.append(above * self._acceptance.probability(request_id, kind))
-        return found
+    def _rests(self, sequence_id: int) -> bool:
+        """Whether a sequence is left alone in this step: looking costs time, and text that did not repeat a moment ago
+        seldom does."""
+        left, following = self._rest.get(sequence_id, (0, 0))
+        if not left:
+            return False
+        self._rest[sequence_id] = left - 1, following
+        return True
+
+    def _rest_after(self, chosen: Mapping[int, list[int]]) -> None:
+        if len(self._rest) > 2 * len(self._pending) + 64:
+            self._rest = {}  # of sequences that ended
+        for sequence_id in self._pending:
+            if sequence_id in chosen:
+                self._rest.pop(sequence_id, None)
+            else:
+                _, steps = self._rest.get(sequence_id, (0, 0))
+                self._rest[sequence_id] = steps, min(steps + 1, _LOOKS)
 
     def learn(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        """See octavo.core.protocols.Proposer."""
+        """See octavo.core.proposer.Proposer."""
         num_drafts = num_accepted = 0
         for grant, of_grant in zip(plan.grants, result.results, strict=True):
             pending = self._pending.get(grant.sequence_id)
@@ -95,7 +114,7 @@ class Speculator:
             parent = right
 
     def forget(self, request_id: str) -> None:
-        """See octavo.core.protocols.Proposer."""
+        """See octavo.core.proposer.Proposer."""
         self._acceptance.forget(request_id)
 
 
@@ -111,10 +130,3 @@ def part_of(guess: Guess, numbers: Sequence[int]) -> Draft:
     places: Mapping[int, int] = {number: place for place, number in enumerate(numbers)} | {-1: -1}
     token_ids = tuple(guess.token_ids[n] for n in numbers)
     return Draft(token_ids, tuple(places[guess.parents[n]] for n in numbers))
-
-
-def first_estimates() -> list[float]:
-    """By kind, before anything was seen: longer suffixes and continuations without an alternative are likelier."""
-    by_length = (0.1, 0.15, 0.35, 0.6, 0.8, 0.9)
-    by_share = (0.4, 0.7, 1.0)
-    return [length * share for _ in range(2) for length in by_length for share in by_share]
