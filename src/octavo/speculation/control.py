@@ -16,9 +16,9 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
-_EXACT = 16  # rows up to which each number has a time of its own
+_EXACT, _TILE = 16, 8  # rows up to which each number has a time of its own, and of which as many have one beyond
 _FIRST = 4  # observations of a number of rows whose mean is taken
-_LEAST_GAIN = 0.03  # of the logarithm of a speed: a prediction of less is noise
+_LEAST_GAIN = 0.03  # of the logarithm of speed, on the average: a prediction of less is noise
 _MOST_AT_ONCE = 256  # guesses in a step
 _MOST = 0.995  # no guess is surer
 _REMEMBERED = 256.0  # guesses of a kind, of all requests
@@ -42,7 +42,7 @@ class StepCosts:
     def observe(self, rows: int, seconds: float) -> None:
         if rows < 1 or seconds <= 0:
             return
-        rows = _rounded(rows)
+        rows = _binned(rows)
         known = self._seconds.get(rows)
         if known is None:
             self._seconds[rows], self._seen[rows] = seconds / self._factor, 1
@@ -60,28 +60,33 @@ class StepCosts:
         """Predicted seconds; before anything was measured, in units of a step of one row."""
         if not self._rows:
             return _shape(rows)
+        rows = _binned(rows)
         at = bisect_left(self._rows, rows)
-        if at == len(self._rows) or (at == 0 and self._rows[0] != rows):
-            nearest = self._rows[min(at, len(self._rows) - 1)]
-            return self._factor * self._seconds[nearest] * _shape(rows) / _shape(nearest)
-        above = self._rows[at]
-        if above == rows:
-            return self._factor * self._seconds[above]
+        if at == len(self._rows):
+            last = self._rows[-1]
+            return self._factor * self._seconds[last] * _shape(rows) / _shape(last)
+        # Of what was measured once, in a bad moment, more rows that took less time are the witness.
+        above = min(self._seconds[more] for more in self._rows[at:])
+        if self._rows[at] == rows:
+            return self._factor * above
+        if at == 0:
+            return self._factor * above * _shape(rows) / _shape(self._rows[0])
         below = self._rows[at - 1]
-        share = (rows - below) / (above - below)
-        return self._factor * (self._seconds[below] * (1 - share) + self._seconds[above] * share)
+        share = (rows - below) / (self._rows[at] - below)
+        return self._factor * (min(self._seconds[below], above) * (1 - share) + above * share)
 
 
 def _shape(rows: int) -> float:
     return 1 + _ROW * (rows - 1)
 
 
-def _rounded(rows: int) -> int:
-    """To four steps between two powers of two."""
+def _binned(rows: int) -> int:
+    """The most rows that are taken to cost the same: kernels work on tiles of eight, and in long steps a few more or
+    less do not count."""
     if rows <= _EXACT:
         return rows
-    unit = 1 << (rows.bit_length() - 3)
-    return (rows + unit // 2) // unit * unit
+    unit = max(_TILE, 1 << (rows.bit_length() - 4))
+    return -(-rows // unit) * unit
 
 
 class Acceptance:
@@ -157,7 +162,7 @@ def choose(
             waiting.append((-math.log1p(chances[order[0]]), sequence_id, 0, order[0]))
     heapq.heapify(waiting)
     plain = costs.of(num_rows)
-    best, most, gained = 0, _LEAST_GAIN, 0.0
+    best, most, gained = 0, _LEAST_GAIN * num_sequences, 0.0
     taken: list[tuple[int, int]] = []
     while waiting and len(taken) < _MOST_AT_ONCE:
         gain, sequence_id, place, number = heapq.heappop(waiting)
