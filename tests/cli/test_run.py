@@ -129,6 +129,16 @@ def test_speed_is_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> N
     assert out == invoke("run", "--model", tiny_llama_dir, "hello", *LIMIT).out
 
 
+def test_guesses_are_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -> None:
+    flags = ("--model", tiny_llama_dir, "one two one two one two", *LIMIT, "--allowed-token-ids", "65,66,67")
+    guessing = ("--speculative-config", '{"method": "suffix", "adaptive": false}')
+    code, out, err = invoke("run", *flags, *guessing, "-v")
+    assert code == 0 and err.splitlines()[-1].endswith(" guessed tokens accepted")
+    assert out == invoke("run", *flags).out == invoke("run", *flags, *guessing, "--no-speculative-decoding").out
+    code, _, err = invoke("run", *flags, "--speculative-config", '{"method": "magic"}')
+    assert code == 2 and "speculative_config.method: must be one of ngram, suffix, not" in err
+
+
 # --- JSON ---
 
 

@@ -155,3 +155,31 @@ def test_a_beam_search_says_why_it_is_refused(tiny_dir: Path) -> None:
     with LLM(str(tiny_dir), max_model_len=64) as llm:
         (plain,) = llm.beam_search(["hello"], BeamSearchParams(beam_width=2, max_tokens=4))
     assert [one.token_ids for one in allowed.outputs] == [one.token_ids for one in plain.outputs]
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_the_real_model(smollm2_path: Path, method: str) -> None:
+    """Fifty-two prompts, greedy and drawn, some of which are copied in part."""
+    words = "Water is a chemical compound. A molecule of water has one atom of oxygen and two of hydrogen.".split()
+    rng = random.Random(method)
+    prompts = []
+    for _ in range(52):
+        passage = " ".join(rng.choice(words) for _ in range(rng.randint(4, 20)))
+        prompts.append(
+            rng.choice(["{0}\n\nOnce more: {0}\n\nOnce more:", "{0}", "Say it twice. {0} {0}"]).format(passage)
+        )
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.7}, {"temperature": 1.2, "top_p": 0.9}]
+    kinds.append({"temperature": 0.7, "repetition_penalty": 1.1, "presence_penalty": 0.2})
+    params = [
+        SamplingParams(**kinds[number % 4], seed=number, max_tokens=24, logprobs=1, ignore_eos=True)
+        for number in range(len(prompts))
+    ]
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16}
+    with LLM(str(smollm2_path), **settings) as llm:
+        plain = llm.generate(prompts, params)
+    config = {"method": method, "num_speculative_tokens": 4, "adaptive": False}
+    with LLM(str(smollm2_path), **settings, speculative_config=config) as llm:
+        guessed = llm.generate(prompts, params)
+        stats = llm.speculation_stats
+    assert [all_of(one) for one in guessed] == [all_of(one) for one in plain]
+    assert stats is not None and 50 < stats.num_accepted_tokens < stats.num_draft_tokens - 50

@@ -82,3 +82,27 @@ async def test_the_engine_tells_of_itself(served: ServedLLM) -> None:
     assert figures["octavo_num_requests_running"] == figures["octavo_engine_restarts"] == 0
     await until(lambda: read(served)["octavo_prefix_cache_queries_total"] > 0)
     assert read(served)["octavo_computed_tokens_total"] > 0
+
+
+async def test_guesses_are_counted(tiny_dir: Path, served: ServedLLM) -> None:
+    """Also through the wire between the server and its engine; without speculative_config nothing is told."""
+    assert not any("spec_decode" in name for name in read(served)) and served.speculation_stats is None
+    llm = ServedLLM(str(tiny_dir), **SETTINGS, speculative_config={"method": "suffix", "adaptive": False})
+    llm.metrics = Metrics(llm.figures, "tiny", vllm_names=True)
+    try:
+        few = SamplingParams(temperature=1, seed=3, max_tokens=40, allowed_token_ids=[65, 66], ignore_eos=True)
+        output = await last(llm, "ABABABABAB", few)
+        await until(lambda: read(llm).get("octavo_spec_decode_num_drafts_total", 0) > 0)
+        await until(lambda: read(llm)["octavo_num_requests_running"] == 0)
+        figures = read(llm)
+        drafted, accepted = output.metrics.num_draft_tokens, output.metrics.num_accepted_tokens
+        assert figures["octavo_spec_decode_num_draft_tokens_total"] == drafted > accepted > 0
+        assert figures["octavo_spec_decode_num_accepted_tokens_total"] == accepted
+        by_position = [v for n, v in figures.items() if n.startswith("octavo_spec_decode_num_accepted_tokens_per_pos")]
+        assert sum(v for v in by_position if v < 1e9) == accepted
+        assert figures["octavo_spec_decode_tokens_per_step"] > 1
+        assert figures["vllm:spec_decode_num_drafts_total"] == figures["octavo_spec_decode_num_drafts_total"]
+        stats = llm.speculation_stats
+        assert stats is not None and stats.num_accepted_tokens == accepted
+    finally:
+        llm.close()
