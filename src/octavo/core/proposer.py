@@ -24,12 +24,11 @@ class Asked(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Tokens that may follow a sequence, the first of them its last token."""
+    """Tokens that may follow a sequence: a chain, or a tree with the number of each one's parent, which stands before it;
+    -1: it follows the sequence."""
 
     token_ids: tuple[int, ...]
-    parents: tuple[
-        int, ...
-    ] = ()  # of each the number of the one that it follows, before it; -1: the sequence; (): a chain
+    parents: tuple[int, ...] = ()  # of a chain none
 
     def first(self, count: int) -> Draft:
         """At most so many of them; a tree that is a chain as such."""
