@@ -24,8 +24,8 @@ class Asked(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Tokens that may follow a sequence: a chain, or a tree with the number of each one's parent, which stands before it;
-    -1: it follows the sequence."""
+    """Tokens that may follow a sequence: a chain, or a tree with the number of each one's parent, which stands before
+    it; -1: it follows the sequence."""
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...] = ()  # of a chain none
