@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import octavo
 from octavo.backends.registry import BackendRefusedError, backend, backends
@@ -20,7 +20,7 @@ from octavo.formats.mapping import ModelFile
 from octavo.hub import octavo_home, resolve_model
 from octavo.loading.fingerprint import code_files, fingerprint_of, model_files, versions_of
 from octavo.loading.kept_weights import KeptWeights
-from octavo.loading.loaded_model import LoadedModel
+from octavo.loading.loaded_model import LoadedDraft, LoadedModel
 from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
 from octavo.loading.model_config import model_config
 from octavo.loading.weights import FileWeights
@@ -66,28 +66,66 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
 def loading(config: EngineConfig) -> Iterator[LoadedModel]:
     """Weights are packed on another thread while the block runs. Only after its end may the model compute."""
     path = resolve_model(config.model)
-    with open_weights(path) as file:
+    with ExitStack() as opened:
+        file = opened.enter_context(open_weights(path))
         of_model = model_config(file, path)
         max_model_len = _max_model_len(config, of_model)
         ops = make_ops(config, of_model)
-        loader = FileWeights(ops, of_model, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-        model = family(of_model.architecture).model(of_model, loader)  # takes no memory until it is packed
-        plan = _plan(config, of_model, model, loader.nbytes(), ops, max_model_len)
+        model, loader = _model(ops, of_model, file)
+        draft, draft_parts = None, []
+        if config.speculative_config is not None and config.speculative_config.model is not None:
+            draft_path = resolve_model(config.speculative_config.model)
+            draft_file = opened.enter_context(open_weights(draft_path))
+            of_draft = model_config(draft_file, draft_path)
+            _check_draft(of_model, file, of_draft, draft_file, ops)
+            draft_model, draft_loader = _model(ops, of_draft, draft_file)
+            draft, draft_parts = (
+                LoadedDraft(draft_path, of_draft, draft_model),
+                [(draft_path, draft_file, draft_loader)],
+            )
+        plan = _plan(config, [(of_model, model, loader), *_parts_of(draft, draft_parts)], ops, max_model_len)
         log.info("%s", plan)
-        kept = _kept_weights(config, path, loader.packing)
-        was_loaded = kept.find(loader.packing.nbytes)
-        try:
-            with ThreadPoolExecutor(1) as beside:
-                packed = beside.submit(_pack, loader, file, kept)
-                yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model, was_loaded)
-                packed.result()
-        finally:
-            kept.close()
-        if not was_loaded:  # all of the model is sound, or it would not have come so far
-            kept.write_beside(loader.packing)
+        parts = [
+            (file, loader, opened.enter_context(closing(_kept_weights(config, path, loader.packing))))
+            for path, file, loader in [(path, file, loader), *draft_parts]
+        ]
+        found = [kept.find(loader.packing.nbytes) for _, loader, kept in parts]
+        with ThreadPoolExecutor(1) as beside:
+            packed = [beside.submit(_pack, *part) for part in parts]
+            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model, draft, found[0])
+            for one in packed:
+                one.result()
+        for (_, loader, kept), was_found in zip(parts, found, strict=True):
+            if not was_found:  # all of the model is sound, or it would not have come so far
+                kept.write_beside(loader.packing)
 
 
-def _pack(loader: FileWeights, file: ModelFile, kept: KeptWeights) -> None:
+def _model(ops: Ops, config: ModelConfig, file: ModelFile) -> tuple[Model, FileWeights]:
+    """It takes no memory until it is packed."""
+    loader = FileWeights(ops, config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
+    return family(config.architecture).model(config, loader), loader
+
+
+def _parts_of(draft: LoadedDraft | None, parts: list[Any]) -> list[tuple[ModelConfig, Model, FileWeights]]:
+    return [] if draft is None else [(draft.config, draft.model, parts[0][2])]
+
+
+def _check_draft(
+    of_model: ModelConfig, file: ModelFile, of_draft: ModelConfig, draft_file: ModelFile, ops: Ops
+) -> None:
+    """Whether a small model can guess for the large one. Raises ConfigError."""
+    name = "speculative_config.model"
+    if of_draft.vocab_size != of_model.vocab_size:
+        raise ConfigError(f"{name}: has {of_draft.vocab_size} tokens, and the model {of_model.vocab_size}")
+    key = "tokenizer.ggml.tokens"
+    both = [one.metadata.get(key) for one in (file, draft_file)]
+    if None not in both and both[0] != both[1]:
+        raise ConfigError(f"{name}: its tokens are others than the model's")
+    if (reason := ops.why_not(of_draft)) is not None:
+        raise ConfigError(f"{name}: {reason}")
+
+
+def _pack(file: ModelFile, loader: FileWeights, kept: KeptWeights) -> None:
     loader.finish(kept)
     file.drop_pages()
 
@@ -132,18 +170,23 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
 
 
 def _plan(
-    config: EngineConfig, of_model: ModelConfig, model: Model, weights_bytes: int, ops: Ops, max_model_len: int
+    config: EngineConfig, parts: list[tuple[ModelConfig, Model, FileWeights]], ops: Ops, max_model_len: int
 ) -> MemoryPlan:
-    specs = model.kv_specs
-    layers = partial(layer_states, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
-    rows = min(rows_per_slice(of_model.vocab_size), config.step_tokens)
+    """Of the model, and of one that guesses for it, whose K and V lie in the same blocks."""
+    scratch_bytes = block_bytes = 0
+    for of_model, model, _ in parts:
+        specs = model.kv_specs
+        layers = partial(layer_states, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
+        rows = min(rows_per_slice(of_model.vocab_size), config.step_tokens)
+        scratch_bytes += ops.scratch_nbytes(
+            of_model, layers, config.step_tokens, rows, config.max_num_seqs, max_model_len
+        )
+        block_bytes += sum(ops.kv_nbytes(spec, config.block_size) for spec in specs)
     return plan_memory(
         available_bytes=available_memory(),
-        weights_bytes=weights_bytes,
-        scratch_bytes=ops.scratch_nbytes(
-            of_model, layers, config.step_tokens, rows, config.max_num_seqs, max_model_len
-        ),
-        block_bytes=sum(ops.kv_nbytes(spec, config.block_size) for spec in specs),
+        weights_bytes=sum(loader.nbytes() for _, _, loader in parts),
+        scratch_bytes=scratch_bytes,
+        block_bytes=block_bytes,
         block_size=config.block_size,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -85,7 +85,7 @@ class EngineConfig:
     compute_dtype: str = setting("auto", "type of weights and activations in arithmetic", choices=COMPUTE_DTYPES)
     speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - a field
         None,
-        'how tokens are guessed, as JSON: {"method": "suffix"} or {"method": "ngram"}; null: they are not',
+        'how tokens are guessed, as JSON: {"method": "suffix"}, {"method": "ngram"}, or a draft_model and its model',
         metavar="JSON",
     )
     seed: int | None = setting(None, "seed of requests that give none", low=0, high=2**64 - 1)

@@ -113,6 +113,19 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         hidden_size=loaded.config.hidden_size,
         vocab_size=loaded.config.vocab_size,
     )
+    if loaded.draft is not None:
+        from octavo.runner.draft_model import DraftModel
+
+        small = ModelRunner(
+            loaded.draft.model,
+            loaded.ops,
+            num_blocks=loaded.memory_plan.num_blocks,
+            block_size=config.block_size,
+            hidden_size=loaded.draft.config.hidden_size,
+            vocab_size=loaded.draft.config.vocab_size,
+        )
+        blocks = loaded.memory_plan.num_blocks, config.block_size
+        runner.draft_with(DraftModel(small, *blocks, config.step_tokens, loaded.draft.config.max_position))
     scheduler = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.step_tokens,
@@ -122,7 +135,8 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
     )
     # What is kept beyond this process must not outlive a change that the fingerprint's samples do not show, of the
     # model or of the code.
-    identity = f"{fingerprint} {versions_of([*model_files(loaded.path), *code_files()])}"
+    files = [*model_files(loaded.path), *(model_files(loaded.draft.path) if loaded.draft is not None else ())]
+    identity = f"{fingerprint} {versions_of([*files, *code_files()])}"
     tier = None
     if config.kv_offload_dir is not None:
         tier = BlockFiles(

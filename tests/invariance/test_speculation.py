@@ -27,8 +27,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "adaptive": False,
     },
     "suffix adaptive": {"method": "suffix", "suffix_decoding_max_cached_requests": 50},
+    "draft model": {"method": "draft_model", "num_speculative_tokens": 3, "adaptive": False},
+    "draft model adaptive": {"method": "draft_model"},
 }
-REQUESTS = 180  # for each of the six
+REQUESTS = 180  # for each of them
 KINDS = ("greedy", "0.7", "1.2", "top_p", "penalties")
 
 
@@ -95,17 +97,18 @@ def asked(tiny_gemma3_dir: Path) -> list[tuple[str, list[int], SamplingParams, A
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_over_a_thousand_requests(
-    tiny_gemma3_dir: Path, asked: list[tuple[str, list[int], SamplingParams, Any]], name: str
+    tiny_gemma3_dir: Path, tiny_dir: Path, asked: list[tuple[str, list[int], SamplingParams, Any]], name: str
 ) -> None:
     """In batches, in pools in which somebody is preempted, with chunks, cached prefixes and windows."""
     assert REQUESTS * len(CONFIGS) > 1000
     counts: Counter[str] = Counter()
     rng = random.Random(name)
-    with LLM(str(tiny_gemma3_dir), **SETTINGS) as llm:
+    config = CONFIGS[name] | ({"model": str(tiny_dir)} if "model" in name else {})
+    with LLM(str(tiny_gemma3_dir), **SETTINGS, speculative_config=config) as llm:
         block_bytes = llm.memory_plan.block_bytes
     for first in range(0, REQUESTS, 60):
         settings = SETTINGS | {"kv_cache_memory_bytes": rng.choice([11, 13, 60]) * block_bytes}
-        with LLM(str(tiny_gemma3_dir), **settings, speculative_config=CONFIGS[name]) as llm:
+        with LLM(str(tiny_gemma3_dir), **settings, speculative_config=config) as llm:
             part = asked[first : first + 60]
             for at in range(0, len(part), 12):
                 batch = part[at : at + 12]

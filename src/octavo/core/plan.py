@@ -26,6 +26,7 @@ class BlockLoad(NamedTuple):
 
     block: int
     kv: bytes  # as the executor's own `read_block` gave it
+    token_ids: tuple[int, ...] = ()  # of the block
 
 
 class Grant(NamedTuple):
@@ -48,6 +49,7 @@ class Grant(NamedTuple):
     block_table: tuple[int, ...]  # as of this step; covers positions [0, stop)
     wants: tuple[Wanted, ...] = ()  # of rows of this grant
     num_drafts: int = 0
+    num_lookahead: int = 0  # tokens that a draft model is to guess after this step; the table has room for them
     draft_parents: tuple[int, ...] = ()  # of each the number of the one it follows, -1: the last token; (): a chain
 
     @property
@@ -76,7 +78,9 @@ class Grant(NamedTuple):
         stop = self.first_draft
         wants = tuple(wanted for wanted in self.wants if wanted.stop <= stop)
         token_ids = self.token_ids[: stop - self.start]
-        return self._replace(stop=stop, token_ids=token_ids, wants=wants, num_drafts=0, draft_parents=())
+        return self._replace(
+            stop=stop, token_ids=token_ids, wants=wants, num_drafts=0, num_lookahead=0, draft_parents=()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,7 @@ class GrantResult(NamedTuple):
 
     rows: tuple[RowResult, ...] = ()  # want by want, row by row
     error: str | None = None
+    guess: tuple[int, ...] = ()  # of a draft model: what may follow the last token that was drawn
 
 
 def accepted_drafts(grant: Grant, rows: SequenceOf[RowResult]) -> tuple[int, ...]:

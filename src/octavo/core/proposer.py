@@ -29,11 +29,14 @@ class Draft(NamedTuple):
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...] = ()  # of a chain none
+    lookahead: int = 0  # tokens that a draft model is to guess behind what comes of the step
 
     def first(self, count: int) -> Draft:
         """At most so many of them; a tree that is a chain as such."""
         parents = self.parents[:count]
-        return Draft(self.token_ids[:count], () if parents == tuple(range(-1, len(parents) - 1)) else parents)
+        if parents == tuple(range(-1, len(parents) - 1)):
+            parents = ()
+        return Draft(self.token_ids[:count], parents, self.lookahead)
 
 
 NO_DRAFT = Draft(())

@@ -8,9 +8,9 @@ from typing import ClassVar
 from octavo.core.errors import ConfigError, InvalidRequestError, shown
 from octavo.core.settings import check_settings, setting
 
-METHODS = ("ngram", "suffix")
+METHODS = ("ngram", "suffix", "draft_model")
 MAX_SPECULATIVE_TOKENS = 64
-_DEFAULT_TOKENS = {"ngram": 8, "suffix": 16}
+_DEFAULT_TOKENS = {"ngram": 8, "suffix": 16, "draft_model": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,9 @@ class SpeculativeConfig:
     example: ClassVar[str] = '{"method": "suffix"}'
 
     method: str = setting("suffix", "what guesses", choices=METHODS)
+    model: str | None = setting(
+        None, "of draft_model: a small model with the same vocabulary, named as models are", metavar="MODEL"
+    )
     num_speculative_tokens: int | None = setting(
         None, "most tokens that are guessed at once", low=1, high=MAX_SPECULATIVE_TOKENS
     )
@@ -53,16 +56,20 @@ class SpeculativeConfig:
         least, most = self.lookup
         if least > most:
             raise ConfigError(f"prompt_lookup_min: {least} is more than prompt_lookup_max={most}")
+        if self.method == "draft_model" and not self.model:
+            raise ConfigError("model: is missing; method='draft_model' needs a small model with the same vocabulary")
         for name in self._of_other_methods():
             raise ConfigError(f"{name}: has no effect with method={self.method!r}")
 
     def _of_other_methods(self) -> list[str]:
         """Settings that were given and that this method does not have."""
-        of_ngram = ("prompt_lookup_max", "prompt_lookup_min")
+        owners = {"prompt_lookup_max": "ngram", "prompt_lookup_min": "ngram", "model": "draft_model"}
+        owners |= dict.fromkeys(("max_branches", "max_cached_tokens"), "suffix")
         defaults = {one.name: one.default for one in fields(self)}
-        names = [n for n in defaults if n.startswith("suffix_") or n in ("max_branches", "max_cached_tokens")]
-        others = names if self.method == "ngram" else of_ngram
-        return [name for name in others if getattr(self, name) != defaults[name]]
+        owners |= {name: "suffix" for name in defaults if name.startswith("suffix_")}
+        return [
+            name for name, owner in owners.items() if owner != self.method and getattr(self, name) != defaults[name]
+        ]
 
     @property
     def lookup(self) -> tuple[int, int]:

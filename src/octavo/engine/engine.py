@@ -389,7 +389,7 @@ class Engine:
     def _commit(self, sequence: Sequence, grant: Grant, result: GrantResult) -> SequenceResult:
         """What was computed counts, up to the first draft that differs from what was drawn."""
         stop, token_ids, rows = grant.stop, sequence.token_ids, result.rows
-        if grant.num_drafts:
+        if grant.num_drafts or grant.num_lookahead:
             accepted, first = accepted_drafts(grant, rows), grant.first_draft
             self._count_drafts(grant, len(accepted))
             stop = first + len(accepted)

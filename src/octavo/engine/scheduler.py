@@ -328,9 +328,10 @@ class Scheduler:
             if step.drafts and sequence.is_generating:  # a token is left for each row that may still come
                 draft = step.drafts.get(sequence.id, NO_DRAFT).first(max(step.tokens_left - step.rows_left, 0))
             drafts = draft.token_ids
-            copies = self.kv.allocate(sequence.block_table, start, stop + len(drafts)) if drafts else None
+            room = stop + len(drafts) + draft.lookahead
+            copies = self.kv.allocate(sequence.block_table, start, room) if room > stop else None
             if copies is None:  # nobody makes room for guesses
-                draft, drafts = NO_DRAFT, ()
+                draft, drafts, room = NO_DRAFT, (), stop
                 while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
                     # What is copied takes a block more than what is computed anew.
                     kept = self.kv.give_part_back(sequence.block_table, start) if len(unit) == 1 else start
@@ -350,8 +351,9 @@ class Scheduler:
                     start=start,
                     stop=end,
                     token_ids=(*sequence.token_ids[start:stop], *drafts),
-                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(end)]),
-                    wants=sequence.wants_within(start, stop, *draft),
+                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(room)]),
+                    wants=sequence.wants_within(start, stop, drafts, draft.parents),
+                    num_lookahead=draft.lookahead,
                     num_drafts=len(drafts),
                     draft_parents=draft.parents,
                 )

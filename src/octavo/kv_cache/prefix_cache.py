@@ -288,7 +288,7 @@ class PrefixCache:
             if self._tables.num_available:
                 block = self._tables.allocate_block()
                 self.loads.place(load, block)
-                loads.append(BlockLoad(block, kv))
+                loads.append(BlockLoad(block, kv, load.key))
             elif now - load.since > GIVE_UP_SECONDS:  # nobody makes room for it: it is waited for no more
                 self.loads.end(load, failed=True)
         return tuple(loads)

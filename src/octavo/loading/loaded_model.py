@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from octavo.ops import ModelConfig, Ops
 
 
+class LoadedDraft(NamedTuple):
+    """A small model that guesses for another one."""
+
+    path: Path
+    config: ModelConfig
+    model: Model
+
+
 class LoadedModel(NamedTuple):
     """A model whose weights are in memory, or on their way there."""
 
@@ -23,4 +31,5 @@ class LoadedModel(NamedTuple):
     ops: Ops
     memory_plan: MemoryPlan
     model: Model
+    draft: LoadedDraft | None = None
     was_loaded: bool = False  # before, from these very files: they were checked to be sound

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult, accepted_drafts
+from octavo.core.plan import BlockCopy, BlockLoad, Grant, GrantResult, RowResult, StepPlan, StepResult, accepted_drafts
 from octavo.core.protocols import BlockTier
 from octavo.core.want import FINAL, Hidden
 from octavo.models import Model, layer_states
@@ -18,7 +20,20 @@ from octavo.ops.rows import RowRequest, SamplingError
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch, moves_of
 from octavo.runner.logits import rows_per_slice
 
+log = logging.getLogger(__name__)
+
 Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
+
+
+class Drafter(Protocol):
+    """Guesses what follows the tokens of a step; see octavo.runner.draft_model."""
+
+    @property
+    def layers(self) -> list[KVLayer]: ...
+
+    def prepare(self, copies: Sequence[BlockCopy], loads: Sequence[BlockLoad]) -> None: ...
+
+    def guess(self, plan: StepPlan, results: tuple[GrantResult, ...]) -> tuple[GrantResult, ...]: ...
 
 
 class ModelRunner:
@@ -31,6 +46,8 @@ class ModelRunner:
         self._ops = ops
         self._block_size = block_size
         self._kv: list[KVLayer] = ops.kv_layers(model.kv_specs, num_blocks, block_size)
+        self._blocks: list[KVLayer] = self._kv  # all that lies in a block
+        self._drafter: Drafter | None = None
         self._trunk = ops.capture(lambda batch: layer_states(model, ops, batch, self._kv))
         self._head = ops.capture_rows(lambda x: model.head(ops, x), hidden_size)
         self._rows_per_slice = rows_per_slice(vocab_size)
@@ -39,9 +56,11 @@ class ModelRunner:
         """Copies, then all KV writes and attention layer by layer, then rows. Raises if the step as a whole failed."""
         started = time.perf_counter()
         if plan.copies:
-            self._ops.copy_blocks(self._kv, plan.copies)
+            self._ops.copy_blocks(self._blocks, plan.copies)
         for load in plan.loads:
-            self._ops.write_block(self._kv, load.block, load.kv)
+            self._ops.write_block(self._blocks, load.block, load.kv)
+        if self._drafter is not None:
+            self._drafter.prepare(plan.copies, plan.loads)
         if not plan.grants:
             return StepResult(())
         batch = make_batch(plan.grants, self._block_size)
@@ -52,7 +71,30 @@ class ModelRunner:
         results = self._answer(plan.grants, batch, x, hidden)
         self._move_accepted(plan.grants, results)
         ended = time.perf_counter()
-        return StepResult(results, {"model": computed - started, "sample": ended - computed})
+        timings = {"model": computed - started, "sample": ended - computed}
+        if self._drafter is not None:
+            results = self._with_guesses(plan, results, self._drafter)
+            timings["draft"] = time.perf_counter() - ended
+        return StepResult(results, timings)
+
+    def draft_with(self, drafter: Drafter) -> None:
+        """Have a small model guess; its K and V lie in the same blocks. Before the first step."""
+        self._drafter = drafter
+        self._blocks = [*self._kv, *drafter.layers]
+
+    @property
+    def layers(self) -> list[KVLayer]:
+        """K and V."""
+        return self._kv
+
+    def _with_guesses(
+        self, plan: StepPlan, results: tuple[GrantResult, ...], drafter: Drafter
+    ) -> tuple[GrantResult, ...]:
+        try:
+            return drafter.guess(plan, results)
+        except Exception:  # a guess that cannot be made is nobody's fault
+            log.exception("guessing raised; step %d goes on without", plan.step)
+            return results
 
     def _move_accepted(self, grants: tuple[Grant, ...], results: tuple[GrantResult, ...]) -> None:
         """What came true of draft trees goes where it belongs."""
@@ -65,7 +107,7 @@ class ModelRunner:
 
     def read_block(self, block: int) -> bytes:
         """K and V of one block in all layers, as `BlockLoad` takes them."""
-        return self._ops.read_block(self._kv, block)
+        return self._ops.read_block(self._blocks, block)
 
     def _of_trunk(self, wanted: dict[int, NDArray[np.int32]]) -> dict[int, NDArray[np.int32]]:
         """Rows that the layers are asked for: those after the final norm come from the last."""

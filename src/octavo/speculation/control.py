@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
 _EXACT, _TILE = 16, 8  # rows up to which each number has a time of its own, and of which as many have one beyond
 _FIRST = 4  # observations of a number of rows whose mean is taken
-_LEAST_GAIN = 0.03  # of the logarithm of speed, on the average: a prediction of less is noise
+LEAST_GAIN = 0.03  # of the logarithm of speed, on the average: a prediction of less is noise
 _MOST_AT_ONCE = 256  # guesses in a step
 _MOST = 0.995  # no guess is surer
 _REMEMBERED = 256.0  # guesses of a kind, of all requests
@@ -162,11 +162,11 @@ def choose(
             waiting.append((-math.log1p(chances[order[0]]), sequence_id, 0, order[0]))
     heapq.heapify(waiting)
     plain = costs.of(num_rows)
-    best, most, gained = 0, _LEAST_GAIN * num_sequences, 0.0
+    best, most, gained = 0, LEAST_GAIN * num_sequences, 0.0
     taken: list[tuple[int, int]] = []
     while waiting and len(taken) < _MOST_AT_ONCE:
         gain, sequence_id, place, number = heapq.heappop(waiting)
-        if gain > -_LEAST_GAIN:
+        if gain > -LEAST_GAIN:
             break
         gained -= gain
         taken.append((sequence_id, number))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, accepted_drafts
-from octavo.core.proposer import Asked, Draft, SpeculationStats
+from octavo.core.proposer import NO_DRAFT, Asked, Draft, SpeculationStats
 from octavo.core.speculation import SpeculativeConfig
 from octavo.speculation import lookup
-from octavo.speculation.control import Acceptance, Brake, StepCosts, choose
+from octavo.speculation.control import LEAST_GAIN, Acceptance, Brake, StepCosts, choose
 from octavo.speculation.drafter import Drafter, Guess
+from octavo.speculation.from_model import FromModel
+
+_SEE = 64  # steps after which a model that does not pay guesses a token again
 
 
 class _Pending(NamedTuple):
@@ -27,7 +31,10 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig) -> None:
         self.stats = SpeculationStats()
         self.costs = StepCosts()
-        self._drafter: Drafter = lookup.NGram(config) if config.method == "ngram" else lookup.Suffix(config)
+        self._drafter = _drafter(config)
+        self._from_model = self._drafter if isinstance(self._drafter, FromModel) else None
+        self._draft_seconds = 0.0  # of a model, for a token of each sequence
+        self._steps = 0
         self._most = config.max_drafts
         self._adaptive = config.adaptive
         self._acceptance = Acceptance(self._drafter.first_rates)
@@ -48,13 +55,49 @@ class Speculator:
                 self._pending[one.sequence.id] = _Pending(one.request_id, guess)
         guessed = {n: guess for n, (_, guess) in self._pending.items() if guess.token_ids}
         if not self._adaptive:
-            return {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, guess in guessed.items()}
+            drafts = {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, guess in guessed.items()}
+            return self._with_lookahead(asked, drafts, num_rows)
         chosen: dict[int, list[int]] = {}
         if guessed and not self._brake.holds:
             offered = {n: (guess.parents, guess.chances) for n, guess in guessed.items()}
             chosen = choose(offered, num_rows, num_drawing, self.costs)
+        drafts = {n: part_of(guessed[n], numbers) for n, numbers in chosen.items()}
+        if self._from_model is not None:
+            return self._with_lookahead(asked, drafts, num_rows)
         self._rest_after(chosen)
-        return {n: part_of(guessed[n], numbers) for n, numbers in chosen.items()}
+        return drafts
+
+    def _with_lookahead(self, asked: Sequence[Asked], drafts: dict[int, Draft], num_rows: int) -> dict[int, Draft]:
+        """How many tokens a model is to guess behind this step, for the next one."""
+        if self._from_model is None:
+            return drafts
+        self._steps += 1
+        most = self._most if not self._adaptive else self._worth_drafting(asked, num_rows)
+        for one in asked:
+            draft = drafts.get(one.sequence.id, NO_DRAFT)
+            room = one.max_drafts - 1 - len(draft.token_ids)
+            if min(most, room) > 0:
+                drafts[one.sequence.id] = draft._replace(lookahead=min(most, room))
+        return drafts
+
+    def _worth_drafting(self, asked: Sequence[Asked], num_rows: int) -> int:
+        """The number of tokens whose guessing and verifying pays, by what was seen so far; now and then one, to see."""
+        gained = [0.0] * (self._most + 1)  # logarithms of tokens, over all sequences
+        for request_id in {one.request_id for one in asked}:
+            tokens, chance = 1.0, 1.0
+            for place, rate in enumerate(self._acceptance.rates(request_id)[: self._most], 1):
+                chance *= rate
+                tokens += chance
+                gained[place] += math.log(tokens)
+        plain = self.costs.of(num_rows)
+        best, value = 0, LEAST_GAIN * len(asked)
+        for count in range(1, self._most + 1):
+            seconds = self.costs.of(num_rows + count * len(asked)) + count * self._draft_seconds
+            if (worth := gained[count] - len(asked) * math.log(seconds / plain)) > value:
+                best, value = count, worth
+        if self._brake.holds:
+            best = 0
+        return best or (self._steps % _SEE == 0)
 
     def _rests(self, sequence_id: int) -> bool:
         """Whether a sequence is left alone in this step: looking costs time, and text that did not repeat a moment ago
@@ -83,6 +126,8 @@ class Speculator:
             if pending is None or of_grant.error is not None:
                 continue
             came = _came(grant, of_grant)
+            if self._from_model is not None and came:
+                self._from_model.take(grant.sequence_id, grant.first_draft + len(came), of_grant)
             if not came:
                 continue
             num_drafts += grant.num_drafts
@@ -95,7 +140,11 @@ class Speculator:
             saved = without + num_accepted * self.costs.of(drawing) / drawing - seconds
             self.stats.seconds_saved += saved
             self._brake.observe(seconds, saved)
-        self.costs.observe(plan.num_tokens, seconds)
+        rounds = max((grant.num_lookahead for grant in plan.grants), default=0)
+        drafting = result.timings.get("draft", 0.0)
+        if rounds:
+            self._draft_seconds += (drafting / rounds - self._draft_seconds) * (0.1 if self._draft_seconds else 1.0)
+        self.costs.observe(plan.num_tokens, seconds - drafting)
         self._pending = {}
 
     def _learn_of(self, pending: _Pending, came: Sequence[int]) -> None:
@@ -130,3 +179,12 @@ def part_of(guess: Guess, numbers: Sequence[int]) -> Draft:
     places: Mapping[int, int] = {number: place for place, number in enumerate(numbers)} | {-1: -1}
     token_ids = tuple(guess.token_ids[n] for n in numbers)
     return Draft(token_ids, tuple(places[guess.parents[n]] for n in numbers))
+
+
+def _drafter(config: SpeculativeConfig) -> Drafter:
+    match config.method:
+        case "ngram":
+            return lookup.NGram(config)
+        case "suffix":
+            return lookup.Suffix(config)
+    return FromModel()
