@@ -11,6 +11,7 @@ came after. All of that is for acceptance only: a guess from wrong K and V is a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class DraftModel:
     ) -> None:
         self.runner = runner
         self._max_model_len = max_model_len
+        self.round_seconds: float | None = None  # that a token more of each sequence took last; None: there was none
         self._size = block_size
         self._max_rows = max_rows
         self._tokens = np.full((num_blocks, block_size), -1, np.int32)
@@ -119,9 +121,12 @@ class DraftModel:
         ]
         found: dict[int, list[int]] = {one.number: [] for one in asked}
         going = self._read_up(plan.step, asked, found)
+        self.round_seconds = None
         for depth in range(1, max((one.most for one in going), default=0)):
             going = [one for one in going if depth < one.most and len(found[one.number]) == depth]
+            started = time.perf_counter()
             self._draw(plan.step, going, found)
+            self.round_seconds = time.perf_counter() - started
         return tuple(
             result._replace(guess=tuple(found[index])) if found.get(index) else result
             for index, result in enumerate(results)

@@ -28,6 +28,8 @@ Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows
 class Drafter(Protocol):
     """Guesses what follows the tokens of a step; see octavo.runner.draft_model."""
 
+    round_seconds: float | None  # that a token more of each sequence took in the last step
+
     @property
     def layers(self) -> list[KVLayer]: ...
 
@@ -75,6 +77,8 @@ class ModelRunner:
         if self._drafter is not None:
             results = self._with_guesses(plan, results, self._drafter)
             timings["draft"] = time.perf_counter() - ended
+            if (seconds := self._drafter.round_seconds) is not None:
+                timings["draft_round"] = seconds
         return StepResult(results, timings)
 
     def draft_with(self, drafter: Drafter) -> None:

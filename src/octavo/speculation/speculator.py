@@ -83,9 +83,9 @@ class Speculator:
     def _worth_drafting(self, asked: Sequence[Asked], num_rows: int) -> int:
         """The number of tokens whose guessing and verifying pays, by what was seen so far; now and then one, to see."""
         gained = [0.0] * (self._most + 1)  # logarithms of tokens, over all sequences
-        for request_id in {one.request_id for one in asked}:
+        for one in asked:
             tokens, chance = 1.0, 1.0
-            for place, rate in enumerate(self._acceptance.rates(request_id)[: self._most], 1):
+            for place, rate in enumerate(self._acceptance.rates(one.request_id)[: self._most], 1):
                 chance *= rate
                 tokens += chance
                 gained[place] += math.log(tokens)
@@ -97,7 +97,7 @@ class Speculator:
                 best, value = count, worth
         if self._brake.holds:
             best = 0
-        return best or (self._steps % _SEE == 0)
+        return best or (2 if self._steps % _SEE == 0 else 0)
 
     def _rests(self, sequence_id: int) -> bool:
         """Whether a sequence is left alone in this step: looking costs time, and text that did not repeat a moment ago
@@ -140,11 +140,9 @@ class Speculator:
             saved = without + num_accepted * self.costs.of(drawing) / drawing - seconds
             self.stats.seconds_saved += saved
             self._brake.observe(seconds, saved)
-        rounds = max((grant.num_lookahead for grant in plan.grants), default=0)
-        drafting = result.timings.get("draft", 0.0)
-        if rounds:
-            self._draft_seconds += (drafting / rounds - self._draft_seconds) * (0.1 if self._draft_seconds else 1.0)
-        self.costs.observe(plan.num_tokens, seconds - drafting)
+        if (round_seconds := result.timings.get("draft_round")) is not None:  # reading a prompt first is no part of it
+            self._draft_seconds += (round_seconds - self._draft_seconds) * (0.1 if self._draft_seconds else 1.0)
+        self.costs.observe(plan.num_tokens, seconds - result.timings.get("draft", 0.0))
         self._pending = {}
 
     def _learn_of(self, pending: _Pending, came: Sequence[int]) -> None:
