@@ -145,7 +145,7 @@ class FakeExecutor:
                     self._slots[target, offset] = self._slots[source, offset]
         if plan.loads and self.fail_loads:
             raise RuntimeError("loading failed")
-        for block, kv in plan.loads:
+        for block, kv, _ in plan.loads:
             self.loaded += 1
             for offset, held in enumerate(ast.literal_eval(kv.decode())):
                 self._slots[block, offset] = held
