@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
+#include <utility>
 
 #include "suffix_automaton.h"
 
@@ -37,18 +39,25 @@ std::pair<std::size_t, std::size_t> locate_strings(const FileBytes& file, std::s
   return {starts.shape(0), position};
 }
 
+// Where a string begins and ends.
+std::pair<const char*, const char*> string_at(const FileBytes& file, const Offsets& starts, const Offsets& ends,
+                                              std::size_t i) {
+  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("strings: a start and an end for each");
+  const int64_t from = starts.data()[i];
+  const int64_t to = ends.data()[i];
+  if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
+    throw nb::index_error("strings: outside the file");
+  }
+  const char* data = reinterpret_cast<const char*>(file.data());
+  return {data + from, data + to};
+}
+
 // Bytes that are not UTF-8 become lone surrogates.
 nb::list decode_strings(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
-  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_strings: a start and an end for each string");
   nb::list strings;
   for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    const int64_t from = starts.data()[i];
-    const int64_t to = ends.data()[i];
-    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
-      throw nb::index_error("decode_strings: outside the file");
-    }
-    PyObject* text =
-        PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(file.data()) + from, to - from, "surrogateescape");
+    const auto [begin, end] = string_at(file, starts, ends, i);
+    PyObject* text = PyUnicode_DecodeUTF8(begin, end - begin, "surrogateescape");
     if (text == nullptr) throw nb::python_error();
     strings.append(nb::steal(text));
   }
@@ -58,16 +67,9 @@ nb::list decode_strings(const FileBytes& file, const Offsets& starts, const Offs
 // Each string as the two around its only space; None if one is not of that form or not UTF-8, for somebody else to say
 // what is wrong.
 nb::object decode_pairs(const FileBytes& file, const Offsets& starts, const Offsets& ends) {
-  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("decode_pairs: a start and an end for each string");
   nb::list pairs;
   for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    const int64_t from = starts.data()[i];
-    const int64_t to = ends.data()[i];
-    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
-      throw nb::index_error("decode_pairs: outside the file");
-    }
-    const char* begin = reinterpret_cast<const char*>(file.data()) + from;
-    const char* end = begin + (to - from);
+    const auto [begin, end] = string_at(file, starts, ends, i);
     const char* space = std::find(begin, end, ' ');
     if (space == begin || space + 1 >= end || std::find(space + 1, end, ' ') != end) return nb::none();
     PyObject* left = PyUnicode_DecodeUTF8(begin, space - begin, "strict");
@@ -86,30 +88,15 @@ nb::object decode_pairs(const FileBytes& file, const Offsets& starts, const Offs
 // parts put together do, if `pairs`.
 std::vector<int64_t> strings_within(const FileBytes& file, const Offsets& starts, const Offsets& ends,
                                     const nb::bytes& text, bool pairs) {
-  if (starts.shape(0) != ends.shape(0)) throw nb::value_error("strings_within: a start and an end for each string");
-  const auto* letters = reinterpret_cast<const uint8_t*>(text.c_str());
   SuffixAutomaton automaton;
-  for (std::size_t i = 0; i < text.size(); ++i) automaton.extend(letters[i]);
+  for (const char letter : std::string_view(text.c_str(), text.size())) automaton.extend(static_cast<uint8_t>(letter));
   std::vector<int64_t> found;
-  std::vector<uint8_t> joined;
   for (std::size_t i = 0; i < starts.shape(0); ++i) {
-    const int64_t from = starts.data()[i];
-    const int64_t to = ends.data()[i];
-    if (from < 0 || to < from || static_cast<std::size_t>(to) > file.shape(0)) {
-      throw nb::index_error("strings_within: outside the file");
-    }
-    const uint8_t* begin = file.data() + from;
-    const uint8_t* end = file.data() + to;
-    if (begin == end || static_cast<std::size_t>(to - from) > text.size() + 1) continue;
-    if (pairs) {
-      const uint8_t* space = std::find(begin, end, ' ');
-      if (!automaton.holds(begin, space)) continue;
-      joined.assign(begin, space);
-      joined.insert(joined.end(), space == end ? end : space + 1, end);
-      begin = joined.data();
-      end = begin + joined.size();
-    }
-    if (automaton.holds(begin, end)) found.push_back(static_cast<int64_t>(i));
+    const auto [begin, end] = string_at(file, starts, ends, i);
+    if (begin == end || static_cast<std::size_t>(end - begin) > text.size() + 1) continue;
+    const char* space = pairs ? std::find(begin, end, ' ') : end;
+    const std::string_view right(space == end ? end : space + 1, end);
+    if (automaton.holds({begin, space}, right)) found.push_back(static_cast<int64_t>(i));
   }
   return found;
 }

@@ -119,12 +119,14 @@ SuffixAutomaton::Match SuffixAutomaton::follow(Match match, int32_t token) const
   return {};
 }
 
-bool SuffixAutomaton::holds(const uint8_t* begin, const uint8_t* end) const {
+bool SuffixAutomaton::holds(std::string_view left, std::string_view right) const {
   int32_t state = 0;
-  for (; begin != end; ++begin) {
-    const int32_t edge = find(state, *begin);
-    if (edge == kNone) return false;
-    state = edges_[edge].target;
+  for (const std::string_view part : {left, right}) {
+    for (const char letter : part) {
+      const int32_t edge = find(state, static_cast<uint8_t>(letter));
+      if (edge == kNone) return false;
+      state = edges_[edge].target;
+    }
   }
   return true;
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -41,8 +42,8 @@ class SuffixAutomaton {
   // The longest suffix of a matched text and a token behind it that occurs here.
   Match follow(Match match, int32_t token) const;
 
-  // Whether a text occurs in this one.
-  bool holds(const uint8_t* begin, const uint8_t* end) const;
+  // Whether two texts of bytes, put together, occur in this one.
+  bool holds(std::string_view left, std::string_view right) const;
 
   // Where the first occurrence of the text's suffix of at most so many tokens ends, as the position behind it, and the
   // suffix's length; length 0 if none occurs before the end.

@@ -164,6 +164,39 @@ def test_callers_who_go_away(tiny_dir: Path, seed: int) -> None:
         check_home(llm)
 
 
+@pytest.mark.parametrize("method", ["suffix", "draft_model"])
+def test_guessed_tokens(folder: Path, method: str, tmp_path: Path) -> None:
+    """Notes, verdicts and answers are those drawn token by token: in a pool too small, from files, with callers who
+    leave."""
+    config = {"method": method, "num_speculative_tokens": 4, "adaptive": False}
+    config |= {"model": str(folder)} if method == "draft_model" else {}
+    plain = SETTINGS | {"max_model_len": 1024}
+    with LLM(str(folder), **plain) as llm:
+        alone = [ask(llm, number) for number in range(3)]
+    with LLM(str(folder), **plain, speculative_config=config) as llm:
+        settings = SETTINGS | scarce(llm, 1024) | {"kv_offload_dir": str(tmp_path), "speculative_config": config}
+    with LLM(str(folder), **settings) as llm:
+        got: dict[int, Any] = {}
+
+        def leave() -> None:
+            for count in (3, 9, 17):
+                with llm.stream_margins(DOCUMENTS[0], "Who?", reading()) as run:
+                    for _ in zip(range(count), run, strict=False):
+                        pass
+
+        works: list[Callable[[], None]] = [
+            lambda number=number: got.update({number: ask(llm, number)}) for number in range(3)
+        ]  # type: ignore[misc]
+        with occupied(llm, 600):
+            together(leave, *works)
+        assert [got[number] for number in range(3)] == alone
+        assert gave_way(llm)
+        stats = llm.speculation_stats
+        assert stats is not None and stats.num_draft_tokens > 20
+        assert method == "suffix" or stats.num_accepted_tokens > 20  # what a random model writes does not repeat
+        check_home(llm)
+
+
 @pytest.fixture
 def llm(tiny_dir: Path) -> Iterator[LLM]:
     with LLM(str(tiny_dir), **SETTINGS) as llm:

@@ -72,7 +72,10 @@ class Client:
 
     async def search(self) -> None:
         asked = {"prompt_token_ids": self.a_prompt(120)}
-        params = BeamSearchParams(beam_width=self.rng.choice([2, 4]), max_tokens=self.rng.randint(1, 16), logprobs=1)
+        params = BeamSearchParams(
+            beam_width=self.rng.choice([2, 4]), max_tokens=self.rng.randint(1, 16), logprobs=1,
+            speculative_decoding=False,
+        )  # fmt: skip
         got = await self.last(self.llm.beam_search(asked, params))
         self.counts["searched"] += 1
         self.checks.append(lambda: same(got, self.alone.beam_search(asked, params, use_tqdm=False)[0]))
@@ -153,15 +156,24 @@ def same(got: RequestOutput, expected: RequestOutput) -> None:
     assert [bits(one) for one in got.outputs] == [bits(one) for one in expected.outputs]
 
 
-@pytest.mark.parametrize(("seed", "kv_dtype"), [(0, "float16"), (1, "int8")])
-async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("seed", "kv_dtype", "guessing"),
+    [(0, "float16", None), (1, "int8", None), (2, "int8", "suffix"), (3, "int8", "draft_model")],
+)
+async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype: str, guessing: str | None) -> None:
     folder = tmp_path / "kv"
+    speculation: dict[str, Any] | None = None
+    if guessing is not None:
+        speculation = {"method": guessing, "num_speculative_tokens": 4, "adaptive": False}
+        # A model that guesses for itself is right as long as it reads the right blocks.
+        speculation |= {"model": str(tiny_gemma3_dir)} if guessing == "draft_model" else {}
+        speculation |= {"suffix_decoding_max_cached_requests": 20} if guessing == "suffix" else {}
     config = CONFIG | {"kv_cache_dtype": kv_dtype}
     with LLM(str(tiny_gemma3_dir), **config, enable_prefix_caching=False) as alone:
-        size = alone.memory_plan.block_bytes
+        size = alone.memory_plan.block_bytes * (2 if guessing == "draft_model" else 1)
         llm = AsyncLLM(
             str(tiny_gemma3_dir), **config, kv_cache_memory_bytes=BLOCKS * size, max_num_batched_tokens=48,
-            kv_offload_dir=str(folder), kv_offload_bytes=60 * size,
+            kv_offload_dir=str(folder), kv_offload_bytes=60 * size, speculative_config=speculation,
         )  # fmt: skip
         llm._loop.engine.kv.prefixes.tier._timer = lambda: 0.0  # type: ignore[union-attr] # whatever the disk does, it is asked
         counts: Counter[str] = Counter()
@@ -187,3 +199,6 @@ async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype:
         assert min(counts[name] for name in ("generated", "searched", "continued", "gone", "taken back")) > 8, counts
         assert counts["damaged"] > 5 and kv.stats.loaded_blocks > 20 and kv.num_copies > 20, (counts, kv.stats)
         assert len(evicted) > 5
+        if guessing is not None:
+            stats = llm.speculation_stats
+            assert stats is not None and stats.num_accepted_tokens > 20, stats

@@ -283,6 +283,35 @@ class Panics:
             raise Panic("index out of bounds")
         return self.matcher.compute_bitmask()
 
+    def validate_tokens(self, token_ids: list[int]) -> int:
+        """Of guesses."""
+        Panics.asked += 1
+        raise Panic("index out of bounds")
+
+    asked = 0
+
+
+def test_a_panic_over_guesses_ends_nothing(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked at on the engine's thread, while a step is made."""
+    made = grammars.Grammars.state
+
+    def spoilt(self: Any, params: Any) -> GrammarState:
+        state = made(self, params)
+        state._matcher = Panics(state._matcher, -1000)
+        return state
+
+    given = [params_of({"regex": "(xy){6}"}), SamplingParams(max_tokens=20, seed=1, ignore_eos=True)]
+    with LLM(str(tiny_dir), **SETTINGS) as llm:
+        expected = [one.outputs[0].token_ids for one in llm.generate(["xyxyxy"] * 2, given, use_tqdm=False)]
+    monkeypatch.setattr(grammars.Grammars, "state", spoilt)
+    monkeypatch.setattr(Panics, "asked", 0)
+    config = {"method": "ngram", "adaptive": False, "prompt_lookup_min": 1}
+    with LLM(str(tiny_dir), **SETTINGS, speculative_config=config) as llm:
+        outputs = llm.generate(["xyxyxy"] * 2, given, use_tqdm=False)
+        assert [one.error for one in outputs] == [None, None]
+        assert [one.outputs[0].token_ids for one in outputs] == expected
+    assert Panics.asked > 0
+
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_panic_ends_its_request_alone(tiny_dir: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,15 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import octavo
 from octavo.backends.registry import BackendRefusedError, backend, backends
 from octavo.config import EngineConfig
-from octavo.core.errors import ConfigError, OutOfMemoryError
+from octavo.core.errors import ConfigError, ModelNotFoundError, OutOfMemoryError
 from octavo.formats import GGUFFile, open_weights
 from octavo.formats.mapping import ModelFile
 from octavo.hub import octavo_home, resolve_model
@@ -26,7 +26,6 @@ from octavo.loading.model_config import model_config
 from octavo.loading.weights import FileWeights
 from octavo.models import Model, family, layer_states
 from octavo.ops import ModelConfig, Ops
-from octavo.ops.packing import Packing
 from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
@@ -64,50 +63,54 @@ def build_engine(config: EngineConfig, clock: Clock = time.monotonic) -> BuiltEn
 
 @contextmanager
 def loading(config: EngineConfig) -> Iterator[LoadedModel]:
-    """Weights are packed on another thread while the block runs. Only after its end may the model compute."""
+    """Weights are packed on another thread while the block runs. Only after its end may the model compute; then all
+    that the files say has been made use of, and packed weights are kept for the next time."""
     path = resolve_model(config.model)
     with ExitStack() as opened:
         file = opened.enter_context(open_weights(path))
         of_model = model_config(file, path)
         max_model_len = _max_model_len(config, of_model)
         ops = make_ops(config, of_model)
-        model, loader = _model(ops, of_model, file)
-        draft, draft_parts = None, []
+        parts = [_part(ops, path, file, of_model)]
         if config.speculative_config is not None and config.speculative_config.model is not None:
-            draft_path = resolve_model(config.speculative_config.model)
+            try:
+                draft_path = resolve_model(config.speculative_config.model)
+            except ModelNotFoundError as error:
+                raise ModelNotFoundError(f"speculative_config.model: {error}") from None
             draft_file = opened.enter_context(open_weights(draft_path))
             of_draft = model_config(draft_file, draft_path)
             _check_draft(of_model, file, of_draft, draft_file, ops)
-            draft_model, draft_loader = _model(ops, of_draft, draft_file)
-            draft, draft_parts = (
-                LoadedDraft(draft_path, of_draft, draft_model),
-                [(draft_path, draft_file, draft_loader)],
-            )
-        plan = _plan(config, [(of_model, model, loader), *_parts_of(draft, draft_parts)], ops, max_model_len)
+            parts.append(_part(ops, draft_path, draft_file, of_draft))
+        plan = _plan(config, parts, ops, max_model_len)
         log.info("%s", plan)
-        parts = [
-            (file, loader, opened.enter_context(closing(_kept_weights(config, path, loader.packing))))
-            for path, file, loader in [(path, file, loader), *draft_parts]
-        ]
-        found = [kept.find(loader.packing.nbytes) for _, loader, kept in parts]
+        all_kept = [_kept_weights(config, part) for part in parts]
+        for one in filter(None, all_kept):
+            opened.callback(one.close)
+        found = [kept is not None and kept.find() for kept in all_kept]
+        draft = LoadedDraft(parts[1].path, parts[1].config, parts[1].model) if len(parts) > 1 else None
         with ThreadPoolExecutor(1) as beside:
-            packed = [beside.submit(_pack, *part) for part in parts]
-            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, model, draft, found[0])
-            for one in packed:
-                one.result()
-        for (_, loader, kept), was_found in zip(parts, found, strict=True):
-            if not was_found:  # all of the model is sound, or it would not have come so far
-                kept.write_beside(loader.packing)
+            packed = [beside.submit(_pack, part, kept) for part, kept in zip(parts, all_kept, strict=True)]
+            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, parts[0].model, draft, found[0])
+            for packing in packed:
+                packing.result()
+        for kept, was_found in zip(all_kept, found, strict=True):
+            if kept is not None and not was_found:
+                kept.write_beside()
 
 
-def _model(ops: Ops, config: ModelConfig, file: ModelFile) -> tuple[Model, FileWeights]:
-    """It takes no memory until it is packed."""
+class _Part(NamedTuple):
+    """A model to be loaded: the one asked for, or one that guesses for it."""
+
+    path: Path
+    file: ModelFile
+    config: ModelConfig
+    model: Model  # takes no memory until it is packed
+    loader: FileWeights
+
+
+def _part(ops: Ops, path: Path, file: ModelFile, config: ModelConfig) -> _Part:
     loader = FileWeights(ops, config, file.path, file.tensors, gguf=isinstance(file, GGUFFile))
-    return family(config.architecture).model(config, loader), loader
-
-
-def _parts_of(draft: LoadedDraft | None, parts: list[Any]) -> list[tuple[ModelConfig, Model, FileWeights]]:
-    return [] if draft is None else [(draft.config, draft.model, parts[0][2])]
+    return _Part(path, file, config, family(config.architecture).model(config, loader), loader)
 
 
 def _check_draft(
@@ -125,19 +128,24 @@ def _check_draft(
         raise ConfigError(f"{name}: {reason}")
 
 
-def _pack(file: ModelFile, loader: FileWeights, kept: KeptWeights) -> None:
-    loader.finish(kept)
-    file.drop_pages()
+def _pack(part: _Part, kept: KeptWeights | None) -> None:
+    part.loader.finish(kept)
+    part.file.drop_pages()
 
 
-def _kept_weights(config: EngineConfig, path: Path, packing: Packing) -> KeptWeights:
-    """Where weights are kept from one start to the next."""
-    folder, most = octavo_home(writable=False) / "packed", config.kept_weights_bytes
-    if not packing.nbytes or not most:
-        return KeptWeights(folder, 0, "")
-    files = model_files(path)
-    identity = f"{packing.identity} {fingerprint_of(files, octavo.__version__)} {versions_of([*files, *code_files()])}"
-    return KeptWeights(folder, most, identity)
+def _kept_weights(config: EngineConfig, part: _Part) -> KeptWeights | None:
+    """Where a model's packed weights are kept from one start to the next; None: nowhere."""
+    packed = part.loader.packing.packed
+    if packed is None or not config.kept_weights_bytes:
+        return None
+    try:
+        folder = octavo_home(writable=False) / "packed"
+    except ConfigError as error:
+        log.info("kept weights: %s; nothing is kept", error)
+        return None
+    files = model_files(part.path)
+    identity = f"{packed.identity} {fingerprint_of(files, octavo.__version__)} {versions_of([*files, *code_files()])}"
+    return KeptWeights(folder, config.kept_weights_bytes, identity, packed)
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -169,22 +177,20 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     raise ConfigError(f"backend: none fits; {'; '.join(refused)}{advice}")
 
 
-def _plan(
-    config: EngineConfig, parts: list[tuple[ModelConfig, Model, FileWeights]], ops: Ops, max_model_len: int
-) -> MemoryPlan:
+def _plan(config: EngineConfig, parts: list[_Part], ops: Ops, max_model_len: int) -> MemoryPlan:
     """Of the model, and of one that guesses for it, whose K and V lie in the same blocks."""
     scratch_bytes = block_bytes = 0
-    for of_model, model, _ in parts:
-        specs = model.kv_specs
-        layers = partial(layer_states, model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
-        rows = min(rows_per_slice(of_model.vocab_size), config.step_tokens)
+    for part in parts:
+        specs = part.model.kv_specs
+        layers = partial(layer_states, part.model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
+        rows = min(rows_per_slice(part.config.vocab_size), config.step_tokens)
         scratch_bytes += ops.scratch_nbytes(
-            of_model, layers, config.step_tokens, rows, config.max_num_seqs, max_model_len
+            part.config, layers, config.step_tokens, rows, config.max_num_seqs, max_model_len
         )
         block_bytes += sum(ops.kv_nbytes(spec, config.block_size) for spec in specs)
     return plan_memory(
         available_bytes=available_memory(),
-        weights_bytes=sum(loader.nbytes() for _, _, loader in parts),
+        weights_bytes=sum(part.loader.nbytes() for part in parts),
         scratch_bytes=scratch_bytes,
         block_bytes=block_bytes,
         block_size=config.block_size,

@@ -119,7 +119,7 @@ def test_draws_in_a_plan_have_their_history(sequence: Sequence) -> None:
     after = History((8,), (1, 2, 5, 5), Counts(prompt, ((5, 2),)))
     last = History((8,), (1, 2, 5, 5, 6), Counts(prompt, ((5, 2), (6, 1))))
     after = replace(after, forbidden=(6, 8))
-    wants = sequence.wants_within(2, 3, (5, 6))
+    wants = sequence.wants_within(2, 3, [(5,), (5, 6)])
     assert [wanted[:2] for wanted in wants] == [(2, 3), (3, 4), (4, 5)]
     histories = [wanted.want.draws[0].history for wanted in wants if isinstance(wanted.want, Sample)]
     assert histories == [first, after, last]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from octavo import LLM, InvalidRequestError, RequestOutput, SamplingParams
 from octavo.core.beam_params import BeamSearchParams
 from octavo.core.events import EventKind
+from octavo.core.plan import StepPlan
 from tests.invariance.test_drafts import bits
 
 SETTINGS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 160}
@@ -186,3 +188,45 @@ def test_the_real_model(smollm2_path: Path, method: str) -> None:
         stats = llm.speculation_stats
     assert [all_of(one) for one in guessed] == [all_of(one) for one in plain]
     assert stats is not None and 50 < stats.num_accepted_tokens < stats.num_draft_tokens - 50
+
+
+@pytest.mark.parametrize("method", ["suffix", "draft_model"])
+def test_what_must_look_as_asked(tiny_dir: Path, method: str) -> None:
+    """A guess that the grammar forbids comes not true; each row of a tree has the mask of its own path."""
+    forms = [{"regex": "(ab|ac|ad){6}"}, {"choice": ["yes yes yes", "yes no no"]}, {"regex": "[0-9]{12}"}]
+    params = [
+        SamplingParams(temperature=1, seed=n, n=2, max_tokens=24, structured_outputs=form, logprobs=1)
+        for n, form in enumerate(forms * 4)
+    ]
+    prompts = ["abacabad" * 3] * len(params)
+    config = {"method": method, "adaptive": False} | ({"model": str(tiny_dir)} if method == "draft_model" else {})
+    with LLM(str(tiny_dir), **SETTINGS) as llm:
+        plain = llm.generate(prompts, params)
+    with LLM(str(tiny_dir), **SETTINGS, speculative_config=config) as llm:
+        singly: list[StepPlan] = []
+        alone = llm._engine._execute_singly
+        llm._engine._execute_singly = lambda plan: singly.append(plan) or alone(plan)  # type: ignore[method-assign]
+        guessed = llm.generate(prompts, params)
+        stats = llm.speculation_stats
+    assert [all_of(one) for one in guessed] == [all_of(one) for one in plain]
+    assert not singly, "what a grammar forbids is not computed, let alone twice"
+    assert stats is not None and (method == "draft_model" or stats.num_draft_tokens > stats.num_accepted_tokens > 0)
+
+
+def test_a_fork_of_the_process(tiny_dir: Path) -> None:
+    """The cache, what was learnt and the models go on in both."""
+    config = {"method": "draft_model", "model": str(tiny_dir), "adaptive": False}
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    with LLM(str(tiny_dir), **SETTINGS, speculative_config=config) as llm:
+        expected = [one.outputs[0].token_ids for one in llm.generate(["one two", "three four"], params)]
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                got = [one.outputs[0].token_ids for one in llm.generate(["one two", "three four"], params)]
+                code = 0 if got == expected else 2
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert [one.outputs[0].token_ids for one in llm.generate(["one two", "three four"], params)] == expected

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from octavo import LLM, SamplingParams, build
-from octavo.backends.cpu import CpuOps, CpuPacking
+from octavo import LLM, ConfigError, SamplingParams, build
+from octavo.backends.cpu import CpuOps
 from octavo.backends.reference import ReferenceOps
 from octavo.loading import kept_weights
 from octavo.loading.fingerprint import model_files
 from octavo.loading.kept_weights import KeptWeights
+from octavo.ops.packing import Packing
 from tests.backends.cpu.harness import random_tensor, unpacked
 
 TENSORS = [random_tensor(name, outputs, 512) for name, outputs in (("Q4_1", 40), ("Q6_K", 17), ("F16", 33), ("F32", 5))]
@@ -27,7 +28,7 @@ def keep_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_weights, "LEAST_BYTES", 1)
 
 
-def taken(ops: CpuOps) -> tuple[list, CpuPacking]:
+def taken(ops: CpuOps) -> tuple[list, Packing]:
     packing = ops.defer_packing()
     return [ops.linear_weight([tensor]) for tensor in TENSORS], packing
 
@@ -45,27 +46,28 @@ def packed() -> list[bytes]:
     return values(weights)
 
 
-def kept(folder: Path, identity: str = "a", most: int = 1 << 30) -> KeptWeights:
-    return KeptWeights(folder / "packed", most, identity)
+def kept(folder: Path, packing: Packing, identity: str = "a", most: int = 1 << 30) -> KeptWeights:
+    assert packing.packed is not None
+    return KeptWeights(folder / "packed", most, identity, packing.packed)
 
 
 def keep(folder: Path, identity: str = "a", most: int = 1 << 30) -> None:
     weights, packing = taken(CpuOps(threads=2))
     packing.pack()
     packing.end()
-    kept(folder, identity, most).write(packing)
+    kept(folder, packing, identity, most).write()
     assert weights
 
 
 def read(folder: Path, identity: str = "a") -> list[bytes] | None:
-    """None: there was no file to read from."""
+    """None: there was no file to read from, and they were packed as if nothing had been tried."""
     weights, packing = taken(CpuOps(threads=2))
-    file = kept(folder, identity)
-    found = file.find(packing.nbytes) and file.read(packing)
+    file = kept(folder, packing, identity)
+    found = file.find() and file.read()
     file.close()
     assert file.found is None
     if not found:
-        packing.pack()  # as if nothing had been tried
+        packing.pack()
     packing.end()
     result = values(weights)
     return result if found else None
@@ -101,8 +103,8 @@ def test_a_file_that_differs_anywhere_is_not_used(
     (file,) = (tmp_path / "packed").iterdir()
     file.write_bytes(harm(file.read_bytes()))
     weights, packing = taken(CpuOps(threads=2))
-    one = kept(tmp_path)
-    assert not (one.find(packing.nbytes) and one.read(packing))
+    one = kept(tmp_path, packing)
+    assert not (one.find() and one.read())
     one.close()
     packing.pack()
     packing.end()
@@ -165,22 +167,41 @@ def test_the_limit_holds_and_only_our_own_files_go(tmp_path: Path) -> None:
     assert read(tmp_path, "b") is not None, "reading makes it the one used last"
 
 
-def test_no_folder_no_file(tmp_path: Path, packed: list[bytes]) -> None:
+def test_no_folder_no_file(tmp_path: Path) -> None:
     (tmp_path / "packed").write_text("a file")
     keep(tmp_path)
     assert read(tmp_path) is None
-    assert kept(tmp_path, most=0).find(10) is False
-    packing = ReferenceOps().defer_packing()
-    kept(tmp_path / "x").write(packing)  # which keeps nothing
-    assert not (tmp_path / "x").exists()
+    assert ReferenceOps().defer_packing().packed is None
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come true")
+def test_what_nobody_reads_for_a_month_goes(tmp_path: Path) -> None:
+    keep(tmp_path, "a")
+    (old,) = (tmp_path / "packed").iterdir()
+    os.utime(old, (time.time() - 31 * 86400,) * 2)
+    keep(tmp_path, "b")
+    assert not old.exists() and read(tmp_path, "b") is not None
+
+
+def test_many_write_the_same_at_once(tmp_path: Path, packed: list[bytes]) -> None:
+    """Several engines of one process, or of several: nobody sees half a file."""
+    threads = [threading.Thread(target=keep, args=(tmp_path,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    seen = [read(tmp_path) for _ in range(10)]
+    for thread in threads:
+        thread.join()
+    assert all(one in (None, packed) for one in seen) and read(tmp_path) == packed
+    assert len(list((tmp_path / "packed").iterdir())) == 1
+
+
+def test_writing_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    _, packing = taken(CpuOps(threads=2))
+    packing.pack()
+    packing.end()
+    file = kept(tmp_path, packing)
+    file._stop[0] = 1
+    file.write()
+    assert not list((tmp_path / "packed").iterdir())
 
 
 def test_engines_start_from_kept_weights(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +233,14 @@ def test_engines_start_from_kept_weights(tiny_dir: Path, tmp_path: Path, monkeyp
     before = len(list((tmp_path / "packed").iterdir()))
     answer(kept_weights_bytes=0)
     assert loaded[-1] is False and len(list((tmp_path / "packed").iterdir())) == before
+
+
+def test_without_a_home(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model given by its path needs no folder of ours."""
+
+    def nowhere(*_: object, **__: object) -> Path:
+        raise ConfigError("there is no home directory to keep models in; set OCTAVO_HOME to a folder")
+
+    monkeypatch.setattr(build, "octavo_home", nowhere)
+    with LLM(str(tiny_dir), max_model_len=64) as llm:
+        assert llm.generate("hi", SamplingParams(max_tokens=2))[0].finished

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from octavo.backends.processors import available_processors
 from octavo.backends.registry import BackendRefusedError, backend
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
+from octavo.ops.packing import Packing
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 
@@ -89,42 +90,33 @@ class CpuArray:
         return self.buffer, self.first, self.columns
 
 
-class CpuPacking:
-    """See octavo.ops.packing.Packing. The layout of packed weights is the same on all instruction sets."""
+class _Deferred(NamedTuple):
+    """What is still to be packed, and into which weights."""
 
-    def __init__(self, ops: CpuOps, rows: list[_Rows]) -> None:
-        self.identity = f"cpu compute {ops.compute_dtype}"
-        self._ops = ops
-        self._rows = rows
-        self._weights: list[_C.Weight] = []
+    rows: list[_Rows]
+    weights: list[_C.Weight]
 
-    @property
-    def _all(self) -> list[_C.Weight]:
-        """Each once, in the order in which the model took them."""
-        if not self._weights:
-            self._weights = list({id(rows.weight): rows.weight for rows in self._rows}.values())
-        return self._weights
+
+class CpuPackedBytes:
+    """See octavo.ops.packing.PackedBytes. They are the same for all instruction sets."""
+
+    def __init__(self, weights: list[_C.Weight], compute_dtype: str) -> None:
+        self.identity = f"cpu compute {compute_dtype}"
+        self._weights = weights
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self._all)
-
-    def pack(self) -> None:
-        self._ops.pack(self._rows)
+        return sum(weight.nbytes for weight in self._weights)
 
     def write(self, fd: int, offset: int, stop: NDArray[np.uint8]) -> int:
-        return _C.write_weights(self._all, fd, offset, stop)
+        return _C.write_weights(self._weights, fd, offset, stop)
 
     def read(self, fd: int, offset: int) -> int:
-        return _C.read_weights(self._all, fd, offset)
+        return _C.read_weights(self._weights, fd, offset)
 
     def release(self) -> None:
-        for weight in self._all:
+        for weight in self._weights:
             weight.release()
-
-    def end(self) -> None:
-        self._all  # noqa: B018 - the weights are known from the rows
-        self._ops.end_deferring(self._rows)
 
 
 class CpuOps:
@@ -157,7 +149,7 @@ class CpuOps:
         self.kv_dtype = kv_dtype
         self.compute_dtype = compute_dtype
         self._recording: _C.Graph | None = None
-        self._deferred: list[_Rows] | None = None  # what is still to be packed
+        self._deferred: _Deferred | None = None
 
     @property
     def identity(self) -> str:
@@ -222,12 +214,13 @@ class CpuOps:
             for part, at in zip(run, ats, strict=True)
         ]
         if self._deferred is None:
-            self.pack(rows)
+            self._pack(rows)
         else:
-            self._deferred += rows
+            self._deferred.rows.extend(rows)
+            self._deferred.weights.append(packed)
         return CpuWeight(packed, tuple(part.shape[0] for part in parts))
 
-    def pack(self, all_rows: Sequence[_Rows]) -> None:
+    def _pack(self, all_rows: Sequence[_Rows]) -> None:
         as_they_are: list[_Rows] = []
         as_floats: list[_Rows] = []
         for rows in all_rows:
@@ -245,14 +238,16 @@ class CpuOps:
                 values = r.tensor.dequantize(slice(first, min(first + step, outputs)))
                 _C.pack(self.machine, [(r.weight, r.segment, values.view(np.uint8), None, r.at + first)])
 
-    def defer_packing(self) -> CpuPacking:
-        self._deferred = []
-        return CpuPacking(self, self._deferred)
+    def defer_packing(self) -> Packing:
+        deferred = self._deferred = _Deferred([], [])
 
-    def end_deferring(self, rows: list[_Rows]) -> None:
-        if self._deferred is rows:
-            self._deferred = None
-        rows.clear()
+        def end() -> None:
+            if self._deferred is deferred:
+                self._deferred = None
+            deferred.rows.clear()
+
+        packed = CpuPackedBytes(deferred.weights, self.compute_dtype)
+        return Packing(lambda: self._pack(deferred.rows), end, packed)
 
     def embedding_weight(self, tensor: StoredTensor) -> CpuWeight:
         return self.linear_weight([tensor])

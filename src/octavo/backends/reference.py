@@ -17,7 +17,7 @@ from octavo.backends.eager import run_eagerly
 from octavo.backends.registry import backend
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor
-from octavo.ops.packing import InMemory
+from octavo.ops.packing import Packing
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 from octavo.sampling import Sampler
@@ -108,7 +108,7 @@ class ReferenceOps:
             self._deferred.append(pack)
         return weight
 
-    def defer_packing(self) -> InMemory:
+    def defer_packing(self) -> Packing:
         deferred = self._deferred = []
 
         def pack() -> None:
@@ -117,7 +117,7 @@ class ReferenceOps:
                 weight()
             deferred.clear()
 
-        return InMemory(pack)
+        return Packing(pack, lambda: None)
 
     def embedding_weight(self, tensor: StoredTensor) -> Linear:
         return self.linear_weight([tensor])

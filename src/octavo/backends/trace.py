@@ -14,7 +14,7 @@ from octavo.backends.eager import run_eagerly
 from octavo.core.plan import RowResult
 from octavo.ops import Activation, Batch, KVSpec, ModelConfig, RopeConfig, StoredTensor, cost
 from octavo.ops.cost import Cost, Widths
-from octavo.ops.packing import InMemory
+from octavo.ops.packing import Packing
 from octavo.ops.protocol import Replay
 from octavo.ops.rows import RowRequest, SamplingError
 
@@ -92,8 +92,8 @@ class TraceOps:
         shape = (sum(outputs), parts[0].shape[1])
         return TraceWeight(names, shape, sum(tensor.nbytes for tensor in read), outputs, bool(biases))
 
-    def defer_packing(self) -> InMemory:
-        return InMemory()
+    def defer_packing(self) -> Packing:
+        return Packing(lambda: None, lambda: None)
 
     def embedding_weight(self, tensor: StoredTensor) -> TraceWeight:
         return self.linear_weight([tensor])

@@ -19,6 +19,8 @@ class Matcher(Protocol):
 
     def consume_tokens(self, token_ids: list[int]) -> bool: ...
 
+    def validate_tokens(self, token_ids: list[int]) -> int: ...
+
     def rollback(self, num_tokens: int) -> bool: ...
 
     def compute_bitmask(self) -> bytes: ...
@@ -99,6 +101,15 @@ class GrammarState:
             self._settled().consume_tokens(list(token_ids))
             self.num_tokens += len(token_ids)
             self._mask = None
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these may follow, one after the other, from the first on; none where that cannot be told."""
+        try:
+            return self._settled().validate_tokens(list(token_ids))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of Rust code is no Exception
+            return 0
 
     def rollback(self, num_tokens: int) -> None:
         if num_tokens:

@@ -38,6 +38,21 @@ class Draft(NamedTuple):
             parents = ()
         return Draft(self.token_ids[:count], parents, self.lookahead)
 
+    def only(self, numbers: Sequence[int]) -> Draft:
+        """Those of these numbers, which ascend; with each all that it follows."""
+        places = {number: place for place, number in enumerate(numbers)} | {-1: -1}
+        parents = self.parents or range(-1, len(self.token_ids) - 1)
+        token_ids = tuple(self.token_ids[n] for n in numbers)
+        return Draft(token_ids, tuple(places[parents[n]] for n in numbers), self.lookahead).first(len(token_ids))
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """Of each, the tokens from the first on down to it."""
+        found: list[tuple[int, ...]] = []
+        for number, token_id in enumerate(self.token_ids):
+            parent = self.parents[number] if self.parents else number - 1
+            found.append((*(found[parent] if parent >= 0 else ()), token_id))
+        return found
+
 
 NO_DRAFT = Draft(())
 

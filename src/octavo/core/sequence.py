@@ -125,11 +125,9 @@ class Sequence:
         """Rows from here on are computed for it, whatever is cached."""
         return min((wanted.start for wanted in self.wants), default=self.target)
 
-    def wants_within(
-        self, start: int, stop: int, drafts: SequenceOf[int] = (), parents: SequenceOf[int] = ()
-    ) -> tuple[Wanted, ...]:
-        """What is wanted of rows [start, stop), as values; with `drafts`, which follow the last token as a chain or as
-        `parents` say, the same of their rows as of that token's."""
+    def wants_within(self, start: int, stop: int, drafts: SequenceOf[SequenceOf[int]] = ()) -> tuple[Wanted, ...]:
+        """What is wanted of rows [start, stop), as values; with `drafts`, of each the tokens between the last one and
+        its row, the same of their rows as of that token's."""
         wants = []
         for wanted in self.wants:
             part = wanted.within(start, stop)
@@ -140,11 +138,7 @@ class Sequence:
             else:
                 wants.append(part)
             if drafts and part.stop == len(self.token_ids) and not isinstance(part.want, NextLogprobs):
-                paths: list[list[int]] = []  # of tokens down to each draft
-                for i, token_id in enumerate(drafts):
-                    parent = parents[i] if parents else i - 1
-                    paths.append([*(paths[parent] if parent >= 0 else ()), token_id])
-                wants += [self._at_row(part.stop + i, part.want, path) for i, path in enumerate(paths)]
+                wants += [self._at_row(part.stop + i, part.want, path) for i, path in enumerate(drafts)]
         return tuple(wants)
 
     def _at_row(self, row: int, want: Want, drafts: SequenceOf[int] = ()) -> Wanted:

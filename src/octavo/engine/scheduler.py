@@ -36,6 +36,7 @@ from itertools import count
 from octavo.core.coordinator import Coordinator
 from octavo.core.errors import InvalidRequestError
 from octavo.core.events import EventKind, EventRing, Reason
+from octavo.core.grammar import GrammarState
 from octavo.core.plan import BlockCopy, Grant, StepPlan
 from octavo.core.proposer import NO_DRAFT, Asked, Draft, Proposer
 from octavo.core.sequence import Sequence
@@ -352,7 +353,7 @@ class Scheduler:
                     stop=end,
                     token_ids=(*sequence.token_ids[start:stop], *drafts),
                     block_table=tuple(sequence.block_table[: self.kv.blocks_for(room)]),
-                    wants=sequence.wants_within(start, stop, drafts, draft.parents),
+                    wants=sequence.wants_within(start, stop, draft.paths()),
                     num_lookahead=draft.lookahead,
                     num_drafts=len(drafts),
                     draft_parents=draft.parents,
@@ -380,8 +381,8 @@ class Scheduler:
         try:
             if asked:
                 drafts = proposer.propose(asked, min(num_rows, step.tokens_left), num_drawing)
-                most = {one.sequence.id: one.max_drafts for one in asked}
-                step.drafts = {n: draft.first(most[n]) for n, draft in drafts.items()}
+                of_id = {one.sequence.id: one for one in asked}
+                step.drafts = {n: _possible(of_id[n].sequence, d.first(of_id[n].max_drafts)) for n, d in drafts.items()}
         except Exception:
             log.exception("guessing raised; step %d goes on without", self._num_steps)
 
@@ -538,6 +539,16 @@ class Scheduler:
         sequence.evict()
         entry.cached = None
         self._events.emit(EventKind.EVICTED, entry.coordinator.request_id, reason, f"sequence {sequence.id}")
+
+
+def _possible(sequence: Sequence, draft: Draft) -> Draft:
+    """What its grammar, if it has one, allows: a row behind a token that may not stand there could not be answered."""
+    grammar = sequence.attached(GrammarState)
+    if grammar is None or not draft.token_ids:
+        return draft
+    if not draft.parents:
+        return draft.first(grammar.num_allowed(draft.token_ids))
+    return draft.only([n for n, path in enumerate(draft.paths()) if grammar.num_allowed(path) == len(path)])
 
 
 def _pending_kv(coordinator: Coordinator) -> list[PendingKV]:

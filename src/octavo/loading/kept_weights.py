@@ -24,7 +24,7 @@ from threading import Thread
 
 import numpy as np
 
-from octavo.ops.packing import Packing
+from octavo.ops.packing import PackedBytes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ _NAME = re.compile(r"[0-9a-f]{32}\.weights")
 _UNFINISHED = re.compile(r"[0-9a-f]{32}\.[0-9]+\.tmp")
 LEAST_BYTES = 32 << 20  # of a model that is worth a file: packing less takes a moment
 _WAITED_FOR = 512 << 20  # bytes whose writing is waited for when the interpreter ends
+_UNUSED_SECONDS = 30 * 24 * 3600  # a file that nobody read for so long goes: its model or Octavo is another one now
 _LEFT_OVER_SECONDS = 3600  # an unfinished file that is older is of a program that ended while it wrote
 
 
@@ -44,21 +45,23 @@ class KeptWeights:
 
     Args:
         folder: made, for its owner alone, when something is written.
-        max_bytes: of all files in it; 0: nothing is read or written.
-        identity: all that the packed bytes depend on.
+        max_bytes: of all files in it.
+        identity: all that the bytes depend on.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, identity: str) -> None:
+    def __init__(self, folder: Path, max_bytes: int, identity: str, packed: PackedBytes) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._packed = packed
         self._key = hashlib.sha256(identity.encode()).digest()
         self._path = folder / f"{self._key.hex()[:32]}.weights"
         self._stop = np.zeros(1, np.uint8)
         self.found: int | None = None  # the open file that `find` found
 
-    def find(self, nbytes: int) -> bool:
-        """Whether there is a file for weights of so many bytes; it stays open until `close`."""
-        if nbytes < LEAST_BYTES or not self._max_bytes:
+    def find(self) -> bool:
+        """Whether there is a file for these weights; it stays open until `close`."""
+        nbytes = self._packed.nbytes
+        if nbytes < LEAST_BYTES:
             return False
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -80,17 +83,17 @@ class KeptWeights:
         self.close()
         return False
 
-    def read(self, packing: Packing) -> bool:
+    def read(self) -> bool:
         """Into memory what `find` found. False: it is damaged, and nothing was read."""
         if self.found is None:
             return False
         try:
-            checksum = packing.read(self.found, _BEGIN)
+            checksum = self._packed.read(self.found, _BEGIN)
         except OSError as error:
             log.warning("kept weights: %s cannot be read (%s); weights are packed anew", self._path, error)
             return False
         if checksum != self._checksum:
-            packing.release()
+            self._packed.release()
             log.warning("kept weights: %s is damaged; weights are packed anew", self._path)
             with suppress(OSError):
                 self._path.unlink()
@@ -105,18 +108,18 @@ class KeptWeights:
             os.close(self.found)
             self.found = None
 
-    def write_beside(self, packing: Packing) -> None:
-        """The same on a thread of its own. When the interpreter ends it is waited for, if that takes a moment; else it
+    def write_beside(self) -> None:
+        """`write` on a thread of its own. When the interpreter ends it is waited for, if that takes a moment; else it
         gives up."""
 
         def end() -> None:
-            if packing.nbytes > _WAITED_FOR:
+            if self._packed.nbytes > _WAITED_FOR:
                 self._stop[0] = 1
             writing.join()
 
         def write_and_forget() -> None:
             try:
-                self.write(packing)
+                self.write()
             finally:
                 atexit.unregister(end)
 
@@ -124,12 +127,13 @@ class KeptWeights:
         atexit.register(end)
         writing.start()
 
-    def write(self, packing: Packing) -> None:
+    def write(self) -> None:
         """Keep packed weights, if there is room. Raises nothing but what is no fault of files."""
-        nbytes = packing.nbytes
+        nbytes = self._packed.nbytes
         if nbytes < LEAST_BYTES or _BEGIN + nbytes > self._max_bytes:
             return
-        unfinished = self._path.with_name(f"{self._path.stem}.{os.getpid()}.tmp")
+        # Nobody else's, of this process or another.
+        unfinished = self._path.with_name(f"{self._path.stem}.{int.from_bytes(os.urandom(8))}.tmp")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self._folder.stat()
@@ -140,12 +144,10 @@ class KeptWeights:
             if shutil.disk_usage(self._folder).free < 2 * nbytes:
                 log.info("kept weights: the disk of %s has little room; nothing is kept", self._folder)
                 return
-            with suppress(FileNotFoundError):
-                unfinished.unlink()  # of a program that had our process id
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(unfinished, flags, 0o600)
             try:
-                checksum = packing.write(fd, _BEGIN, self._stop)
+                checksum = self._packed.write(fd, _BEGIN, self._stop)
                 os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, 0, nbytes, checksum, self._key), 0)
             finally:
                 os.close(fd)
@@ -158,15 +160,18 @@ class KeptWeights:
             log.info("weights are kept in %s", self._path)
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove what was used longest ago, and what was left unfinished. Other files are somebody's own."""
+        """Remove what was used longest ago, and what was left over. Other files are somebody's own."""
         files: list[tuple[float, int, Path]] = []
         for entry in os.scandir(self._folder):
             status = entry.stat(follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
                 continue
-            if _UNFINISHED.fullmatch(entry.name) and time.time() - status.st_mtime > _LEFT_OVER_SECONDS:
-                Path(entry.path).unlink()
-            elif _NAME.fullmatch(entry.name):
+            age = time.time() - status.st_mtime
+            is_ours = bool(_NAME.fullmatch(entry.name))
+            is_left_over = _UNFINISHED.fullmatch(entry.name) and age > _LEFT_OVER_SECONDS
+            if is_left_over or (is_ours and age > _UNUSED_SECONDS):
+                Path(entry.path).unlink(missing_ok=True)
+            elif is_ours:
                 files.append((status.st_mtime, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files) + _BEGIN + nbytes
         for _, size, path in sorted(files):

@@ -78,7 +78,7 @@ class FileWeights:
             raise ModelFormatError(
                 self._path, "tensors", f"hold weights that a {self._config.architecture} model does not have: {shown}"
             )
-        if kept is None or not kept.read(self.packing):
+        if kept is None or not kept.read():
             self.packing.pack()
         self.packing.end()
 

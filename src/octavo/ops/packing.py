@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-class Packing(Protocol):
-    """All weights since `Ops.defer_packing`. Before one is used they are packed or read, in any thread and while the
-    tensors' file is open, and then `end` is called."""
+class PackedBytes(Protocol):
+    """Weights as they lie in memory once they are packed, to a file and back."""
 
-    identity: str  # all that packed bytes depend on besides the tensors and Octavo's own code
+    identity: str  # all that these bytes depend on besides the tensors and Octavo's own code
 
     @property
-    def nbytes(self) -> int:
-        """Of what `write` writes; 0: it can neither write nor read."""
-        ...
-
-    def pack(self) -> None: ...
+    def nbytes(self) -> int: ...
 
     def write(self, fd: int, offset: int, stop: NDArray[np.uint8]) -> int:
-        """Packed weights to a file, from an offset on; a checksum of them. Raises OSError, once `stop` [1] is not 0 as
-        well, which another thread may change."""
+        """To a file, from an offset on; a checksum. Raises OSError, once `stop` [1] is not 0 as well, which another
+        thread may change."""
         ...
 
     def read(self, fd: int, offset: int) -> int:
-        """What `write` wrote; the checksum of what was read. Raises OSError, and then nothing was read."""
+        """What `write` wrote, instead of packing; the checksum of what was read. Raises OSError, and then nothing was
+        read."""
         ...
 
     def release(self) -> None:
         """Forget what was read: it can be packed."""
         ...
 
-    def end(self) -> None:
-        """The tensors are needed no more. Weights that come later are packed at once."""
-        ...
 
+class Packing(NamedTuple):
+    """All weights since `Ops.defer_packing`. Before one is used they are packed, or their bytes are read, in any thread
+    and while the tensors' file is open, and then `end` is called."""
 
-class InMemory:
-    """A Packing that is nothing but packed."""
-
-    identity = ""
-    nbytes = 0
-
-    def __init__(self, pack: Callable[[], None] = lambda: None) -> None:
-        self.pack = pack
-
-    def write(self, fd: int, offset: int, stop: NDArray[np.uint8]) -> int:
-        raise NotImplementedError
-
-    def read(self, fd: int, offset: int) -> int:
-        raise NotImplementedError
-
-    def release(self) -> None: ...
-
-    def end(self) -> None: ...
+    pack: Callable[[], None]
+    end: Callable[[], None]  # the tensors are needed no more; weights that come later are packed at once
+    packed: PackedBytes | None = None  # None: this backend keeps none

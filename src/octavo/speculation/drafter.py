@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from octavo.core.proposer import Asked
+from octavo.core.proposer import Asked, Draft
 
 
 class Guess(NamedTuple):
@@ -15,6 +15,10 @@ class Guess(NamedTuple):
     parents: list[int]  # of each the number of the one that it follows, before it; -1: the sequence
     kinds: list[int]  # of each: how often guesses of a kind come true is learnt
     chances: list[float]  # of each: that it and all that it follows come true
+
+    @property
+    def draft(self) -> Draft:
+        return Draft(tuple(self.token_ids), tuple(self.parents))
 
 
 NO_GUESS = Guess([], [], [], [])

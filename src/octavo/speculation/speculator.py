@@ -55,13 +55,13 @@ class Speculator:
                 self._pending[one.sequence.id] = _Pending(one.request_id, guess)
         guessed = {n: guess for n, (_, guess) in self._pending.items() if guess.token_ids}
         if not self._adaptive:
-            drafts = {n: Draft(tuple(guess.token_ids), tuple(guess.parents)) for n, guess in guessed.items()}
+            drafts = {n: guess.draft for n, guess in guessed.items()}
             return self._with_lookahead(asked, drafts, num_rows)
         chosen: dict[int, list[int]] = {}
         if guessed and not self._brake.holds:
             offered = {n: (guess.parents, guess.chances) for n, guess in guessed.items()}
             chosen = choose(offered, num_rows, num_drawing, self.costs)
-        drafts = {n: part_of(guessed[n], numbers) for n, numbers in chosen.items()}
+        drafts = {n: guessed[n].draft.only(numbers) for n, numbers in chosen.items()}
         if self._from_model is not None:
             return self._with_lookahead(asked, drafts, num_rows)
         self._rest_after(chosen)
@@ -170,13 +170,6 @@ def _came(grant: Grant, result: GrantResult) -> list[int]:
     accepted = accepted_drafts(grant, result.rows)
     rows = [row for row in result.rows if row.draws][-grant.num_drafts - 1 :]
     return [rows[n].draws[0].token_id for n in (0, *(number + 1 for number in accepted)) if n < len(rows)]
-
-
-def part_of(guess: Guess, numbers: Sequence[int]) -> Draft:
-    """Some of the tokens of a guess; with each all that it follows."""
-    places: Mapping[int, int] = {number: place for place, number in enumerate(numbers)} | {-1: -1}
-    token_ids = tuple(guess.token_ids[n] for n in numbers)
-    return Draft(token_ids, tuple(places[guess.parents[n]] for n in numbers))
 
 
 def _drafter(config: SpeculativeConfig) -> Drafter:
