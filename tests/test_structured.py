@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -441,6 +443,30 @@ def test_a_mask_that_is_computed_while_the_process_forks() -> None:
         signal.alarm(20)
         os._exit(0 if mask.bits() == b"\x01" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_whatever_was_imported_first() -> None:
+    """concurrent.futures locks its executors for a fork, in the order of imports."""
+    code = """if True:
+        import os, signal
+        from octavo.core.grammar import GrammarState
+        import concurrent.futures.thread
+
+        class Matcher:
+            def compute_bitmask(self):
+                return b"x"
+
+            def is_error(self):
+                return False
+
+        assert GrammarState(Matcher()).mask().bits() == b"x"
+        signal.alarm(20)
+        child = os.fork()
+        if not child:
+            os._exit(0 if GrammarState(Matcher()).mask().bits() == b"x" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_margins_with_an_answer_that_looks_like_something(tiny: LLM) -> None:

@@ -189,6 +189,7 @@ def test_what_was_accepted() -> None:
     #    \\ 7 - 6 - 8
     tree = Grant("r", 0, 9, 15, (1, 5, 7, 6, 6, 8), (0, 1, 2, 3), (), num_drafts=5, draft_parents=(-1, -1, 0, 1, 3))
     assert [tree.position_of_draft(n) for n in range(5)] == [10, 10, 11, 11, 12]
+    assert tree.draft_depth == 3 and grant.draft_depth == 3
     assert accepted_drafts(tree, rows(7, 0, 6, 0, 8, 9)) == (1, 3, 4)
     assert accepted_drafts(tree, rows(5, 6, 0, 2, 8, 9)) == (0, 2)
     assert accepted_drafts(tree, rows(6, 6, 6, 6, 6, 6)) == ()

@@ -124,7 +124,12 @@ def test_over_a_thousand_requests(
             counts["preempted"] += len(llm._engine.events.of(EventKind.PREEMPTED))
             stats = llm.speculation_stats
             assert stats is not None and stats.num_accepted_tokens == sum(stats.accepted_per_position)
-            assert stats.num_draft_tokens == sum(stats.drafted_per_position)
+            if config.get("method") != "suffix" or config.get("max_branches") == 1:
+                assert stats.num_draft_tokens == sum(stats.drafted_per_position)
+            else:  # of several in one place one is counted there
+                assert stats.num_draft_tokens >= sum(stats.drafted_per_position)
+            pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
+            assert all(accepted <= drafted for accepted, drafted in pairs)
             llm.reset_prefix_cache()
             assert llm._engine.kv.num_available == llm._engine.kv.num_blocks
     assert counts["preempted"] > 0

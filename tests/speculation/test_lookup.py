@@ -8,16 +8,12 @@ import pytest
 
 from octavo.core.errors import ConfigError
 from octavo.core.namespace import SHARED, Namespace
-from octavo.core.params import SamplingParams
 from octavo.core.proposer import Asked
 from octavo.core.sequence import Sequence
 from octavo.core.speculation import SpeculativeConfig
-from octavo.core.want import Draw
 from octavo.kv_cache import KVCacheManager
 from octavo.speculation.drafter import Drafter
 from octavo.speculation.lookup import NGram, OwnText, Suffix, text_of
-
-DRAW = Draw(SamplingParams(), 0, (0,), 0)
 
 
 class Sequences:
@@ -34,8 +30,9 @@ class Sequences:
 
 
 def guess(drafter: Drafter, sequence: Sequence, most: int = 4, namespace: Namespace = SHARED) -> list[int]:
-    found = drafter.guess(Asked(sequence, "r", namespace, DRAW, most), most, [1.0] * len(drafter.first_rates))
+    found = drafter.guess(Asked(sequence, "r", namespace, most), most, [1.0] * len(drafter.first_rates))
     assert len(found.token_ids) == len(found.kinds) == len(found.parents) == len(found.chances) <= most
+    assert found.chances == sorted(found.chances, reverse=True)
     assert all(parent < number for number, parent in enumerate(found.parents))
     return found.token_ids
 

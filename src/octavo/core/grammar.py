@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 
 class Matcher(Protocol):
@@ -138,13 +136,13 @@ def _before_fork() -> None:
             executor.submit(int).result()
 
 
+# After the import of ThreadPoolExecutor, which locks every executor for a fork: hooks run in the reverse order, and
+# none of ours may wait for an executor behind that lock.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_executors.clear)
 
 
 def _beside() -> ThreadPoolExecutor:
     if not _executors:
-        from concurrent.futures import ThreadPoolExecutor
-
         _executors.append(ThreadPoolExecutor(1, "octavo-grammar"))
     return _executors[0]

@@ -73,6 +73,12 @@ class Grant(NamedTuple):
             depth, parent = depth + 1, self.draft_parents[parent]
         return self.first_draft + depth
 
+    @property
+    def draft_depth(self) -> int:
+        """How many drafts follow each other: most that can come true."""
+        places = (self.position_of_draft(number) - self.first_draft for number in range(self.num_drafts))
+        return self.num_drafts if not self.draft_parents else 1 + max(places)
+
     def without_drafts(self) -> Grant:
         """The same as it would be if nobody had guessed."""
         stop = self.first_draft

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from octavo.core import sequence
     from octavo.core.namespace import Namespace
     from octavo.core.plan import StepPlan, StepResult
-    from octavo.core.want import Draw
 
 
 class Asked(NamedTuple):
@@ -19,7 +18,6 @@ class Asked(NamedTuple):
     sequence: sequence.Sequence
     request_id: str
     namespace: Namespace
-    draw: Draw  # of the token that comes next
     max_drafts: int  # at least 1
 
 
@@ -64,14 +62,14 @@ class SpeculationStats:
     num_drafts: int = 0  # times that tokens were guessed for a sequence, and verified in a step
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    accepted_per_position: list[int] = field(default_factory=list)  # how often the first, second, ... was accepted
-    drafted_per_position: list[int] = field(default_factory=list)
+    accepted_per_position: list[int] = field(default_factory=list)  # how often a first, second, ... was accepted
+    drafted_per_position: list[int] = field(default_factory=list)  # of how many times that one was guessed, or several
     num_drawn_tokens: int = 0  # by steps and sequences for which guesses were welcome, whether or not there were any
     num_draws: int = 0  # such steps and sequences
     seconds_saved: float = 0.0  # predicted time of the steps that were spared, less what guessing added to others
 
-    def count(self, num_drafts: int, num_accepted: int) -> None:
-        """A sequence's part of one step."""
+    def count(self, num_drafts: int, depth: int, num_accepted: int) -> None:
+        """A sequence's part of one step; of a chain the depth is the number of drafts."""
         self.num_draws += 1
         self.num_drawn_tokens += num_accepted + 1
         if not num_drafts:
@@ -79,11 +77,11 @@ class SpeculationStats:
         self.num_drafts += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
-        missing = num_drafts - len(self.drafted_per_position)
+        missing = depth - len(self.drafted_per_position)
         if missing > 0:
             self.accepted_per_position += [0] * missing
             self.drafted_per_position += [0] * missing
-        for position in range(num_drafts):
+        for position in range(depth):
             self.drafted_per_position[position] += 1
             self.accepted_per_position[position] += position < num_accepted
 

@@ -377,7 +377,7 @@ class Scheduler:
                     continue
                 if want.max_drafts and len(want.draws) == 1:
                     names = coordinator.request_id, coordinator.namespace
-                    asked.append(Asked(sequence, *names, want.draws[0], want.max_drafts))
+                    asked.append(Asked(sequence, *names, want.max_drafts))
         try:
             if asked:
                 drafts = proposer.propose(asked, min(num_rows, step.tokens_left), num_drawing)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
@@ -144,42 +145,32 @@ class Brake:
 
 
 def choose(
-    guesses: Mapping[int, tuple[Sequence[int], Sequence[float]]], num_rows: int, num_sequences: int, costs: StepCosts
-) -> dict[int, list[int]]:
-    """Which of each sequence's guessed tokens go into a step: their numbers, ascending, by sequence id.
+    chances: Mapping[int, Sequence[float]], num_rows: int, num_sequences: int, costs: StepCosts
+) -> dict[int, int]:
+    """How many of each sequence's guessed tokens, the first of them, go into a step, by sequence id.
 
     Args:
-        guesses: by sequence id, of each token which one it follows (-1: the sequence), and the chance that it and all
-            that it follows come true, which is not above that of what it follows.
+        chances: by sequence id, of each token that it and all that it follows come true; none is above the one before.
         num_rows, num_sequences: rows of the step without guesses, and sequences in it.
     """
-    waiting: list[tuple[float, int, int, int]] = []  # (what it gains, sequence id, place in the order, number)
-    orders: dict[int, list[int]] = {}
-    tokens = dict.fromkeys(guesses, 1.0)
-    for sequence_id, (_, chances) in guesses.items():
-        order = orders[sequence_id] = sorted(range(len(chances)), key=lambda n: (-chances[n], n))
-        if order:
-            waiting.append((-math.log1p(chances[order[0]]), sequence_id, 0, order[0]))
-    heapq.heapify(waiting)
+    tokens = dict.fromkeys(chances, 1.0)  # that a sequence gets, with those taken so far
+    waiting = [(-math.log1p(each[0]), sequence_id, 0) for sequence_id, each in chances.items() if each]
+    heapq.heapify(waiting)  # by what the next token of each gains
     plain = costs.of(num_rows)
     best, most, gained = 0, LEAST_GAIN * num_sequences, 0.0
-    taken: list[tuple[int, int]] = []
+    taken: list[int] = []
     while waiting and len(taken) < _MOST_AT_ONCE:
-        gain, sequence_id, place, number = heapq.heappop(waiting)
+        gain, sequence_id, number = heapq.heappop(waiting)
         if gain > -LEAST_GAIN:
             break
         gained -= gain
-        taken.append((sequence_id, number))
-        chances, order = guesses[sequence_id][1], orders[sequence_id]
-        tokens[sequence_id] += chances[number]
-        if place + 1 < len(order):
-            following = order[place + 1]
-            gain = -math.log1p(chances[following] / tokens[sequence_id])
-            heapq.heappush(waiting, (gain, sequence_id, place + 1, following))
+        taken.append(sequence_id)
+        each = chances[sequence_id]
+        tokens[sequence_id] += each[number]
+        if number + 1 < len(each):
+            gain = -math.log1p(each[number + 1] / tokens[sequence_id])
+            heapq.heappush(waiting, (gain, sequence_id, number + 1))
         value = gained - num_sequences * math.log(costs.of(num_rows + len(taken)) / plain)
         if value > most:
             best, most = len(taken), value
-    chosen: dict[int, list[int]] = {}
-    for sequence_id, number in taken[:best]:
-        chosen.setdefault(sequence_id, []).append(number)
-    return {sequence_id: sorted(numbers) for sequence_id, numbers in chosen.items()}
+    return Counter(taken[:best])

@@ -9,12 +9,12 @@ from octavo.core.proposer import Asked, Draft
 
 
 class Guess(NamedTuple):
-    """Tokens that may follow."""
+    """Tokens that may follow, the likeliest first."""
 
     token_ids: list[int]
     parents: list[int]  # of each the number of the one that it follows, before it; -1: the sequence
     kinds: list[int]  # of each: how often guesses of a kind come true is learnt
-    chances: list[float]  # of each: that it and all that it follows come true
+    chances: list[float]  # of each: that it and all that it follows come true; none is above the one before
 
     @property
     def draft(self) -> Draft:

@@ -57,11 +57,11 @@ class Speculator:
         if not self._adaptive:
             drafts = {n: guess.draft for n, guess in guessed.items()}
             return self._with_lookahead(asked, drafts, num_rows)
-        chosen: dict[int, list[int]] = {}
+        chosen: dict[int, int] = {}
         if guessed and not self._brake.holds:
-            offered = {n: (guess.parents, guess.chances) for n, guess in guessed.items()}
-            chosen = choose(offered, num_rows, num_drawing, self.costs)
-        drafts = {n: guessed[n].draft.only(numbers) for n, numbers in chosen.items()}
+            chances = {n: guess.chances for n, guess in guessed.items()}
+            chosen = choose(chances, num_rows, num_drawing, self.costs)
+        drafts = {n: guessed[n].draft.first(count) for n, count in chosen.items()}
         if self._from_model is not None:
             return self._with_lookahead(asked, drafts, num_rows)
         self._rest_after(chosen)
@@ -108,7 +108,7 @@ class Speculator:
         self._rest[sequence_id] = left - 1, following
         return True
 
-    def _rest_after(self, chosen: Mapping[int, list[int]]) -> None:
+    def _rest_after(self, chosen: Mapping[int, int]) -> None:
         if len(self._rest) > 2 * len(self._pending) + 64:
             self._rest = {}  # of sequences that ended
         for sequence_id in self._pending:
@@ -132,7 +132,7 @@ class Speculator:
                 continue
             num_drafts += grant.num_drafts
             num_accepted += len(came) - 1
-            self.stats.count(grant.num_drafts, len(came) - 1)
+            self.stats.count(grant.num_drafts, grant.draft_depth, len(came) - 1)
             self._learn_of(pending, came)
         if num_drafts:
             without = self.costs.of(plan.num_tokens - num_drafts)
