@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "llm": {"ask", "ask_request", "base_llm", "core", "engine", "frontend", "margins", "session"},
     "async_llm": {"ask", "ask_request", "async_session", "base_llm", "core", "frontend", "margins"},
     "evaluation": {"llm", "frontend", "core"},
+    "training": {"llm", "core", "formats", "hub", "loading", "models"},
     # `pull` and `models` work on files alone and must start fast, without an engine. See also BELOW_THE_DOORS.
     "cli": {
         "ask",
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str] | None] = {
         "frontend",
         "margins",
         "evaluation",
+        "training",
         "config",
         "backends",
         "observe",

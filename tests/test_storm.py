@@ -18,6 +18,7 @@ from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.core.events import EventKind
 from octavo.core.outputs import RequestOutput
+from tests.heads import save_random_head
 from tests.invariance.harness import prompt
 from tests.sessions import run_as, state_of
 
@@ -158,7 +159,13 @@ def same(got: RequestOutput, expected: RequestOutput) -> None:
 
 @pytest.mark.parametrize(
     ("seed", "kv_dtype", "guessing"),
-    [(0, "float16", None), (1, "int8", None), (2, "int8", "suffix"), (3, "int8", "draft_model")],
+    [
+        (0, "float16", None),
+        (1, "int8", None),
+        (2, "int8", "suffix"),
+        (3, "int8", "draft_model"),
+        (4, "int8", "draft_head"),
+    ],
 )
 async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype: str, guessing: str | None) -> None:
     folder = tmp_path / "kv"
@@ -167,6 +174,8 @@ async def test_storm(tiny_gemma3_dir: Path, tmp_path: Path, seed: int, kv_dtype:
         speculation = {"method": guessing, "num_speculative_tokens": 4, "adaptive": False}
         # A model that guesses for itself is right as long as it reads the right blocks.
         speculation |= {"model": str(tiny_gemma3_dir)} if guessing == "draft_model" else {}
+        if guessing == "draft_head":
+            speculation["model"] = str(save_random_head(tmp_path / "head.safetensors", tiny_gemma3_dir))
         speculation |= {"suffix_decoding_max_cached_requests": 20} if guessing == "suffix" else {}
     config = CONFIG | {"kv_cache_dtype": kv_dtype}
     with LLM(str(tiny_gemma3_dir), **config, enable_prefix_caching=False) as alone:

@@ -23,13 +23,14 @@ from octavo.loading.kept_weights import KeptWeights
 from octavo.loading.loaded_model import LoadedDraft, LoadedModel
 from octavo.loading.memory import MemoryPlan, available_memory, plan_memory
 from octavo.loading.model_config import model_config
-from octavo.loading.weights import FileWeights
+from octavo.loading.weights import FileWeights, model_tensor
 from octavo.models import Model, family, layer_states
 from octavo.ops import ModelConfig, Ops
 from octavo.runner.logits import rows_per_slice
 
 if TYPE_CHECKING:
     from octavo.core.protocols import Clock
+    from octavo.loading.draft_head import LoadedHead
     from octavo.wiring import BuiltEngine
 
 log = logging.getLogger(__name__)
@@ -72,16 +73,16 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         max_model_len = _max_model_len(config, of_model)
         ops = make_ops(config, of_model)
         parts = [_part(ops, path, file, of_model)]
+        head = None
         if config.speculative_config is not None and config.speculative_config.model is not None:
             try:
-                draft_path = resolve_model(config.speculative_config.model)
+                if config.speculative_config.method == "draft_head":
+                    head = _draft_head(config.speculative_config.model, parts[0], ops)
+                else:
+                    parts.append(_draft(config.speculative_config.model, parts[0], ops, opened))
             except ModelNotFoundError as error:
                 raise ModelNotFoundError(f"speculative_config.model: {error}") from None
-            draft_file = opened.enter_context(open_weights(draft_path))
-            of_draft = model_config(draft_file, draft_path)
-            _check_draft(of_model, file, of_draft, draft_file, ops)
-            parts.append(_part(ops, draft_path, draft_file, of_draft))
-        plan = _plan(config, parts, ops, max_model_len)
+        plan = _plan(config, parts, head, ops, max_model_len)
         log.info("%s", plan)
         all_kept = [_kept_weights(config, part) for part in parts]
         for one in filter(None, all_kept):
@@ -90,7 +91,9 @@ def loading(config: EngineConfig) -> Iterator[LoadedModel]:
         draft = LoadedDraft(parts[1].path, parts[1].config, parts[1].model) if len(parts) > 1 else None
         with ThreadPoolExecutor(1) as beside:
             packed = [beside.submit(_pack, part, kept) for part, kept in zip(parts, all_kept, strict=True)]
-            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, parts[0].model, draft, found[0])
+            if head is not None:
+                packed.append(beside.submit(_pack_head, head))
+            yield LoadedModel(path, file, of_model, max_model_len, ops, plan, parts[0].model, draft, head, found[0])
             for packing in packed:
                 packing.result()
         for kept, was_found in zip(all_kept, found, strict=True):
@@ -113,6 +116,21 @@ def _part(ops: Ops, path: Path, file: ModelFile, config: ModelConfig) -> _Part:
     return _Part(path, file, config, family(config.architecture).model(config, loader), loader)
 
 
+def _draft(name: str, of: _Part, ops: Ops, opened: ExitStack) -> _Part:
+    """A small model that guesses for the large one."""
+    path = resolve_model(name)
+    file = opened.enter_context(open_weights(path))
+    config = model_config(file, path)
+    _check_draft(of.config, of.file, config, file, ops)
+    return _part(ops, path, file, config)
+
+
+def _draft_head(name: str, of: _Part, ops: Ops) -> LoadedHead:
+    from octavo.loading.draft_head import load_head
+
+    return load_head(Path(name).expanduser(), model_tensor(of.config, of.file, "lm_head"), ops)
+
+
 def _check_draft(
     of_model: ModelConfig, file: ModelFile, of_draft: ModelConfig, draft_file: ModelFile, ops: Ops
 ) -> None:
@@ -131,6 +149,11 @@ def _check_draft(
 def _pack(part: _Part, kept: KeptWeights | None) -> None:
     part.loader.finish(kept)
     part.file.drop_pages()
+
+
+def _pack_head(head: LoadedHead) -> None:
+    head.packing.pack()
+    head.packing.end()
 
 
 def _kept_weights(config: EngineConfig, part: _Part) -> KeptWeights | None:
@@ -177,8 +200,10 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     raise ConfigError(f"backend: none fits; {'; '.join(refused)}{advice}")
 
 
-def _plan(config: EngineConfig, parts: list[_Part], ops: Ops, max_model_len: int) -> MemoryPlan:
-    """Of the model, and of one that guesses for it, whose K and V lie in the same blocks."""
+def _plan(
+    config: EngineConfig, parts: list[_Part], head: LoadedHead | None, ops: Ops, max_model_len: int
+) -> MemoryPlan:
+    """Of the model, and of what guesses for it: another one, whose K and V lie in the same blocks, or a head."""
     scratch_bytes = block_bytes = 0
     for part in parts:
         specs = part.model.kv_specs
@@ -190,7 +215,7 @@ def _plan(config: EngineConfig, parts: list[_Part], ops: Ops, max_model_len: int
         block_bytes += sum(ops.kv_nbytes(spec, config.block_size) for spec in specs)
     return plan_memory(
         available_bytes=available_memory(),
-        weights_bytes=sum(part.loader.nbytes() for part in parts),
+        weights_bytes=sum(part.loader.nbytes() for part in parts) + (head.nbytes if head is not None else 0),
         scratch_bytes=scratch_bytes,
         block_bytes=block_bytes,
         block_size=config.block_size,

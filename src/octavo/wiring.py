@@ -126,6 +126,12 @@ def _engine(config: EngineConfig, loaded: LoadedModel, fingerprint: str, clock: 
         )
         blocks = loaded.memory_plan.num_blocks, config.block_size
         runner.draft_with(DraftModel(small, *blocks, config.step_tokens, loaded.draft.config.max_position))
+    if loaded.draft_head is not None:
+        from octavo.runner.draft_head import HeadDrafter
+
+        sizes = {"hidden_size": loaded.config.hidden_size, "vocab_size": loaded.config.vocab_size}
+        known = loaded.draft_head.token_ids
+        runner.draft_with(HeadDrafter(loaded.model, loaded.draft_head.head, loaded.ops, **sizes, token_ids=known))
     scheduler = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.step_tokens,

@@ -136,7 +136,7 @@ def test_guesses_are_told_when_asked_for(invoke: Invoke, tiny_llama_dir: Path) -
     assert code == 0 and err.splitlines()[-1].endswith(" guessed tokens accepted")
     assert out == invoke("run", *flags).out == invoke("run", *flags, *guessing, "--no-speculative-decoding").out
     code, _, err = invoke("run", *flags, "--speculative-config", '{"method": "magic"}')
-    assert code == 2 and "speculative_config.method: must be one of ngram, suffix, draft_model, not" in err
+    assert code == 2 and "speculative_config.method: must be one of ngram, suffix, draft_model, draft_head, not" in err
 
 
 # --- JSON ---

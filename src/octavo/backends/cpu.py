@@ -295,17 +295,17 @@ class CpuOps:
 
         return replay
 
-    def capture_rows(self, function: Callable[[CpuArray], CpuArray], columns: int) -> Callable[[CpuArray], CpuArray]:
+    def capture_rows(self, function: Callable[..., CpuArray], *columns: int) -> Callable[..., CpuArray]:
         graph = self._recording = _C.Graph(self.machine)
         try:
-            given = graph.bind(columns)
-            result = function(CpuArray(None, given, 0, columns))
+            given = [graph.bind(one) for one in columns]
+            result = function(*(CpuArray(None, buffer, 0, one) for buffer, one in zip(given, columns, strict=True)))
         finally:
             self._recording = None
 
-        def replay(x: CpuArray) -> CpuArray:
-            out = np.empty((len(_data(x)), result.columns), np.float32)
-            graph.run([given, result.buffer], [_data(x), out], None, len(out))
+        def replay(*arrays: CpuArray) -> CpuArray:
+            out = np.empty((len(_data(arrays[0])), result.columns), np.float32)
+            graph.run([*given, result.buffer], [*map(_data, arrays), out], None, len(out))
             return CpuArray(out, -1, 0, result.columns)
 
         return replay

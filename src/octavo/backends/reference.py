@@ -136,7 +136,7 @@ class ReferenceOps:
     def capture(self, function: Callable[[Batch], Iterator[Floats]]) -> Replay:
         return run_eagerly(self, function)
 
-    def capture_rows(self, function: Callable[[Floats], Floats], columns: int) -> Callable[[Floats], Floats]:
+    def capture_rows(self, function: Callable[..., Floats], *columns: int) -> Callable[..., Floats]:
         return function
 
     def prepare(self, batch: Batch) -> Batch:
@@ -288,3 +288,6 @@ class ReferenceOps:
 
     def to_numpy(self, x: Floats) -> Floats:
         return x
+
+    def from_numpy(self, values: NDArray[np.floating]) -> Floats:
+        return values.astype(self.dtype)

@@ -107,9 +107,7 @@ class TraceOps:
     def capture(self, function: Callable[[Batch], Iterator[TraceArray]]) -> Replay:
         return run_eagerly(self, function)
 
-    def capture_rows(
-        self, function: Callable[[TraceArray], TraceArray], columns: int
-    ) -> Callable[[TraceArray], TraceArray]:
+    def capture_rows(self, function: Callable[..., TraceArray], *columns: int) -> Callable[..., TraceArray]:
         return function
 
     def prepare(self, batch: Batch) -> Batch:
@@ -178,6 +176,9 @@ class TraceOps:
 
     def sample(self, logits: TraceArray, requests: Sequence[RowRequest]) -> list[RowResult | SamplingError]:
         raise TypeError("the trace backend has shapes and no values")
+
+    def from_numpy(self, values: NDArray[np.floating]) -> TraceArray:
+        return TraceArray(values.shape)
 
     def copy_blocks(self, layers: Sequence[KVSpec], copies: Sequence[tuple[int, int]]) -> None:
         raise TypeError("a trace is of one batch and copies no blocks")

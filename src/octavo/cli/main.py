@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("octavo.cli.doctor", "say what is found on this machine, and how fast it can be"),
     "bench": ("octavo.cli.bench", "measure latency, throughput, start-up or a server"),
     "eval": ("octavo.cli.eval", "score a model on long documents, in several ways of reading them"),
+    "train-head": ("octavo.cli.train_head", "train a head that guesses tokens, for speculative decoding"),
     "cache": ("octavo.cli.cache", "explain what of a prompt the prefix cache has, and why not more"),
     "verify": ("octavo.cli.verify", "check a model against transformers and against itself"),
 }

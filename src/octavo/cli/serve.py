@@ -16,9 +16,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from octavo.cli.engine_args import add_engine_arguments
+from octavo.cli.engine_args import add_engine_arguments, add_model_argument, take_model_argument
 from octavo.cli.setting_args import add_setting_arguments
-from octavo.core.errors import ConfigError, OctavoError, shown
+from octavo.core.errors import ConfigError, OctavoError
 from octavo.core.settings import variable
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _NEEDED = "fastapi", "uvicorn", "msgspec", "yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `octavo serve`."""
     parser.usage = "octavo serve [-h] [-v] [MODEL] [flags]"
-    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="what to serve")
+    add_model_argument(parser, "what to serve")
     check_packages("octavo serve")
     from octavo.server.settings import ServerSettings
 
@@ -65,10 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything that can be checked without the model is checked before it is loaded, the port included."""
     from octavo.cli.serve_config import effective, serve_config
 
-    if args.model_argument is not None:
-        if args.model is not None and args.model != args.model_argument:
-            raise ConfigError(f"--model: {shown(args.model)} contradicts the argument {shown(args.model_argument)}")
-        args.model = args.model_argument
+    take_model_argument(args)
     if args.verbose:
         if args.log_level is not None:
             raise ConfigError("--log-level: is given, and so is -v, which means info, or -vv, which means debug")

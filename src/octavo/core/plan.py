@@ -142,7 +142,8 @@ class GrantResult(NamedTuple):
 
     rows: tuple[RowResult, ...] = ()  # want by want, row by row
     error: str | None = None
-    guess: tuple[int, ...] = ()  # of a draft model: what may follow the last token that was drawn
+    guess: tuple[int, ...] = ()  # of a draft model or head: what may follow the last token that was drawn
+    guess_chances: tuple[float, ...] = ()  # how sure it is of each, or nothing
 
 
 def accepted_drafts(grant: Grant, rows: SequenceOf[RowResult]) -> tuple[int, ...]:

@@ -8,9 +8,13 @@ from typing import ClassVar
 from octavo.core.errors import ConfigError, InvalidRequestError, shown
 from octavo.core.settings import check_settings, setting
 
-METHODS = ("ngram", "suffix", "draft_model")
+METHODS = ("ngram", "suffix", "draft_model", "draft_head")
 MAX_SPECULATIVE_TOKENS = 64
-_DEFAULT_TOKENS = {"ngram": 8, "suffix": 16, "draft_model": 4}
+_DEFAULT_TOKENS = {"ngram": 8, "suffix": 16, "draft_model": 4, "draft_head": 4}
+_WHAT_MODEL = {
+    "draft_model": "a small model with the same vocabulary",
+    "draft_head": "the .safetensors file of a head that was trained for this model",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +29,9 @@ class SpeculativeConfig:
 
     method: str = setting("suffix", "what guesses", choices=METHODS)
     model: str | None = setting(
-        None, "of draft_model: a small model with the same vocabulary, named as models are", metavar="MODEL"
+        None,
+        "of draft_model: a small model with the same vocabulary, named as models are; of draft_head: a file",
+        metavar="MODEL",
     )
     num_speculative_tokens: int | None = setting(
         None, "most tokens that are guessed at once", low=1, high=MAX_SPECULATIVE_TOKENS
@@ -56,20 +62,18 @@ class SpeculativeConfig:
         least, most = self.lookup
         if least > most:
             raise ConfigError(f"prompt_lookup_min: {least} is more than prompt_lookup_max={most}")
-        if self.method == "draft_model" and not self.model:
-            raise ConfigError("model: is missing; method='draft_model' needs a small model with the same vocabulary")
+        if self.method in _WHAT_MODEL and not self.model:
+            raise ConfigError(f"model: is missing; method={self.method!r} needs {_WHAT_MODEL[self.method]}")
         for name in self._of_other_methods():
             raise ConfigError(f"{name}: has no effect with method={self.method!r}")
 
     def _of_other_methods(self) -> list[str]:
         """Settings that were given and that this method does not have."""
-        owners = {"prompt_lookup_max": "ngram", "prompt_lookup_min": "ngram", "model": "draft_model"}
-        owners |= dict.fromkeys(("max_branches", "max_cached_tokens"), "suffix")
+        owners: dict[str, tuple[str, ...]] = {"prompt_lookup_max": ("ngram",), "prompt_lookup_min": ("ngram",)}
+        owners |= {"model": tuple(_WHAT_MODEL)} | dict.fromkeys(("max_branches", "max_cached_tokens"), ("suffix",))
         defaults = {one.name: one.default for one in fields(self)}
-        owners |= {name: "suffix" for name in defaults if name.startswith("suffix_")}
-        return [
-            name for name, owner in owners.items() if owner != self.method and getattr(self, name) != defaults[name]
-        ]
+        owners |= {name: ("suffix",) for name in defaults if name.startswith("suffix_")}
+        return [name for name, of in owners.items() if self.method not in of and getattr(self, name) != defaults[name]]
 
     @property
     def lookup(self) -> tuple[int, int]:

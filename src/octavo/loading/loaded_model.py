@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from octavo.formats.mapping import ModelFile
+    from octavo.loading.draft_head import LoadedHead
     from octavo.loading.memory import MemoryPlan
     from octavo.models import Model
     from octavo.ops import ModelConfig, Ops
@@ -32,4 +33,5 @@ class LoadedModel(NamedTuple):
     memory_plan: MemoryPlan
     model: Model
     draft: LoadedDraft | None = None
+    draft_head: LoadedHead | None = None
     was_loaded: bool = False  # before, from these very files: they were checked to be sound

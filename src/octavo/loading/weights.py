@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError
-from octavo.formats.tensor import RawTensor
+from octavo.formats import GGUFFile, ModelFile, RawTensor
 from octavo.loading.kept_weights import KeptWeights
 from octavo.models import family
 from octavo.models.descriptor import Family
@@ -97,19 +97,7 @@ class FileWeights:
         return tensor
 
     def _file_name(self, name: str, kind: str = "weight") -> str:
-        if self._gguf:
-            return self._gguf_name(name, kind)
-        found = stored_tensor(self._family, self._tensors, name)
-        if found is None and name == "embed_tokens" and self._config.tie_embeddings:
-            found = stored_tensor(self._family, self._tensors, "lm_head")  # the one of the two that was stored
-        return _hf_name(self._family, self._tensors, name, kind) if found is None or kind != "weight" else found.name
-
-    def _gguf_name(self, name: str, kind: str) -> str:
-        match = _LAYER_NAME.fullmatch(name)
-        known = _GGUF_MODEL.get(name) if match is None else self._family.gguf_layer.get(match[2])
-        if known is None:
-            raise LookupError(f"{self._family.name}: GGUF files have no name for {name}")
-        return f"{known}.{kind}" if match is None else f"blk.{match[1]}.{known}.{kind}"
+        return _file_name(self._config, self._tensors, self._gguf, name, kind)
 
     def _halves_order(self, rows: int) -> NDArray[np.intp]:
         """llama.cpp stores q and k of some families for a rope on neighbouring pairs: within each head, rows
@@ -117,6 +105,36 @@ class FileWeights:
         head_dim = self._config.head_dim
         within = np.arange(head_dim).reshape(-1, 2).T.reshape(-1)  # 0, 2, 4, ..., 1, 3, 5, ...
         return (np.arange(0, rows, head_dim)[:, None] + within).reshape(-1)
+
+
+def model_tensor(config: ModelConfig, file: ModelFile, name: str) -> RawTensor:
+    """One of a model's tensors by its canonical name, as the file has it; of tied ones either name does."""
+    if name == "lm_head" and config.tie_embeddings:
+        name = "embed_tokens"
+    file_name = _file_name(config, file.tensors, isinstance(file, GGUFFile), name)
+    if file_name not in file.tensors:
+        raise ModelFormatError(file.path, file_name, "tensor is missing")
+    return file.tensors[file_name]
+
+
+def _file_name(
+    config: ModelConfig, tensors: Mapping[str, RawTensor], gguf: bool, name: str, kind: str = "weight"
+) -> str:
+    of = family(config.architecture)
+    if gguf:
+        return _gguf_name(of, name, kind)
+    found = stored_tensor(of, tensors, name)
+    if found is None and name == "embed_tokens" and config.tie_embeddings:
+        found = stored_tensor(of, tensors, "lm_head")  # the one of the two that was stored
+    return _hf_name(of, tensors, name, kind) if found is None or kind != "weight" else found.name
+
+
+def _gguf_name(family: Family, name: str, kind: str) -> str:
+    match = _LAYER_NAME.fullmatch(name)
+    known = _GGUF_MODEL.get(name) if match is None else family.gguf_layer.get(match[2])
+    if known is None:
+        raise LookupError(f"{family.name}: GGUF files have no name for {name}")
+    return f"{known}.{kind}" if match is None else f"blk.{match[1]}.{known}.{kind}"
 
 
 def stored_tensor(family: Family, tensors: Mapping[str, RawTensor], name: str) -> RawTensor | None:

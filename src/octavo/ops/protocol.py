@@ -150,8 +150,8 @@ class Ops(Protocol):
         ops once and replay them for each batch. So `function` must call the same ops whatever the batch holds."""
         ...
 
-    def capture_rows(self, function: Callable[[Array], Array], columns: int) -> Callable[[Array], Array]:
-        """The same for a function of rows [R, columns], whatever their number."""
+    def capture_rows(self, function: Callable[..., Array], *columns: int) -> Callable[..., Array]:
+        """The same for a function of one or several arrays of rows [R, columns], whatever their number."""
         ...
 
     # --- once a step ---
@@ -225,4 +225,8 @@ class Ops(Protocol):
 
     def to_numpy(self, x: Array) -> NDArray[np.floating]:
         """The values, on the host."""
+        ...
+
+    def from_numpy(self, values: NDArray[np.floating]) -> Array:
+        """An array of [R, n] values."""
         ...

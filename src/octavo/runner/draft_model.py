@@ -12,28 +12,17 @@ came after. All of that is for acceptance only: a guess from wrong K and V is a 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from octavo.core.plan import BlockCopy, BlockLoad, Grant, GrantResult, StepPlan, accepted_drafts
-from octavo.core.want import Counts, Draw, History, Sample, Wanted
-from octavo.ops.protocol import KVLayer
+from octavo.core.want import Sample, Wanted
+from octavo.ops.protocol import Array, KVLayer
+from octavo.runner.drafting import Asked, after, asked_of
 from octavo.runner.model_runner import ModelRunner
 
 _NOTHING = (-1, 0)
-
-
-class _Asked(NamedTuple):
-    """A sequence to be guessed for."""
-
-    number: int  # of its grant
-    grant: Grant
-    position: int  # of its last token, which the large model has not read yet
-    token_id: int
-    draw: Draw  # of the token after that
-    most: int  # tokens to guess
 
 
 class DraftModel:
@@ -45,7 +34,7 @@ class DraftModel:
     ) -> None:
         self.runner = runner
         self._max_model_len = max_model_len
-        self.round_seconds: float | None = None  # that a token more of each sequence took last; None: there was none
+        self.round_seconds: float | None = None
         self._size = block_size
         self._max_rows = max_rows
         self._tokens = np.full((num_blocks, block_size), -1, np.int32)
@@ -59,8 +48,8 @@ class DraftModel:
 
     # --- what happens to blocks ---
 
-    def prepare(self, copies: Iterable[BlockCopy], loads: Iterable[BlockLoad]) -> None:
-        """A step begins with these; its K and V were copied and loaded with the large model's."""
+    def prepare(self, copies: Sequence[BlockCopy], loads: Sequence[BlockLoad]) -> None:
+        """See Drafter."""
         for source, target in copies:
             self._tokens[target] = self._tokens[source]
             self._read[target] = self._read[source]
@@ -111,14 +100,10 @@ class DraftModel:
 
     # --- guessing ---
 
-    def guess(self, plan: StepPlan, results: tuple[GrantResult, ...]) -> tuple[GrantResult, ...]:
-        """The results, with guesses for the grants that want some."""
+    def guess(self, plan: StepPlan, results: tuple[GrantResult, ...], x: Array) -> tuple[GrantResult, ...]:
+        """See Drafter."""
         self.note(plan.grants, results)
-        asked = [
-            one
-            for index, (grant, result) in enumerate(zip(plan.grants, results, strict=True))
-            if grant.num_lookahead and (one := self._asked(index, grant, result)) is not None
-        ]
+        asked = [one for one in asked_of(plan, results) if one.position + one.most <= self._max_model_len]
         found: dict[int, list[int]] = {one.number: [] for one in asked}
         going = self._read_up(plan.step, asked, found)
         self.round_seconds = None
@@ -132,21 +117,7 @@ class DraftModel:
             for index, result in enumerate(results)
         )
 
-    def _asked(self, index: int, grant: Grant, result: GrantResult) -> _Asked | None:
-        drawn = [row for row in result.rows if row.draws]
-        wants = [wanted.want for wanted in grant.wants if isinstance(wanted.want, Sample)]
-        if result.error is not None or not drawn or not wants:
-            return None
-        accepted = accepted_drafts(grant, result.rows)
-        last = len(drawn) - 1 - grant.num_drafts + (accepted[-1] + 1 if accepted else 0)
-        token_id = drawn[last].draws[0].token_id
-        position = grant.first_draft + len(accepted)
-        if len(wants) != len(drawn) or position + grant.num_lookahead > self._max_model_len:
-            return None
-        want = wants[last]
-        return _Asked(index, grant, position, token_id, after(want.draws[0], token_id), grant.num_lookahead)
-
-    def _read_up(self, step: int, asked: list[_Asked], found: dict[int, list[int]]) -> list[_Asked]:
+    def _read_up(self, step: int, asked: list[Asked], found: dict[int, list[int]]) -> list[Asked]:
         """Read all that is unread of each, as far as there is room, and draw the first guess of those that were read to
         their end; these."""
         left, going, grants = self._max_rows, [], []
@@ -170,7 +141,7 @@ class DraftModel:
         self._run(step, grants, found)
         return going
 
-    def _draw(self, step: int, going: list[_Asked], found: dict[int, list[int]]) -> None:
+    def _draw(self, step: int, going: list[Asked], found: dict[int, list[int]]) -> None:
         """One more guess of each."""
         grants = []
         for one in going:
@@ -194,18 +165,3 @@ class DraftModel:
             if result.error is None:
                 self._note_read(grant.block_table, grant.stop)
                 found[grant.sequence_id] += [row.draws[0].token_id for row in result.rows if row.draws]
-
-
-def after(draw: Draw, token_id: int) -> Draw:
-    """The draw of the next row, when this one gave a token. What takes all tokens before it to tell, words that may not
-    be completed and the mask of a grammar, is left out: a guess may be wrong."""
-    history = draw.history
-    if history is None or (history.counts is None and not history.token_ids):
-        return draw if history is None else draw._replace(history=None)
-    counts = history.counts
-    if counts is not None:
-        output = dict(counts.output)
-        output[token_id] = output.get(token_id, 0) + 1
-        counts = Counts(counts.prompt, tuple(output.items()))
-    token_ids = (*history.token_ids, token_id) if history.token_ids else ()
-    return draw._replace(history=History((), token_ids, counts, None))

@@ -5,37 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.core.plan import BlockCopy, BlockLoad, Grant, GrantResult, RowResult, StepPlan, StepResult, accepted_drafts
+from octavo.core.plan import Grant, GrantResult, RowResult, StepPlan, StepResult, accepted_drafts
 from octavo.core.protocols import BlockTier
 from octavo.core.want import FINAL, Hidden
 from octavo.models import Model, layer_states
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.ops.rows import RowRequest, SamplingError
+from octavo.runner.drafting import Drafter
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch, moves_of
 from octavo.runner.logits import rows_per_slice
 
 log = logging.getLogger(__name__)
 
 Hiddens = dict[int, Iterator[NDArray[np.floating]]]  # by layer: the wanted rows, in the order of the batch
-
-
-class Drafter(Protocol):
-    """Guesses what follows the tokens of a step; see octavo.runner.draft_model."""
-
-    round_seconds: float | None  # that a token more of each sequence took in the last step
-
-    @property
-    def layers(self) -> list[KVLayer]: ...
-
-    def prepare(self, copies: Sequence[BlockCopy], loads: Sequence[BlockLoad]) -> None: ...
-
-    def guess(self, plan: StepPlan, results: tuple[GrantResult, ...]) -> tuple[GrantResult, ...]: ...
 
 
 class ModelRunner:
@@ -75,7 +62,7 @@ class ModelRunner:
         ended = time.perf_counter()
         timings = {"model": computed - started, "sample": ended - computed}
         if self._drafter is not None:
-            results = self._with_guesses(plan, results, self._drafter)
+            results = self._with_guesses(plan, results, x, self._drafter)
             timings["draft"] = time.perf_counter() - ended
             if (seconds := self._drafter.round_seconds) is not None:
                 timings["draft_round"] = seconds
@@ -92,10 +79,10 @@ class ModelRunner:
         return self._kv
 
     def _with_guesses(
-        self, plan: StepPlan, results: tuple[GrantResult, ...], drafter: Drafter
+        self, plan: StepPlan, results: tuple[GrantResult, ...], x: Array, drafter: Drafter
     ) -> tuple[GrantResult, ...]:
         try:
-            return drafter.guess(plan, results)
+            return drafter.guess(plan, results, x)
         except Exception:  # a guess that cannot be made is nobody's fault
             log.exception("guessing raised; step %d goes on without", plan.step)
             return results

@@ -72,7 +72,7 @@ class Speculator:
         if self._from_model is None:
             return drafts
         self._steps += 1
-        most = self._most if not self._adaptive else self._worth_drafting(asked, num_rows)
+        most = self._most if not self._adaptive else self._worth_drafting(self._from_model, asked, num_rows)
         for one in asked:
             draft = drafts.get(one.sequence.id, NO_DRAFT)
             room = one.max_drafts - 1 - len(draft.token_ids)
@@ -80,12 +80,12 @@ class Speculator:
                 drafts[one.sequence.id] = draft._replace(lookahead=min(most, room))
         return drafts
 
-    def _worth_drafting(self, asked: Sequence[Asked], num_rows: int) -> int:
+    def _worth_drafting(self, drafter: FromModel, asked: Sequence[Asked], num_rows: int) -> int:
         """The number of tokens whose guessing and verifying pays, by what was seen so far; now and then one, to see."""
         gained = [0.0] * (self._most + 1)  # logarithms of tokens, over all sequences
         for one in asked:
             tokens, chance = 1.0, 1.0
-            for place, rate in enumerate(self._acceptance.rates(one.request_id)[: self._most], 1):
+            for place, rate in enumerate(drafter.by_place(self._acceptance.rates(one.request_id), self._most), 1):
                 chance *= rate
                 tokens += chance
                 gained[place] += math.log(tokens)

@@ -1,0 +1,88 @@
+"""Texts that a model writes by itself, and its hidden states of them: all that a head learns from.
+
+A chat model is given nothing but the beginning of a user's turn, writes what a user may ask, and then answers it
+(Magpie; Xu et al., 2024). Another model writes on from the beginning of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.core.params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.core.plan import StepPlan, StepResult
+    from octavo.llm import LLM
+
+_MARK = "1f0e6c5b"  # where a user's words would stand
+_TEMPERATURES = (0.0, 0.5, 1.0)  # of answers, in turn: guesses are asked for at all of them
+_ROUND = 64  # texts that are written at once
+
+
+def write_texts(llm: LLM, num_tokens: int, max_tokens: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """Texts of at least `num_tokens` tokens together, as token ids of prompt and answer, of at most `max_tokens` each,
+    and the number of tokens that are the prompt's."""
+    beginning = _beginning_of_user_turn(llm)
+    number = written = 0
+    while written < num_tokens:
+        asked: list[list[int]] = _questions(llm, beginning, max_tokens // 4, seed + number)
+        params = []
+        for index, prompt in enumerate(asked):
+            room = max_tokens - len(prompt)
+            temperature = _TEMPERATURES[index % len(_TEMPERATURES)]
+            params.append(SamplingParams(temperature=temperature, seed=seed + number + index, max_tokens=room))
+        prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in asked]
+        for prompt, output in zip(asked, llm.generate(prompts, params, use_tqdm=False), strict=True):
+            token_ids = prompt + list(output.outputs[0].token_ids)
+            written += len(token_ids)
+            yield token_ids, len(prompt)
+        number += _ROUND
+
+
+def _questions(llm: LLM, beginning: str | None, max_tokens: int, seed: int) -> list[list[int]]:
+    """Prompts that end where an answer begins."""
+    if beginning is None:  # no chat model: the first tokens of texts
+        params = [SamplingParams(temperature=1, seed=seed + i, max_tokens=1, ignore_eos=True) for i in range(_ROUND)]
+        begun = llm.generate([""] * _ROUND, params, use_tqdm=False)
+        return [[*one.prompt_token_ids, *one.outputs[0].token_ids] for one in begun]
+    token_ids = llm.tokenizer.encode(beginning, add_special_tokens=False)
+    params = [SamplingParams(temperature=1, top_p=0.95, seed=seed + i, max_tokens=max_tokens) for i in range(_ROUND)]
+    turns = llm.generate([{"prompt_token_ids": token_ids}] * _ROUND, params, use_tqdm=False)
+    texts = [one.outputs[0].text.strip() for one in turns if one.outputs[0].finish_reason == "stop"]
+    prompts = [llm._frontend.chat_prompt(_ask(text), None, {"add_generation_prompt": True}) for text in texts if text]
+    return [list(one["prompt_token_ids"]) for one in prompts]
+
+
+def _ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _beginning_of_user_turn(llm: LLM) -> str | None:
+    """What a chat template writes before a user's words; None for a model that has none."""
+    try:
+        text = str(llm._frontend.chat_prompt(_ask(_MARK), None, {"add_generation_prompt": True})["prompt"])
+    except Exception:
+        return None
+    return text[: text.index(_MARK)] if _MARK in text else None
+
+
+def hidden_states(llm: LLM, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float16]]:
+    """After the final norm, [tokens, hidden_size] of each text."""
+    found: dict[str, list[NDArray[np.floating]]] = {}
+
+    def listen(plan: StepPlan, result: StepResult) -> None:
+        for grant, one in zip(plan.grants, result.results, strict=True):
+            rows = found.setdefault(grant.request_id, [])
+            rows[grant.start :] = [row.hidden[0] for row in one.rows if row.hidden]
+
+    llm._engine.step_listeners.append(listen)
+    try:
+        prompts: list[Any] = [{"prompt_token_ids": list(text)} for text in texts]
+        outputs = llm.embed(prompts, use_tqdm=False)
+    finally:
+        llm._engine.step_listeners.remove(listen)
+    return [np.array(found[output.request_id], np.float16) for output in outputs]
