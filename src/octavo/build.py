@@ -205,6 +205,10 @@ def _plan(
 ) -> MemoryPlan:
     """Of the model, and of what guesses for it: another one, whose K and V lie in the same blocks, or a head."""
     scratch_bytes = block_bytes = 0
+    weights_bytes = sum(part.loader.nbytes() for part in parts)
+    if head is not None:  # it keeps a row of logits for each sequence
+        vocab_size = parts[0].config.vocab_size
+        weights_bytes += head.nbytes + 4 * vocab_size * min(rows_per_slice(vocab_size), config.max_num_seqs)
     for part in parts:
         specs = part.model.kv_specs
         layers = partial(layer_states, part.model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))
@@ -215,7 +219,7 @@ def _plan(
         block_bytes += sum(ops.kv_nbytes(spec, config.block_size) for spec in specs)
     return plan_memory(
         available_bytes=available_memory(),
-        weights_bytes=sum(part.loader.nbytes() for part in parts) + (head.nbytes if head is not None else 0),
+        weights_bytes=weights_bytes,
         scratch_bytes=scratch_bytes,
         block_bytes=block_bytes,
         block_size=config.block_size,

@@ -33,7 +33,7 @@ def seconds(machine: Callable[[int], float], batch: int, config: SpeculativeConf
     harness.run()
     if proposer is not None:
         assert proposer.stats.num_drawn_tokens > 0
-    return harness.now
+    return harness.now - len(harness.executor.plans)  # the harness takes 1.0 a step between steps
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])

@@ -410,7 +410,7 @@ class CpuOps:
 
     def from_numpy(self, values: NDArray[Any]) -> CpuArray:
         """An array of this backend from [rows, n] or [rows, heads, n] values."""
-        flat = np.array(values, np.float32, order="C").reshape(len(values), math.prod(values.shape[1:]))
+        flat = np.ascontiguousarray(values, np.float32).reshape(len(values), math.prod(values.shape[1:]))
         return CpuArray(flat, -1, 0, flat.shape[1], values.shape[1] if values.ndim == 3 else 0)
 
 

@@ -228,5 +228,5 @@ class Ops(Protocol):
         ...
 
     def from_numpy(self, values: NDArray[np.floating]) -> Array:
-        """An array of [R, n] values."""
+        """An array of [R, n] values, which must not change while it is in use."""
         ...

@@ -19,7 +19,7 @@ from octavo.models.draft_head import DraftHead
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.ops.rows import RowRequest, SamplingError
-from octavo.runner.drafting import Asked, after, asked_of
+from octavo.runner.drafting import ROUND, Asked, after, asked_of
 from octavo.runner.logits import rows_per_slice
 
 _NEVER = -1e30  # the logit of a token that the head does not know
@@ -38,11 +38,12 @@ class HeadDrafter:
         vocab_size: int,
         token_ids: NDArray[np.int32] | None = None,
     ) -> None:
-        self.round_seconds: float | None = None
+        self.timings: dict[str, float] = {}
         self._model = model
         self._ops = ops
         self._vocab_size = vocab_size
         self._rows_per_slice = rows_per_slice(vocab_size)
+        self._rows: NDArray[np.floating] = np.empty((0, vocab_size), np.float32)
         self._token_ids = token_ids
         self._embed = ops.capture(lambda batch: iter((model.embed(ops, batch),)))
         self._next = ops.capture_rows(lambda s, e: head.next_state(ops, s, e), hidden_size, hidden_size)
@@ -58,7 +59,7 @@ class HeadDrafter:
 
     def guess(self, plan: StepPlan, results: tuple[GrantResult, ...], x: Array) -> tuple[GrantResult, ...]:
         """See Drafter."""
-        self.round_seconds = None
+        self.timings = {}
         going = asked_of(plan, results)
         if not going:
             return results
@@ -73,7 +74,7 @@ class HeadDrafter:
                 going, state = [going[n] for n in kept], self._ops.take_rows(state, np.array(kept, np.int32))
             state = self._next(state, self._embedded([one.token_id for one in going]))
             going = self._draw(going, state, guessed)
-        self.round_seconds = (time.perf_counter() - started) / rounds
+        self.timings = {ROUND: (time.perf_counter() - started) / rounds}
         return tuple(
             result._replace(guess=tuple(t for t, _ in found), guess_chances=tuple(c for _, c in found))
             if (found := guessed.get(number))
@@ -110,16 +111,22 @@ class HeadDrafter:
     def _sample(
         self, known: NDArray[np.floating], asked: list[Asked], guessed: dict[int, list[tuple[int, float]]]
     ) -> list[int | None]:
-        logits = known
-        if self._token_ids is not None:
-            logits = np.full((len(known), self._vocab_size), _NEVER, known.dtype)
-            logits[:, self._token_ids] = known
         requests = [
             RowRequest(row, one.position + len(guessed[one.number]), Sample((one.draw,)))
             for row, one in enumerate(asked)
         ]
-        answers = self._ops.sample(self._ops.from_numpy(logits), requests)
+        answers = self._ops.sample(self._ops.from_numpy(self._among_all(known)), requests)
         return [None if isinstance(one, SamplingError) else one.draws[0].token_id for one in answers]
+
+    def _among_all(self, known: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The same logits, of all tokens: that of one that the head does not know is never the best."""
+        if self._token_ids is None:
+            return known
+        if len(self._rows) < len(known):  # what is not known stays as it is from one time to the next
+            self._rows = np.full((len(known), self._vocab_size), _NEVER, known.dtype)
+        rows = self._rows[: len(known)]
+        rows[:, self._token_ids] = known
+        return rows
 
     def _chances(self, known: NDArray[np.floating], drawn: list[int | None]) -> list[float]:
         """How probable the head holds what was drawn of each row, without what the request's parameters change."""

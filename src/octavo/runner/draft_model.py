@@ -19,10 +19,11 @@ import numpy as np
 from octavo.core.plan import BlockCopy, BlockLoad, Grant, GrantResult, StepPlan, accepted_drafts
 from octavo.core.want import Sample, Wanted
 from octavo.ops.protocol import Array, KVLayer
-from octavo.runner.drafting import Asked, after, asked_of
+from octavo.runner.drafting import READ, ROUND, Asked, after, asked_of
 from octavo.runner.model_runner import ModelRunner
 
 _NOTHING = (-1, 0)
+_MANY = 32  # tokens read in one go, whose time says what one costs
 
 
 class DraftModel:
@@ -34,7 +35,7 @@ class DraftModel:
     ) -> None:
         self.runner = runner
         self._max_model_len = max_model_len
-        self.round_seconds: float | None = None
+        self.timings: dict[str, float] = {}
         self._size = block_size
         self._max_rows = max_rows
         self._tokens = np.full((num_blocks, block_size), -1, np.int32)
@@ -105,13 +106,13 @@ class DraftModel:
         self.note(plan.grants, results)
         asked = [one for one in asked_of(plan, results) if one.position + one.most <= self._max_model_len]
         found: dict[int, list[int]] = {one.number: [] for one in asked}
+        self.timings = {}
         going = self._read_up(plan.step, asked, found)
-        self.round_seconds = None
         for depth in range(1, max((one.most for one in going), default=0)):
             going = [one for one in going if depth < one.most and len(found[one.number]) == depth]
             started = time.perf_counter()
             self._draw(plan.step, going, found)
-            self.round_seconds = time.perf_counter() - started
+            self.timings[ROUND] = time.perf_counter() - started
         return tuple(
             result._replace(guess=tuple(found[index])) if found.get(index) else result
             for index, result in enumerate(results)
@@ -120,7 +121,7 @@ class DraftModel:
     def _read_up(self, step: int, asked: list[Asked], found: dict[int, list[int]]) -> list[Asked]:
         """Read all that is unread of each, as far as there is room, and draw the first guess of those that were read to
         their end; these."""
-        left, going, grants = self._max_rows, [], []
+        started, left, going, grants = time.perf_counter(), self._max_rows, [], []
         for one in asked:
             table = one.grant.block_table
             self._write(table, one.position, [one.token_id])
@@ -139,6 +140,8 @@ class DraftModel:
             if not left:
                 break
         self._run(step, grants, found)
+        if (tokens := self._max_rows - left) >= _MANY:
+            self.timings[READ] = (time.perf_counter() - started) / tokens
         return going
 
     def _draw(self, step: int, going: list[Asked], found: dict[int, list[int]]) -> None:

@@ -9,11 +9,14 @@ from octavo.core.plan import BlockCopy, BlockLoad, Grant, GrantResult, StepPlan,
 from octavo.core.want import Counts, Draw, History, Sample
 from octavo.ops.protocol import Array, KVLayer
 
+ROUND = "draft_round"  # seconds that a token more of each sequence took
+READ = "draft_read"  # seconds a token that was read before the first guess
+
 
 class Drafter(Protocol):
     """Guesses what follows the tokens of a step; see `draft_model` and `draft_head`."""
 
-    round_seconds: float | None  # that a token more of each sequence took in the last step; None: there was none
+    timings: dict[str, float]  # of the last step: ROUND and READ, where there was any
 
     @property
     def layers(self) -> list[KVLayer]:

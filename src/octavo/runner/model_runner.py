@@ -64,8 +64,7 @@ class ModelRunner:
         if self._drafter is not None:
             results = self._with_guesses(plan, results, x, self._drafter)
             timings["draft"] = time.perf_counter() - ended
-            if (seconds := self._drafter.round_seconds) is not None:
-                timings["draft_round"] = seconds
+            timings |= self._drafter.timings
         return StepResult(results, timings)
 
     def draft_with(self, drafter: Drafter) -> None:

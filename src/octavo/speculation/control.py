@@ -27,7 +27,7 @@ _OF_REQUEST = 32.0  # guesses of a request
 _PRIOR = 4.0  # guesses that a kind's first estimate, and a request's, counts as
 _WINDOW = 0.98  # what is left of the balance after a step
 _MOST_LOST = 0.02  # of the time of steps with guesses, before guessing pauses
-_PAUSES = (64, 1024)  # steps, the first and the longest
+_PAUSES = (16, 1024)  # steps, the first and the longest
 
 
 class StepCosts:

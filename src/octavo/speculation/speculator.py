@@ -11,10 +11,11 @@ from octavo.core.proposer import NO_DRAFT, Asked, Draft, SpeculationStats
 from octavo.core.speculation import SpeculativeConfig
 from octavo.speculation import lookup
 from octavo.speculation.control import LEAST_GAIN, Acceptance, Brake, StepCosts, choose
-from octavo.speculation.drafter import Drafter, Guess
+from octavo.speculation.drafter import NO_GUESS, Drafter, Guess
 from octavo.speculation.from_model import FromModel
 
-_SEE = 64  # steps after which a model that does not pay guesses a token again
+_SEEING = 0.01  # of the time of steps in which a model does not pay goes into guesses that show whether it does
+_SETTLED = 8  # steps for which it holds that a model does not pay
 
 
 class _Pending(NamedTuple):
@@ -34,7 +35,10 @@ class Speculator:
         self._drafter = _drafter(config)
         self._from_model = self._drafter if isinstance(self._drafter, FromModel) else None
         self._draft_seconds = 0.0  # of a model, for a token of each sequence
-        self._steps = 0
+        self._read_seconds = 0.0  # of a model, for a token that it reads first
+        self._saved_seconds = 0.0  # that a token takes less, as predicted, when a model guesses
+        self._steps_without = 0  # that are left, of a model that does not pay
+        self._to_see = 0.0  # seconds that may go into seeing whether it still does not
         self._most = config.max_drafts
         self._adaptive = config.adaptive
         self._acceptance = Acceptance(self._drafter.first_rates)
@@ -49,10 +53,17 @@ class Speculator:
         self._drawing = num_drawing
         self._pending = {}
         for one in asked:
-            if not self._rests(one.sequence.id):
+            sequence_id, guess = one.sequence.id, NO_GUESS
+            if self._from_model is not None:
+                looks = self._from_model.has_one_for(sequence_id)
+            elif self._rests(sequence_id):
+                continue
+            else:
+                looks = True
+            if looks:
                 rates = self._acceptance.rates(one.request_id)
                 guess = self._drafter.guess(one, min(one.max_drafts, self._most), rates)
-                self._pending[one.sequence.id] = _Pending(one.request_id, guess)
+            self._pending[sequence_id] = _Pending(one.request_id, guess)
         guessed = {n: guess for n, (_, guess) in self._pending.items() if guess.token_ids}
         if not self._adaptive:
             drafts = {n: guess.draft for n, guess in guessed.items()}
@@ -71,33 +82,56 @@ class Speculator:
         """How many tokens a model is to guess behind this step, for the next one."""
         if self._from_model is None:
             return drafts
-        self._steps += 1
+        if self._adaptive and self._steps_without:
+            self._steps_without -= 1
+            return drafts
         most = self._most if not self._adaptive else self._worth_drafting(self._from_model, asked, num_rows)
         for one in asked:
             draft = drafts.get(one.sequence.id, NO_DRAFT)
             room = one.max_drafts - 1 - len(draft.token_ids)
-            if min(most, room) > 0:
+            if min(most, room) > 0 and self._is_worth_reading(self._from_model, one):
                 drafts[one.sequence.id] = draft._replace(lookahead=min(most, room))
         return drafts
 
+    def _is_worth_reading(self, drafter: FromModel, one: Asked) -> bool:
+        """Whether what a model has not read of a sequence costs less than guesses save of all that may still come."""
+        if not self._adaptive or not self._read_seconds:
+            return True
+        return drafter.num_unread(one.sequence) * self._read_seconds <= one.max_drafts * self._saved_seconds
+
     def _worth_drafting(self, drafter: FromModel, asked: Sequence[Asked], num_rows: int) -> int:
-        """The number of tokens whose guessing and verifying pays, by what was seen so far; now and then one, to see."""
-        gained = [0.0] * (self._most + 1)  # logarithms of tokens, over all sequences
-        for one in asked:
-            tokens, chance = 1.0, 1.0
-            for place, rate in enumerate(drafter.by_place(self._acceptance.rates(one.request_id), self._most), 1):
-                chance *= rate
-                tokens += chance
-                gained[place] += math.log(tokens)
+        """The number of tokens whose guessing pays, by what was seen so far, if those are verified that come true often
+        enough; now and then one, to see."""
         plain = self.costs.of(num_rows)
+        least = self.costs.of(num_rows + len(asked)) / plain - 1  # what a row more of each takes, what it gains
+        gained = [0.0] * (self._most + 1)  # logarithms of tokens, over all sequences
+        rows = [0.0] * (self._most + 1)  # that are verified
+        for one in asked:
+            tokens, chance, verified, reached = 1.0, 1.0, 0.0, 1.0
+            rates = self._acceptance.rates(one.request_id)
+            for place, (share, right) in enumerate(drafter.by_place(rates, self._most, least), 1):
+                chance *= right
+                tokens += chance
+                reached *= share
+                verified += reached
+                gained[place] += math.log(tokens)
+                rows[place] += verified
         best, value = 0, LEAST_GAIN * len(asked)
         for count in range(1, self._most + 1):
-            seconds = self.costs.of(num_rows + count * len(asked)) + count * self._draft_seconds
+            seconds = self.costs.of(num_rows + math.ceil(rows[count])) + count * self._draft_seconds
             if (worth := gained[count] - len(asked) * math.log(seconds / plain)) > value:
                 best, value = count, worth
+        self._saved_seconds = plain * (1 - math.exp(-value / max(len(asked), 1)))
         if self._brake.holds:
             best = 0
-        return best or (2 if self._steps % _SEE == 0 else 0)
+        if best:
+            return best
+        self._steps_without = _SETTLED - 1
+        self._to_see += _SETTLED * _SEEING * plain
+        if self._to_see < self._draft_seconds:
+            return 0
+        self._to_see = 0.0
+        return 1
 
     def _rests(self, sequence_id: int) -> bool:
         """Whether a sequence is left alone in this step: looking costs time, and text that did not repeat a moment ago
@@ -140,8 +174,10 @@ class Speculator:
             saved = without + num_accepted * self.costs.of(drawing) / drawing - seconds
             self.stats.seconds_saved += saved
             self._brake.observe(seconds, saved)
-        if (round_seconds := result.timings.get("draft_round")) is not None:  # reading a prompt first is no part of it
-            self._draft_seconds += (round_seconds - self._draft_seconds) * (0.1 if self._draft_seconds else 1.0)
+        if (seconds_of_round := result.timings.get("draft_round")) is not None:
+            self._draft_seconds = _mixed(self._draft_seconds, seconds_of_round)
+        if (seconds_of_token := result.timings.get("draft_read")) is not None:
+            self._read_seconds = _mixed(self._read_seconds, seconds_of_token)
         self.costs.observe(plan.num_tokens, seconds - result.timings.get("draft", 0.0))
         self._pending = {}
 
@@ -163,6 +199,10 @@ class Speculator:
     def forget(self, request_id: str) -> None:
         """See octavo.core.proposer.Proposer."""
         self._acceptance.forget(request_id)
+
+
+def _mixed(mean: float, seen: float) -> float:
+    return mean + (seen - mean) * 0.1 if mean else seen
 
 
 def _came(grant: Grant, result: GrantResult) -> list[int]:

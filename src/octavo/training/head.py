@@ -40,11 +40,15 @@ class Texts(NamedTuple):
 
     token_ids: NDArray[np.int64]  # [N]
     states: NDArray[np.float16]  # [N, H]
-    left: NDArray[np.int64]  # [N] tokens of a text that follow
+    left: NDArray[np.int64]  # [N] tokens of the text that follow; -1: of a prompt, of which nothing is guessed
 
 
-def joined(token_ids: Sequence[Sequence[int]], states: Sequence[NDArray[np.float16]]) -> Texts:
-    left = [np.arange(len(one) - 1, -1, -1) for one in token_ids]
+def joined(token_ids: Sequence[Sequence[int]], prompts: Sequence[int], states: Sequence[NDArray[np.float16]]) -> Texts:
+    """`prompts`: tokens of each text that are its prompt's."""
+    left = []
+    for one, num_prompt in zip(token_ids, prompts, strict=True):
+        left.append(np.arange(len(one) - 1, -1, -1))
+        left[-1][: max(num_prompt - 1, 0)] = -1
     return Texts(np.concatenate([np.array(one) for one in token_ids]), np.concatenate(states), np.concatenate(left))
 
 

@@ -15,7 +15,7 @@ from octavo.formats import open_weights
 from octavo.hub import resolve_model
 from octavo.loading.draft_head import save_head
 from octavo.loading.weights import model_tensor
-from octavo.training.head import TrainingSettings, agreement, joined, train
+from octavo.training.head import Texts, TrainingSettings, agreement, joined, train
 from octavo.training.own_texts import hidden_states, write_texts
 
 if TYPE_CHECKING:
@@ -75,12 +75,16 @@ def train_head(llm: LLM, recipe: Recipe, progress: Callable[[str], None]) -> Tra
     settings = TrainingSettings(
         recipe.cell_size or 2 * hidden, recipe.places, minutes=recipe.minutes, steps=recipe.steps, seed=recipe.seed
     )
-    of_learnt = joined([texts[n] for n in learnt], [states[n] for n in learnt])
+    of_learnt = _chosen(learnt, texts, prompts, states)
     weights = train(of_learnt, embedding, output[token_ids], settings, progress)
-    of_held_out = joined([texts[n] for n in held_out], [states[n] for n in held_out])
+    of_held_out = _chosen(held_out, texts, prompts, states)
     rates = agreement(weights, of_held_out, embedding, output, token_ids, recipe.places)
     notes = {"trained_on": f"{tokens} tokens of its own", "model": llm.config.model}
     return TrainedHead({name.removesuffix(".weight"): one for name, one in weights.items()}, token_ids, rates, notes)
+
+
+def _chosen(numbers: list[int], texts: list[list[int]], prompts: list[int], states: list[NDArray[np.float16]]) -> Texts:
+    return joined([texts[n] for n in numbers], [prompts[n] for n in numbers], [states[n] for n in numbers])
 
 
 def _matrices(llm: LLM) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
