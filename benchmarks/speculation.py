@@ -7,6 +7,7 @@ are questions as they come. Time is that of decoding: prompts come from the pref
 taken off.
 
     python benchmarks/speculation.py --model smollm2 --threads 2 --rounds 5 --json figures.json
+    python benchmarks/speculation.py --head head.safetensors
     python benchmarks/speculation.py --peer llama.cpp=PATH/python --peer openvino=PATH/python
 
 Peers answer the same prompts one by one, with their prompt lookup and without.
@@ -278,6 +279,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="alias, or a .gguf file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--head", help="a file that octavo train-head wrote: what it guesses is measured too")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
@@ -288,7 +290,8 @@ def main() -> None:
         return
     from octavo.hub import resolve_model
 
-    engines = {name: Octavo(args.model, args.threads, config) for name, config in METHODS.items()}
+    methods = METHODS | ({"head": {"method": "draft_head", "model": args.head}} if args.head else {})
+    engines = {name: Octavo(args.model, args.threads, config) for name, config in methods.items()}
     tasks, chats = candidates(engines["off"].llm, random.Random(0))
     outputs, _ = engines["off"].answers([*tasks, *chats], 16)
     measured = [(overlap(prompt, output), prompt) for prompt, output in zip([*tasks, *chats], outputs, strict=True)]

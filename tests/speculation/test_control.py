@@ -8,7 +8,7 @@ from operator import mul
 
 import pytest
 
-from octavo.speculation.control import Acceptance, Brake, StepCosts, choose
+from octavo.speculation.control import DOUBT, Acceptance, Brake, StepCosts, choose
 
 
 def chain(each: list[float]) -> list[float]:
@@ -110,7 +110,7 @@ def test_the_best_number_is_that_of_looking_at_each() -> None:
         costs = measured(table, times=1)
         guess = chain([rng.uniform(0.3, 1) for _ in range(rng.randint(1, 6))])
         number = choose({7: guess}, 1, 1, costs).get(7, 0)
-        rates = [(1 + sum(guess[:m])) / costs.of(1 + m) for m in range(len(guess) + 1)]
+        rates = [(1 + sum(guess[:m])) ** DOUBT / costs.of(1 + m) for m in range(len(guess) + 1)]
         assert rates[number] >= max(rates) / 1.07
 
 

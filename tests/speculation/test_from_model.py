@@ -27,6 +27,7 @@ class Guesses(NamedTuple):
     round_seconds: float  # that a token more of each sequence takes
     tells: bool = False  # how sure it is: of those that are right mostly more than of those that are not
     read_seconds: float = 0.0  # of a token of a sequence for which it guesses the first time
+    seed: int = 0
 
 
 def machine(rows: int) -> float:
@@ -42,7 +43,7 @@ class Model:
 
     def __init__(self, harness: Harness, guesses: Guesses) -> None:
         self._harness, self._guesses = harness, guesses
-        self._rng = random.Random(1)
+        self._rng = random.Random(guesses.seed)
         self._read: set[int] = set()
         self.num_read = 0
         run = harness.executor.result
@@ -106,6 +107,11 @@ def seconds(
     return harness.now - len(harness.executor.plans), model  # the harness takes 1.0 a step between steps
 
 
+def mean_seconds(monkeypatch: pytest.MonkeyPatch, batch: int, guesses: Guesses) -> float:
+    """Over some fortunes."""
+    return sum(seconds(monkeypatch, batch, guesses._replace(seed=seed))[0] for seed in range(4)) / 4
+
+
 def _add(harness: Harness, plan: StepPlan) -> None:
     harness.now += machine(plan.num_tokens)
 
@@ -125,20 +131,18 @@ def test_it_is_not_slower_where_guesses_do_not_pay(
 
 @pytest.mark.parametrize(
     ("batch", "guesses", "least"),
-    [(1, Guesses(0.8, 0.1), 1.6), (4, Guesses(0.8, 0.1), 1.1), (1, Guesses(0.5, 0.1), 1.15)],
+    [(1, Guesses(0.8, 0.1), 1.6), (4, Guesses(0.8, 0.1), 1.2), (1, Guesses(0.5, 0.1), 1.1)],
 )
 def test_it_is_faster_where_they_do(
     monkeypatch: pytest.MonkeyPatch, batch: int, guesses: Guesses, least: float
 ) -> None:
     plain, _ = seconds(monkeypatch, batch, None)
-    guessed, _ = seconds(monkeypatch, batch, guesses)
-    assert plain >= least * guessed
+    assert plain >= least * mean_seconds(monkeypatch, batch, guesses)
 
 
 def test_how_sure_it_is_says_which_guesses_to_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    blind, _ = seconds(monkeypatch, 4, Guesses(0.5, 0.1))
-    told, _ = seconds(monkeypatch, 4, Guesses(0.5, 0.1, tells=True))
-    assert told < 0.98 * blind
+    blind = mean_seconds(monkeypatch, 4, Guesses(0.5, 0.1))
+    assert mean_seconds(monkeypatch, 4, Guesses(0.5, 0.1, tells=True)) < 0.97 * blind
 
 
 def test_a_long_prompt_is_not_read_for_a_short_answer(monkeypatch: pytest.MonkeyPatch) -> None:

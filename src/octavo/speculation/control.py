@@ -19,12 +19,14 @@ from collections.abc import Mapping, Sequence
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
 _EXACT, _TILE = 16, 8  # rows up to which each number has a time of its own, and of which as many have one beyond
 _FIRST = 4  # observations of a number of rows whose mean is taken
-LEAST_GAIN = 0.03  # of the logarithm of speed, on the average: a prediction of less is noise
+LEAST_GAIN = 0.04  # of the logarithm of speed, on the average: less is noise, and what guessing itself takes
+DOUBT = 0.9  # of a predicted gain counts: what a guess costs is surer than what it brings
 _MOST_AT_ONCE = 256  # guesses in a step
 _MOST = 0.995  # no guess is surer
 _REMEMBERED = 256.0  # guesses of a kind, of all requests
 _OF_REQUEST = 32.0  # guesses of a request
-_PRIOR = 4.0  # guesses that a kind's first estimate, and a request's, counts as
+_PRIOR = 4.0  # guesses that a kind's first estimate counts as
+_REQUEST_PRIOR = 12.0  # and a request's: what it guesses counts in its kinds already
 _WINDOW = 0.98  # what is left of the balance after a step
 _MOST_LOST = 0.02  # of the time of steps with guesses, before guessing pauses
 _PAUSES = (16, 1024)  # steps, the first and the longest
@@ -102,7 +104,7 @@ class Acceptance:
     def rates(self, request_id: str) -> list[float]:
         """By kind, for a request."""
         true, expected = self._requests.get(request_id, (0.0, 0.0))
-        factor = (true + _PRIOR) / (expected + _PRIOR)
+        factor = (true + _REQUEST_PRIOR) / (expected + _REQUEST_PRIOR)
         return [rate * factor if rate * factor < _MOST else _MOST for rate in self._rates]
 
     def observe(self, request_id: str, kind: int, came_true: bool) -> None:
@@ -170,7 +172,7 @@ def choose(
         if number + 1 < len(each):
             gain = -math.log1p(each[number + 1] / tokens[sequence_id])
             heapq.heappush(waiting, (gain, sequence_id, number + 1))
-        value = gained - num_sequences * math.log(costs.of(num_rows + len(taken)) / plain)
+        value = DOUBT * gained - num_sequences * math.log(costs.of(num_rows + len(taken)) / plain)
         if value > most:
             best, most = len(taken), value
     return Counter(taken[:best])

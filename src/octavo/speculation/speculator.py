@@ -10,8 +10,8 @@ from octavo.core.plan import Grant, GrantResult, StepPlan, StepResult, accepted_
 from octavo.core.proposer import NO_DRAFT, Asked, Draft, SpeculationStats
 from octavo.core.speculation import SpeculativeConfig
 from octavo.speculation import lookup
-from octavo.speculation.control import LEAST_GAIN, Acceptance, Brake, StepCosts, choose
-from octavo.speculation.drafter import NO_GUESS, Drafter, Guess
+from octavo.speculation.control import DOUBT, LEAST_GAIN, Acceptance, Brake, StepCosts, choose
+from octavo.speculation.drafter import Drafter, Guess
 from octavo.speculation.from_model import FromModel
 
 _SEEING = 0.01  # of the time of steps in which a model does not pay goes into guesses that show whether it does
@@ -23,7 +23,8 @@ class _Pending(NamedTuple):
     guess: Guess
 
 
-_LOOKS = 3  # steps in which a sequence is not looked at, at most, after nothing was found that pays
+_LOOKS = 3  # steps in which a sequence is not looked at, at most, after nothing was found that pays: of one alone,
+_LOOKS_OF_MANY = 8  # and a step more for so many sequences
 
 
 class Speculator:
@@ -45,6 +46,7 @@ class Speculator:
         self._brake = Brake()
         self._pending: dict[int, _Pending] = {}  # by sequence id: what was guessed for the step under way
         self._drawing = 0  # sequences that draw in it
+        self._num_resting = 0  # that were not looked at
         self._rest: dict[int, tuple[int, int]] = {}  # sequence id -> (steps left without a look, steps the next time)
 
     def propose(self, asked: Sequence[Asked], num_rows: int, num_drawing: int) -> dict[int, Draft]:
@@ -53,17 +55,16 @@ class Speculator:
         self._drawing = num_drawing
         self._pending = {}
         for one in asked:
-            sequence_id, guess = one.sequence.id, NO_GUESS
+            sequence_id = one.sequence.id
             if self._from_model is not None:
-                looks = self._from_model.has_one_for(sequence_id)
+                if not self._from_model.has_one_for(sequence_id):
+                    continue
             elif self._rests(sequence_id):
                 continue
-            else:
-                looks = True
-            if looks:
-                rates = self._acceptance.rates(one.request_id)
-                guess = self._drafter.guess(one, min(one.max_drafts, self._most), rates)
+            rates = self._acceptance.rates(one.request_id)
+            guess = self._drafter.guess(one, min(one.max_drafts, self._most), rates)
             self._pending[sequence_id] = _Pending(one.request_id, guess)
+        self._num_resting = len(asked) - len(self._pending)
         guessed = {n: guess for n, (_, guess) in self._pending.items() if guess.token_ids}
         if not self._adaptive:
             drafts = {n: guess.draft for n, guess in guessed.items()}
@@ -119,7 +120,7 @@ class Speculator:
         best, value = 0, LEAST_GAIN * len(asked)
         for count in range(1, self._most + 1):
             seconds = self.costs.of(num_rows + math.ceil(rows[count])) + count * self._draft_seconds
-            if (worth := gained[count] - len(asked) * math.log(seconds / plain)) > value:
+            if (worth := DOUBT * gained[count] - len(asked) * math.log(seconds / plain)) > value:
                 best, value = count, worth
         self._saved_seconds = plain * (1 - math.exp(-value / max(len(asked), 1)))
         if self._brake.holds:
@@ -145,24 +146,30 @@ class Speculator:
     def _rest_after(self, chosen: Mapping[int, int]) -> None:
         if len(self._rest) > 2 * len(self._pending) + 64:
             self._rest = {}  # of sequences that ended
+        most = _LOOKS + len(self._pending) // _LOOKS_OF_MANY
         for sequence_id in self._pending:
             if sequence_id in chosen:
                 self._rest.pop(sequence_id, None)
             else:
                 _, steps = self._rest.get(sequence_id, (0, 0))
-                self._rest[sequence_id] = steps, min(steps + 1, _LOOKS)
+                self._rest[sequence_id] = steps, min(steps + 1, most)
 
     def learn(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """See octavo.core.proposer.Proposer."""
         num_drafts = num_accepted = 0
+        self.stats.num_draws += self._num_resting
+        self.stats.num_drawn_tokens += self._num_resting
+        self._num_resting = 0
         for grant, of_grant in zip(plan.grants, result.results, strict=True):
             pending = self._pending.get(grant.sequence_id)
-            if pending is None or of_grant.error is not None:
+            if (pending is None and not of_grant.guess) or of_grant.error is not None:
                 continue
             came = _came(grant, of_grant)
-            if self._from_model is not None and came:
-                self._from_model.take(grant.sequence_id, grant.first_draft + len(came), of_grant)
             if not came:
+                continue
+            if self._from_model is not None:
+                self._from_model.take(grant.sequence_id, grant.first_draft + len(came), of_grant)
+            if pending is None:
                 continue
             num_drafts += grant.num_drafts
             num_accepted += len(came) - 1
