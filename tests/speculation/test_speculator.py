@@ -47,7 +47,7 @@ def test_it_is_not_slower_on_text_that_does_not_repeat(name: str, batch: int, co
 @pytest.mark.parametrize("config", [SUFFIX, NGRAM], ids=["suffix", "ngram"])
 @pytest.mark.parametrize(("name", "batch", "least"), [
     ("rows are cheap", 1, 4.0), ("a row costs a tenth", 1, 2.5), ("tiles of eight", 1, 3.0),
-    ("rows are cheap", 16, 2.0), ("rows are all it costs", 1, 0.97), ("rows are all it costs", 16, 0.97),
+    ("rows are cheap", 16, 1.9), ("rows are all it costs", 1, 0.97), ("rows are all it costs", 16, 0.97),
 ])  # fmt: skip
 def test_it_is_faster_on_text_that_repeats(
     monkeypatch: pytest.MonkeyPatch, name: str, batch: int, least: float, config: SpeculativeConfig

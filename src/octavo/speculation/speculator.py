@@ -24,7 +24,7 @@ class _Pending(NamedTuple):
 
 
 _LOOKS = 3  # steps in which a sequence is not looked at, at most, after nothing was found that pays: of one alone,
-_LOOKS_OF_MANY = 8  # and a step more for so many sequences
+_LOOKS_OF_MANY = 4  # and a step more for so many sequences
 
 
 class Speculator:
