@@ -406,6 +406,7 @@ std::vector<std::string> instruction_sets() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   if (avx2 && avx512) found.push_back("avx512");
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back("avxvnni");
   if (avx2) found.push_back("avx2");
 #endif
   found.push_back("portable");
@@ -417,6 +418,7 @@ const Kernels& kernels_of(const std::string& name) {
     if (found != name) continue;
 #if defined(OCTAVO_X86)
     if (name == "avx512") return avx512_kernels();
+    if (name == "avxvnni") return avxvnni_kernels();
     if (name == "avx2") return avx2_kernels();
 #endif
     return portable_kernels();

@@ -133,6 +133,76 @@ OCTAVO_INLINE void weigh_quad(const uint8_t* v, const WeightCode* p, I* sums) {
   });
 }
 
+#elif defined(__AVXVNNI__)
+
+using WeightCode = uint8_t;
+
+OCTAVO_INLINE void put_weights(WeightCode* p, I codes) {
+  const __m256i words = _mm256_packus_epi32(codes.lo, codes.hi);  // lo 0-3, hi 0-3 | lo 4-7, hi 4-7
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, order)));
+}
+
+// At most four rows at a time, whose sums fit the registers.
+template <std::size_t Rows>
+OCTAVO_INLINE void dot_keys_of_some(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q,
+                                    const int32_t* minus_sums, I* sums) {
+  Halves sum[Rows];  // what is too much in each code of K, first
+  unroll<Rows>(OCTAVO_EACH(r) { sum[r].lo = sum[r].hi = _mm256_slli_epi32(_mm256_set1_epi32(minus_sums[r]), 7); });
+  for (std::size_t j = 0; j < quads; ++j) {
+    const Q code = load_codes(k + j * stride);
+    unroll<Rows>(OCTAVO_EACH(r) { multiply_add(sum[r], code, q + r * kGroup + 4 * j); });
+  }
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r] = {sum[r].lo, sum[r].hi}; });
+}
+
+template <std::size_t Rows>
+OCTAVO_INLINE void dot_keys(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q,
+                            const int32_t* minus_sums, I* sums) {
+  constexpr std::size_t kFours = Rows / 4;
+  unroll<kFours>(OCTAVO_EACH(i) {
+    dot_keys_of_some<4>(k, stride, quads, q + 4 * i * kGroup, minus_sums + 4 * i, sums + 4 * i);
+  });
+  if constexpr (Rows % 4 != 0) {
+    constexpr std::size_t kDone = 4 * kFours;
+    dot_keys_of_some<Rows % 4>(k, stride, quads, q + kDone * kGroup, minus_sums + kDone, sums + kDone);
+  }
+}
+
+// sum + the codes of four keys times their weights.
+OCTAVO_INLINE __m256i weigh(__m256i sum, __m256i code, const WeightCode* p) {
+  __m256i four;
+  asm("vpbroadcastd %[w], %[f]\n\t"
+      "%{vex%} vpdpbusd %[c], %[f], %[s]"
+      : [s] "+&x"(sum), [f] "=&x"(four)
+      : [c] "x"(code), [w] "m"(*reinterpret_cast<const WeightCode(*)[4]>(p)));
+  return sum;
+}
+
+// Half a vector after the other, so that the sums of all rows fit the registers.
+template <std::size_t Rows, std::size_t Chunks>
+OCTAVO_INLINE void dot_values(const CodeTile& tile, const CodeTile* next, std::size_t keys, std::size_t d,
+                              const WeightCode* p, I* sums) {
+  unroll<2 * Chunks>(OCTAVO_EACH(part) {
+    constexpr std::size_t kChunk = part / 2;
+    constexpr std::size_t kHalf = part % 2;
+    __m256i sum[Rows];
+    unroll<Rows>(OCTAVO_EACH(r) { sum[r] = _mm256_setzero_si256(); });
+    for (std::size_t key = 0; key < keys; key += kKeysOfQuad) {
+      const std::size_t at = tile.v_at(key, d) + 64 * kChunk;
+      if (kHalf == 0 && next != nullptr) __builtin_prefetch(next->v[key / kLanes] + at, 0, 2);
+      const auto* codes = reinterpret_cast<const __m256i*>(tile.v[key / kLanes] + at + 32 * kHalf);
+      const __m256i code = _mm256_loadu_si256(codes);
+      unroll<Rows>(OCTAVO_EACH(r) { sum[r] = weigh(sum[r], code, p + r * kTile + key); });
+    }
+    unroll<Rows>(OCTAVO_EACH(r) {
+      I& whole = sums[r * Chunks + kChunk];
+      (kHalf == 0 ? whole.lo : whole.hi) = sum[r];
+    });
+  });
+}
+
 #elif defined(__AVX2__)
 
 // Weights of 8 bits times codes of 8 bits do not fit into int16 by twos, so they are multiplied as int16: of each four

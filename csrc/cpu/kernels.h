@@ -131,6 +131,7 @@ struct Kernels {
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
 const Kernels& avx512_kernels();
 
 constexpr std::size_t kRowPiece = 1024;  // logits summed in float32 before they go into a double

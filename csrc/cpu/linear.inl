@@ -66,6 +66,48 @@ OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
   unroll<Rows>(OCTAVO_EACH(r) { sums[r].v = sum[r]; });
 }
 
+#elif defined(__AVXVNNI__)
+
+template <int MaxCode>
+constexpr bool kWithoutZero = false;
+
+// Sums of a row, for 8 outputs each.
+struct Halves {
+  __m256i lo, hi;
+};
+
+// sums + codes * the four inputs at x. In assembly, since GCC keeps broadcasts for later use and spills them.
+OCTAVO_INLINE void multiply_add(Halves& sums, Q code, const int8_t* x) {
+  __m256i four;
+  asm("vpbroadcastd %[x], %[f]\n\t"
+      "%{vex%} vpdpbusd %[f], %[cl], %[l]\n\t"
+      "%{vex%} vpdpbusd %[f], %[ch], %[h]"
+      : [l] "+&x"(sums.lo), [h] "+&x"(sums.hi), [f] "=&x"(four)
+      : [cl] "x"(code.lo), [ch] "x"(code.hi), [x] "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+}
+
+// Of `Rows` rows, at most four: their sums, a quad of codes and what it is made of fit the 16 registers.
+template <Codes kind, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_some(const uint8_t* codes, const int8_t* x, I* sums) {
+  Halves sum[Rows];
+  unroll<Rows>(OCTAVO_EACH(r) { sum[r] = {sums[r].lo, sums[r].hi}; });
+  unroll<Last - First>(OCTAVO_EACH(step) {
+    constexpr std::size_t j = First + step;
+    const Q code = code_quad<kind>(codes, j);
+    unroll<Rows>(OCTAVO_EACH(r) { multiply_add(sum[r], code, x + r * kGroup + 4 * j); });
+  });
+  unroll<Rows>(OCTAVO_EACH(r) { sums[r] = {sum[r].lo, sum[r].hi}; });
+}
+
+template <Codes kind, int MaxCode, std::size_t First, std::size_t Last, std::size_t Rows>
+OCTAVO_INLINE void dot_quads(const uint8_t* codes, const int8_t* x, I* sums) {
+  constexpr std::size_t kFours = Rows / 4;
+  unroll<kFours>(OCTAVO_EACH(i) { dot_some<kind, First, Last, 4>(codes, x + 4 * i * kGroup, sums + 4 * i); });
+  if constexpr (Rows % 4 != 0) {
+    dot_some<kind, First, Last, Rows % 4>(codes, x + 4 * kFours * kGroup, sums + 4 * kFours);
+  }
+}
+
 #elif defined(__AVX2__)
 
 // 128 is taken off each code of 8 bits first, so that no sum of inputs is needed to correct the product.

@@ -26,7 +26,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 KV_DTYPES = ("auto", "float32", "float16", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "float64")
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512", "avxvnni", "avx2", "portable")
 BLOCK_SIZES = (1, 16, 32, 64)
 MAX_TOKENS = 2**31 - 1
 

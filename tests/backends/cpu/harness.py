@@ -20,7 +20,7 @@ from tests.backends.batches import UNUSED
 Floats = NDArray[np.float32]
 FLOATS = ("F32", "F16", "BF16")
 CODES = tuple(name for name in FORMATS if name not in FLOATS)
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512", "avxvnni", "avx2", "portable")
 ROPE = RopeConfig(10_000.0, 16)
 
 # Byte of a block -> the float16 there: scales and minimums.

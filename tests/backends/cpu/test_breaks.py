@@ -56,6 +56,15 @@ BREAKS = [
         "avx2",
     ),
     Break(
+        1,
+        "weights of P above 127 saturate",
+        "csrc/cpu/attention_codes.inl",
+        "_mm256_packus_epi16(words, words)",
+        "_mm256_packs_epi16(words, words)",
+        (f"{CPU}/test_attention.py", f"{CPU}/test_attention_bits.py"),
+        "avxvnni",
+    ),
+    Break(
         2,
         "a single row is multiplied and added in two roundings",
         "csrc/cpu/linear.inl",

@@ -62,7 +62,9 @@ def test_model_without_kernels(
 
 def test_instruction_set_that_is_not_there(tiny_gemma3_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_INSTRUCTION_SET", "sse9")
-    with pytest.raises(ConfigError, match="OCTAVO_INSTRUCTION_SET: must be one of avx512, avx2, portable, not 'sse9'"):
+    with pytest.raises(
+        ConfigError, match="OCTAVO_INSTRUCTION_SET: must be one of avx512, avxvnni, avx2, portable, not 'sse9'"
+    ):
         LLM(str(tiny_gemma3_dir), backend="cpu", max_model_len=32)
 
 

@@ -28,7 +28,6 @@ from tests.backends.cpu.other_build import ROOT, configuring
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 GCC = "12"  # whose figures are in the table
-SETS = ["avx512", "avx2"]
 
 # Of `quantize` and `weights_of` what is read from the stack is mostly arrays that are meant: the maxima of four
 # groups, which are found at once. Eight rows have 8 sums of AVX-512, but 16 of AVX2, which has 16 registers in all, so
@@ -66,6 +65,22 @@ TABLE = {
     ("avx2", "values_of<1, 2>"): Limits(27, 2, broadcasts=2),
     ("avx2", "quantize"): Limits(492, 20, broadcasts=4, stack_reads=63, stack_writes=34, transfers=20),
     ("avx2", "weights_of"): Limits(441, 48, broadcasts=13, stack_reads=11, stack_writes=54, transfers=12),
+    ("avxvnni", "panel_rows<Q4_0, 8>"): Limits(401, 160, broadcasts=80, stack_reads=44, stack_writes=40),
+    ("avxvnni", "panel_rows<Q4_1, 8>"): Limits(376, 160, broadcasts=72, stack_reads=36, stack_writes=35),
+    ("avxvnni", "panel_rows<Q8_0, 8>"): Limits(360, 160, broadcasts=80, stack_reads=23, stack_writes=23),
+    ("avxvnni", "panel_rows<Q4_K, 8>"): Limits(384, 162, broadcasts=72, stack_reads=39, stack_writes=36),
+    ("avxvnni", "panel_rows<Q6_K, 8>"): Limits(538, 196, broadcasts=88, stack_reads=63, stack_writes=58),
+    ("avxvnni", "panel_rows<Q4_0, 1>"): Limits(82, 20, broadcasts=10),
+    ("avxvnni", "panel_rows<Q4_1, 1>"): Limits(81, 20, broadcasts=9),
+    ("avxvnni", "panel_rows<Q8_0, 1>"): Limits(70, 20, broadcasts=10),
+    ("avxvnni", "panel_rows<Q4_K, 1>"): Limits(87, 22, broadcasts=9),
+    ("avxvnni", "panel_rows<Q6_K, 1>"): Limits(93, 28, broadcasts=11),
+    ("avxvnni", "scores_of<8>"): Limits(18, 8, broadcasts=4),
+    ("avxvnni", "scores_of<1>"): Limits(9, 2, broadcasts=1),
+    ("avxvnni", "values_of<8, 2>"): Limits(32, 8, broadcasts=8),
+    ("avxvnni", "values_of<1, 2>"): Limits(19, 1, broadcasts=1),
+    ("avxvnni", "quantize"): Limits(492, 20, broadcasts=4, stack_reads=63, stack_writes=34, transfers=20),
+    ("avxvnni", "weights_of"): Limits(441, 48, broadcasts=13, stack_reads=11, stack_writes=54, transfers=12),
 }
 
 
