@@ -161,9 +161,8 @@ template <std::size_t Rows>
 OCTAVO_INLINE void dot_keys(const uint8_t* k, std::size_t stride, std::size_t quads, const int8_t* q,
                             const int32_t* minus_sums, I* sums) {
   constexpr std::size_t kFours = Rows / 4;
-  unroll<kFours>(OCTAVO_EACH(i) {
-    dot_keys_of_some<4>(k, stride, quads, q + 4 * i * kGroup, minus_sums + 4 * i, sums + 4 * i);
-  });
+  unroll<kFours>(
+      OCTAVO_EACH(i) { dot_keys_of_some<4>(k, stride, quads, q + 4 * i * kGroup, minus_sums + 4 * i, sums + 4 * i); });
   if constexpr (Rows % 4 != 0) {
     constexpr std::size_t kDone = 4 * kFours;
     dot_keys_of_some<Rows % 4>(k, stride, quads, q + kDone * kGroup, minus_sums + kDone, sums + kDone);
