@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--head", help="a file that octavo train-head wrote: what it guesses is measured too")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--only", action="append", default=[], help="part of a set's name; repeatable")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--lookup", action="store_true", help=argparse.SUPPRESS)
@@ -303,6 +304,7 @@ def main() -> None:
         shares[f"overlap {level}"] = statistics.mean(share for share, _ in nearest)
     sets["chat"] = chats
     shares["chat"] = statistics.mean(share for share, _ in measured[-len(chats) :])
+    sets = {name: one for name, one in sets.items() if not args.only or any(part in name for part in args.only)}
     report: dict[str, Any] = {"overlap": shares, "octavo": {}, "peers": {}}
     for name, prompts in sets.items():
         print(f"{name}: measured {shares[name]:.2f}", flush=True)

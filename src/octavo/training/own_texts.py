@@ -7,11 +7,13 @@ A chat model is given nothing but the beginning of a user's turn, writes what a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.core.errors import ConfigError, InvalidRequestError
 from octavo.core.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,11 +27,19 @@ _ROUND = 64  # texts that are written at once
 
 def write_texts(llm: LLM, num_tokens: int, max_tokens: int, seed: int) -> Iterator[tuple[list[int], int]]:
     """Texts of at least `num_tokens` tokens together, as token ids of prompt and answer, of at most `max_tokens` each,
-    and the number of tokens that are the prompt's."""
+    and the number of tokens that are the prompt's.
+
+    Raises ConfigError where so short texts have no room for an answer."""
     beginning = _beginning_of_user_turn(llm)
     number = written = 0
     while written < num_tokens:
-        asked: list[list[int]] = _questions(llm, beginning, max_tokens // 4, seed + number)
+        questions = _questions(llm, beginning, max(max_tokens // 4, 1), seed + number)
+        asked = [prompt for prompt in questions if len(prompt) < max_tokens]
+        if not asked:
+            shortest = min(map(len, questions), default=0)
+            raise ConfigError(
+                f"texts of {max_tokens} tokens are too short: what stands before an answer has {shortest}"
+            )
         params = []
         for index, prompt in enumerate(asked):
             room = max_tokens - len(prompt)
@@ -52,9 +62,13 @@ def _questions(llm: LLM, beginning: str | None, max_tokens: int, seed: int) -> l
     token_ids = llm.tokenizer.encode(beginning, add_special_tokens=False)
     params = [SamplingParams(temperature=1, top_p=0.95, seed=seed + i, max_tokens=max_tokens) for i in range(_ROUND)]
     turns = llm.generate([{"prompt_token_ids": token_ids}] * _ROUND, params, use_tqdm=False)
-    texts = [one.outputs[0].text.strip() for one in turns if one.outputs[0].finish_reason == "stop"]
-    prompts = [llm._frontend.chat_prompt(_ask(text), None, {"add_generation_prompt": True}) for text in texts if text]
-    return [list(one["prompt_token_ids"]) for one in prompts]
+    prompts = []
+    for turn in turns:
+        with suppress(InvalidRequestError):  # what it wrote may spell a special token
+            text = turn.outputs[0].text.strip() or "?"
+            prompt = llm._frontend.chat_prompt(_ask(text), None, {"add_generation_prompt": True})
+            prompts.append(list(prompt["prompt_token_ids"]))
+    return prompts
 
 
 def _ask(text: str) -> list[dict[str, str]]:
