@@ -48,6 +48,10 @@ LINES = {
     "doctor": ["doctor", "--no-measure"],
     "bench": ["bench", "throughput", "-m", "MODEL", "--num-prompts", "1", "--input-len", "4", "--output-len", "2"],
     "eval": ["eval", "-m", "MODEL", "--tasks", "babi", "--modes", "full", "--samples", "1", "--max-tokens", "2"],
+    "train-head": [
+        *("train-head", "MODEL", "--output", os.devnull, "--tokens", "1000", "--text-tokens", "64"),
+        *("--minutes", "0.0001", "--draft-vocab", "20", "--places", "1", "--max-model-len", "64"),
+    ],
     "cache": ["cache", "explain", "-m", "MODEL", "hello"],
     "verify": ["verify", "--quick", "--skip", "transformers", "--skip", "exactness", "MODEL"],
     "--help": ["--help"],

@@ -72,7 +72,7 @@ def test_a_chat_model_asks_itself(smollm2_path: Path) -> None:
 def test_the_command(tiny_dir: Path, tmp_path: Path, invoke: Invoke) -> None:
     path = tmp_path / "head.safetensors"
     flags = ("--tokens", "1000", "--text-tokens", "32", "--minutes", "0.001", "--draft-vocab", "50", "--places", "2")
-    code, out, err = invoke("train-head", str(tiny_dir), "--output", str(path), "--max-model-len", "64", *flags)
+    code, out, err = invoke("train-head", "-v", str(tiny_dir), "--output", str(path), "--max-model-len", "64", *flags)
     assert code == 0, err
     assert "of its first, second, … guesses" in out and "tokens and their states" in err
     guessing = ("--speculative-config", f'{{"method": "draft_head", "model": "{path}", "adaptive": false}}')

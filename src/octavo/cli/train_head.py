@@ -67,8 +67,16 @@ def run(args: argparse.Namespace) -> int:
         args.tokens, args.text_tokens, args.minutes, None, args.cell_size, args.draft_vocab, args.places, args.seed
     )
     with open_model(config, args.verbose) as answerer:
-        found = train_head(answerer.llm, recipe, lambda text: print(text, file=sys.stderr, flush=True))
+        found = train_head(answerer.llm, recipe, _progress if args.verbose or sys.stderr.isatty() else _nothing)
     with_errors_named("--output", args.output, lambda: found.save(args.output))
     rates = ", ".join(f"{rate:.0%}" for rate in found.agreement)
     print(f"{args.output}: of its first, second, … guesses {rates} are the model's own best token on texts not learnt")
     return 0
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _nothing(text: str) -> None:
+    """Nobody watches."""
