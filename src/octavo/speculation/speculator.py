@@ -181,6 +181,9 @@ class Speculator:
             saved = without + num_accepted * self.costs.of(drawing) / drawing - seconds
             self.stats.seconds_saved += saved
             self._brake.observe(seconds, saved)
+        elif (draft_seconds := result.timings.get("draft", 0.0)) > _SEEING * seconds:  # guessed, and nothing verified
+            self.stats.seconds_saved -= draft_seconds
+            self._brake.observe(seconds, -draft_seconds)
         if (seconds_of_round := result.timings.get("draft_round")) is not None:
             self._draft_seconds = _mixed(self._draft_seconds, seconds_of_round)
         if (seconds_of_token := result.timings.get("draft_read")) is not None:

@@ -75,9 +75,12 @@ def train_head(llm: LLM, recipe: Recipe, progress: Callable[[str], None]) -> Tra
     settings = TrainingSettings(
         recipe.cell_size or 2 * hidden, recipe.places, minutes=recipe.minutes, steps=recipe.steps, seed=recipe.seed
     )
-    of_learnt = _chosen(learnt, texts, prompts, states)
+    of_learnt, of_held_out = (_chosen(part, texts, prompts, states) for part in (learnt, held_out))
+    if not all((one.left >= recipe.places).any() for one in (of_learnt, of_held_out)):
+        raise ConfigError(
+            f"no answer among the model's own texts has {recipe.places + 1} tokens: there is nothing to learn"
+        )
     weights = train(of_learnt, embedding, output[token_ids], settings, progress)
-    of_held_out = _chosen(held_out, texts, prompts, states)
     rates = agreement(weights, of_held_out, embedding, output, token_ids, recipe.places)
     notes = {"trained_on": f"{tokens} tokens of its own", "model": llm.config.model}
     return TrainedHead({name.removesuffix(".weight"): one for name, one in weights.items()}, token_ids, rates, notes)
