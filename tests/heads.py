@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.formats import RawTensor, open_weights
-from octavo.loading.draft_head import _as_q8_0, save_head
+from octavo.loading.draft_head import as_q8_0, save_head
 from octavo.loading.model_config import model_config
 from octavo.loading.weights import model_tensor
 
@@ -49,7 +49,7 @@ class NumpyHead:
         self.weights = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
         for name in ("from_state", "from_token", "down"):
             value = self.weights[name]
-            self.weights[name] = _as_q8_0(raw(name, value)).dequantize()
+            self.weights[name] = as_q8_0(Path("x"), raw(name, value)).dequantize()
         self.embedding, self.output = embedding, output
 
     def next_state(self, state: NDArray[np.float32], token_id: int) -> NDArray[np.float32]:

@@ -206,9 +206,12 @@ def _plan(
     """Of the model, and of what guesses for it: another one, whose K and V lie in the same blocks, or a head."""
     scratch_bytes = block_bytes = 0
     weights_bytes = sum(part.loader.nbytes() for part in parts)
-    if head is not None:  # it keeps a row of logits for each sequence
+    if head is not None:
+        # Logits of what it knows, and among those of all tokens, as it keeps them: a row for each sequence.
         vocab_size = parts[0].config.vocab_size
-        weights_bytes += head.nbytes + 4 * vocab_size * min(rows_per_slice(vocab_size), config.max_num_seqs)
+        rows = min(rows_per_slice(vocab_size), config.max_num_seqs)
+        weights_bytes += head.nbytes
+        scratch_bytes += 2 * rows * vocab_size * 4
     for part in parts:
         specs = part.model.kv_specs
         layers = partial(layer_states, part.model, ops, kv_layers=ops.kv_layers(specs, 0, config.block_size))

@@ -49,7 +49,7 @@ LINES = {
     "bench": ["bench", "throughput", "-m", "MODEL", "--num-prompts", "1", "--input-len", "4", "--output-len", "2"],
     "eval": ["eval", "-m", "MODEL", "--tasks", "babi", "--modes", "full", "--samples", "1", "--max-tokens", "2"],
     "train-head": [
-        *("train-head", "MODEL", "--output", os.devnull, "--tokens", "1000", "--text-tokens", "64"),
+        *("train-head", "MODEL", "--output", "HEAD", "--tokens", "1000", "--text-tokens", "64"),
         *("--minutes", "0.0001", "--draft-vocab", "20", "--places", "1", "--max-model-len", "64"),
     ],
     "cache": ["cache", "explain", "-m", "MODEL", "hello"],
@@ -74,9 +74,10 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_full_disk(
-    name: str, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(tiny_llama_dir) if part == "MODEL" else part for part in LINES[name]]
+    places = {"MODEL": str(tiny_llama_dir), "HEAD": str(tmp_path / "head.safetensors")}
+    arguments = [places.get(part, part) for part in LINES[name]]
     stdin = STDIN.get(arguments[0], b"")
     with monkeypatch.context() as patch, Path("/dev/full").open("w") as file:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))

@@ -231,9 +231,11 @@ def test_what_must_look_as_asked(tiny_dir: Path, tmp_path: Path, method: str) ->
     assert stats is not None and (method != "suffix" or stats.num_draft_tokens > stats.num_accepted_tokens > 0)
 
 
-def test_a_fork_of_the_process(tiny_dir: Path) -> None:
+@pytest.mark.parametrize("method", ["draft_model", "draft_head"])
+def test_a_fork_of_the_process(tiny_dir: Path, tmp_path: Path, method: str) -> None:
     """The cache, what was learnt and the models go on in both."""
-    config = {"method": "draft_model", "model": str(tiny_dir), "adaptive": False}
+    model = tiny_dir if method == "draft_model" else save_random_head(tmp_path / "head.safetensors", tiny_dir)
+    config = {"method": method, "model": str(model), "adaptive": False}
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     with LLM(str(tiny_dir), **SETTINGS, speculative_config=config) as llm:
         expected = [one.outputs[0].token_ids for one in llm.generate(["one two", "three four"], params)]

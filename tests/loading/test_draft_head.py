@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from octavo import LLM, ModelFormatError, ModelNotFoundError
-from octavo.loading.draft_head import FORMAT, _as_q8_0, save_head
+from octavo.loading.draft_head import FORMAT, as_q8_0, save_head
 from tests.heads import random_head, raw
 
 KIND = {"format": FORMAT}
@@ -40,6 +42,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"state_norm.weight": np.full(64, np.nan, np.float32)},
         "state_norm.weight: has values that are not",
     ),
+    "too large": ({"down.weight": np.full((64, 32), 1e9, np.float32)}, "down.weight: has values up to 1e.09"),
     "unknown": ({"output.weight": np.zeros((4, 4), np.float16)}, "output.weight: is no tensor of a head"),
     "vocab type": ({"draft_vocab": np.zeros(3, np.float32)}, "draft_vocab: is F32 of shape"),
     "vocab shape": ({"draft_vocab": np.zeros((3, 1), np.int32)}, "draft_vocab: is I32 of shape"),
@@ -89,13 +92,26 @@ def test_what_is_saved(tiny_dir: Path, tmp_path: Path) -> None:
     opened(tiny_dir, path).close()
 
 
+def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    """As /dev/null is."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target.safetensors"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        save_head(pipe, random_head(64, 32), None, {})
+        save_head(link, random_head(64, 32), None, {})
+        assert read.result() == target.read_bytes()
+    assert pipe.is_fifo() and link.is_symlink() and len(list(tmp_path.iterdir())) == 3
+
+
 def test_codes_of_eight_bits() -> None:
     """Within half a step of each value, and the same as gguf's own."""
     from gguf import GGMLQuantizationType, quants
 
     values = np.random.default_rng(1).normal(0, 1, (5, 96)).astype(np.float32)
     values[1] = 0
-    found = _as_q8_0(raw("x", values))
+    found = as_q8_0(Path("x"), raw("x", values))
     theirs = quants.quantize(values, GGMLQuantizationType.Q8_0)
     steps = np.abs(values).reshape(5, 3, 32).max(-1, keepdims=True) / 127
     assert (np.abs(found.dequantize() - values).reshape(5, 3, 32) <= steps * 0.51 + 1e-7).all()

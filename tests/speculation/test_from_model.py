@@ -166,6 +166,54 @@ def test_a_long_prompt_is_not_read_for_a_short_answer(monkeypatch: pytest.Monkey
     assert long <= 1.3 * seconds(monkeypatch, 6, None, **sizes)[0]
 
 
+def test_guesses_that_nobody_verifies_are_seen_to_cost_time() -> None:
+    """However sure they seem: something else may drop them."""
+    make, speculator = Sequences(), Speculator(HEAD)
+    sequence = make.new([1] * 10)
+    for rows in range(1, 9):
+        speculator.costs.observe(rows, machine(rows))
+    asked, num_guessed = [Asked(sequence, "r", SHARED, 1000)], 0
+    for step in range(600):
+        draft = speculator.propose(asked, 1, 1).get(sequence.id, NO_DRAFT)
+        num_guessed += draft.lookahead > 0
+        timings = {"draft": 0.5, ROUND: 0.1} if draft.lookahead else {}
+        speculator.learn(StepPlan(step, ()), StepResult((), timings), 1.1)
+    assert 0 < num_guessed < 60
+    assert speculator.stats.seconds_saved == pytest.approx(-0.5 * num_guessed)
+
+
+def test_a_head_needs_no_slots() -> None:
+    make = Sequences()
+    for method, needs in (("draft_head", False), ("draft_model", True)):
+        speculator = Speculator(SpeculativeConfig(method=method, model="x", adaptive=False))
+        sequence = make.new([1] * 10)
+        draft = speculator.propose([Asked(sequence, "r", SHARED, 100)], 1, 1)[sequence.id]
+        assert draft.lookahead == 4 and draft.lookahead_slots == (4 if needs else 0)
+
+
+def test_what_was_learnt_of_requests_goes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they end in a step that had guesses for them."""
+    monkeypatch.setattr(fake, "next_token", next_token)
+    proposer = Speculator(HEAD)
+    harness = Harness(num_blocks=800, max_num_seqs=8, max_num_batched_tokens=256, proposer=proposer)
+    Model(harness, Guesses(0.8, 0.02))
+    for number in range(30):
+        harness.add(f"r{number}", [number, 1, 2], max_tokens=40, stop_token_ids=[7, 8, 9])
+    harness.run()
+    assert proposer.stats.num_accepted_tokens > 20
+    assert not proposer._acceptance._requests
+
+
+def test_no_budget_for_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that has a token for each sequence and no more asks for none."""
+    monkeypatch.setattr(fake, "next_token", next_token)
+    harness = Harness(num_blocks=800, max_num_seqs=8, max_num_batched_tokens=8, proposer=Speculator(HEAD))
+    model = Model(harness, Guesses(1.0, 0.5))
+    harness.add("r", [1, 2], max_tokens=40)
+    harness.run()
+    assert model._rng.getstate() == random.Random(0).getstate(), "nothing was guessed"
+
+
 def test_kinds() -> None:
     """Of a place, and of how sure it is; what a place comes to is the mean of those that were seen there."""
     make, drafter = Sequences(), FromModel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,20 @@ def test_without_torch(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.Monke
 def test_texts_without_room_for_an_answer(smollm2_path: Path) -> None:
     with LLM(str(smollm2_path), max_model_len=256) as llm, pytest.raises(ConfigError, match="16 tokens are too short"):
         list(write_texts(llm, 100, 16, 0))
+
+
+def test_a_model_that_begins_with_nothing(tiny_dir: Path, tmp_path: Path) -> None:
+    """Neither a chat template nor a token that texts begin with."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    with LLM(str(folder), **SETTINGS) as llm:
+        texts = list(write_texts(llm, 500, 40, 3))
+    assert sum(len(one) for one, _ in texts) >= 500 and all(count == 1 for _, count in texts)
+
+
+def test_more_places_than_answers_have(tiny_dir: Path) -> None:
+    with LLM(str(tiny_dir), **SETTINGS) as llm:
+        for places in (47, 500):
+            with pytest.raises(ConfigError, match=f"places: {places} are more than"):
+                train_head(llm, RECIPE._replace(tokens=1000, text_tokens=48, places=places), print)

@@ -49,7 +49,7 @@ class Grant(NamedTuple):
     block_table: tuple[int, ...]  # as of this step; covers positions [0, stop)
     wants: tuple[Wanted, ...] = ()  # of rows of this grant
     num_drafts: int = 0
-    num_lookahead: int = 0  # tokens that a draft model is to guess after this step; the table has room for them
+    num_lookahead: int = 0  # tokens to be guessed after this step; the table has room for what is kept of them
     draft_parents: tuple[int, ...] = ()  # of each the number of the one it follows, -1: the last token; (): a chain
 
     @property

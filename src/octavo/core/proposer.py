@@ -27,21 +27,23 @@ class Draft(NamedTuple):
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...] = ()  # of a chain none
-    lookahead: int = 0  # tokens that a draft model is to guess behind what comes of the step
+    lookahead: int = 0  # tokens that a draft model or a head is to guess behind what comes of the step
+    lookahead_slots: int = 0  # that their K and V need
 
     def first(self, count: int) -> Draft:
         """At most so many of them; a tree that is a chain as such."""
         parents = self.parents[:count]
         if parents == tuple(range(-1, len(parents) - 1)):
             parents = ()
-        return Draft(self.token_ids[:count], parents, self.lookahead)
+        return self._replace(token_ids=self.token_ids[:count], parents=parents)
 
     def only(self, numbers: Sequence[int]) -> Draft:
         """Those of these numbers, which ascend; with each all that it follows."""
         places = {number: place for place, number in enumerate(numbers)} | {-1: -1}
         parents = self.parents or range(-1, len(self.token_ids) - 1)
         token_ids = tuple(self.token_ids[n] for n in numbers)
-        return Draft(token_ids, tuple(places[parents[n]] for n in numbers), self.lookahead).first(len(token_ids))
+        chosen = self._replace(token_ids=token_ids, parents=tuple(places[parents[n]] for n in numbers))
+        return chosen.first(len(token_ids))
 
     def paths(self) -> list[tuple[int, ...]]:
         """Of each, the tokens from the first on down to it."""

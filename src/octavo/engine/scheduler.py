@@ -328,11 +328,12 @@ class Scheduler:
             draft = NO_DRAFT
             if step.drafts and sequence.is_generating:  # a token is left for each row that may still come
                 draft = step.drafts.get(sequence.id, NO_DRAFT).first(max(step.tokens_left - step.rows_left, 0))
-            drafts = draft.token_ids
-            room = stop + len(drafts) + draft.lookahead
-            copies = self.kv.allocate(sequence.block_table, start, room) if room > stop else None
+            copies = self._allocate_with_guesses(sequence, start, stop, draft)
+            if copies is None and draft.lookahead_slots:
+                draft = draft._replace(lookahead=0, lookahead_slots=0)
+                copies = self._allocate_with_guesses(sequence, start, stop, draft)
             if copies is None:  # nobody makes room for guesses
-                draft, drafts, room = NO_DRAFT, (), stop
+                draft = draft.first(0)
                 while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
                     # What is copied takes a block more than what is computed anew.
                     kept = self.kv.give_part_back(sequence.block_table, start) if len(unit) == 1 else start
@@ -343,6 +344,7 @@ class Scheduler:
                         for granted in unit:
                             step.remove(granted)
                         return
+            drafts = draft.token_ids
             end = stop + len(drafts)
             step.copies += copies
             step.add(
@@ -352,13 +354,20 @@ class Scheduler:
                     start=start,
                     stop=end,
                     token_ids=(*sequence.token_ids[start:stop], *drafts),
-                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(room)]),
+                    block_table=tuple(sequence.block_table[: self.kv.blocks_for(end + draft.lookahead_slots)]),
                     wants=sequence.wants_within(start, stop, draft.paths()),
                     num_lookahead=draft.lookahead,
                     num_drafts=len(drafts),
                     draft_parents=draft.parents,
                 )
             )
+
+    def _allocate_with_guesses(
+        self, sequence: Sequence, start: int, stop: int, draft: Draft
+    ) -> tuple[BlockCopy, ...] | None:
+        """None as well where it has none that take slots."""
+        slots = len(draft.token_ids) + draft.lookahead_slots
+        return self.kv.allocate(sequence.block_table, start, stop + slots) if slots else None
 
     def _propose(self, step: _Step, proposer: Proposer) -> None:
         """Have tokens guessed for sequences that draw one token next."""
@@ -379,7 +388,7 @@ class Scheduler:
                     names = coordinator.request_id, coordinator.namespace
                     asked.append(Asked(sequence, *names, want.max_drafts))
         try:
-            if asked:
+            if asked and step.tokens_left > step.rows_left:  # else there is no token for a guess
                 drafts = proposer.propose(asked, min(num_rows, step.tokens_left), num_drawing)
                 of_id = {one.sequence.id: one for one in asked}
                 step.drafts = {n: _possible(of_id[n].sequence, d.first(of_id[n].max_drafts)) for n, d in drafts.items()}

@@ -62,7 +62,7 @@ def load_head(path: Path, output: RawTensor, ops: Ops) -> LoadedHead:
         token_ids = _draft_vocab(file, vocab_size)
         if token_ids is not None:
             output = output.select_rows(token_ids)
-        matrices = {name: _as_q8_0(tensors[name]) for name in _MATRICES}
+        matrices = {name: as_q8_0(path, tensors[name]) for name in _MATRICES}
     packing = ops.defer_packing()
     head = DraftHead(
         **{name: ops.vector_weight(tensors[name]) for name in _NORMS},
@@ -91,11 +91,19 @@ def save_head(
         at += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    parts = [
+        len(text).to_bytes(8, "little") + text,
+        *(np.ascontiguousarray(one).tobytes() for _, one in arrays.values()),
+    ]
+    path = path.resolve()  # what a link leads to, and not the link
+    if path.exists() and not path.is_file():  # a device or a pipe: written to, and never replaced
+        with path.open("wb", buffering=0) as file:
+            file.write(b"".join(parts))
+        return
     written = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with written.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.writelines(np.ascontiguousarray(array).tobytes() for _, array in arrays.values())
+            file.writelines(parts)
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)
@@ -128,13 +136,16 @@ def _draft_vocab(file: SafetensorsModel, vocab_size: int) -> NDArray[np.int32] |
     return token_ids.astype(np.int32)
 
 
-def _as_q8_0(tensor: RawTensor) -> RawTensor:
+def as_q8_0(path: Path, tensor: RawTensor) -> RawTensor:
     """Rounded to codes of 8 bits with a scale for each 32, as llama.cpp's Q8_0 has them: half the bytes to read. What
-    has no whole groups stays as it is."""
+    has no whole groups stays as it is. Raises ModelFormatError for values that are too large for that."""
     if tensor.shape[1] % 32:
         return tensor
     values = tensor.dequantize().reshape(tensor.shape[0], -1, 32)
-    scales = (np.abs(values).max(-1, keepdims=True) / 127).astype(np.float16)
+    exact = np.abs(values).max(-1, keepdims=True) / 127
+    if exact.max() > np.finfo(np.float16).max:
+        raise ModelFormatError(path, tensor.name, f"has values up to {np.abs(values).max():g}; no head has such")
+    scales = exact.astype(np.float16)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scales > 0, np.rint(values / scales.astype(np.float32)), 0)
     stored = np.concatenate([scales.view(np.uint8), np.clip(codes, -127, 127).astype(np.int8).view(np.uint8)], -1)

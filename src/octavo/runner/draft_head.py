@@ -64,16 +64,16 @@ class HeadDrafter:
         if not going:
             return results
         guessed: dict[int, list[tuple[int, float]]] = {one.number: [] for one in going}
+        started, rounds = time.perf_counter(), 0
         state = self._first(self._ops.take_rows(x, np.array([one.row for one in going], np.int32)))
-        started, rounds = time.perf_counter(), max(one.most for one in going)
-        for depth in range(rounds):
+        for depth in range(max(one.most for one in going)):
             kept = [n for n, one in enumerate(going) if depth < one.most and len(guessed[one.number]) == depth]
             if not kept:
                 break
             if len(kept) < len(going):
                 going, state = [going[n] for n in kept], self._ops.take_rows(state, np.array(kept, np.int32))
             state = self._next(state, self._embedded([one.token_id for one in going]))
-            going = self._draw(going, state, guessed)
+            going, rounds = self._draw(going, state, guessed), rounds + 1
         self.timings = {ROUND: (time.perf_counter() - started) / rounds}
         return tuple(
             result._replace(guess=tuple(t for t, _ in found), guess_chances=tuple(c for _, c in found))

@@ -68,7 +68,7 @@ class ModelRunner:
         return StepResult(results, timings)
 
     def draft_with(self, drafter: Drafter) -> None:
-        """Have a small model guess; its K and V lie in the same blocks. Before the first step."""
+        """Have a small model or a head guess; what it keeps lies in the same blocks. Before the first step."""
         self._drafter = drafter
         self._blocks = [*self._kv, *drafter.layers]
 

@@ -27,7 +27,6 @@ _REMEMBERED = 256.0  # guesses of a kind, of all requests
 _OF_REQUEST = 32.0  # guesses of a request
 _PRIOR = 4.0  # guesses that a kind's first estimate counts as
 _REQUEST_PRIOR = 12.0  # and a request's: what it guesses counts in its kinds already
-_MOST_REQUESTS = 4096
 _WINDOW = 0.98  # what is left of the balance after a step
 _MOST_LOST = 0.02  # of the time of steps with guesses, before guessing pauses
 _PAUSES = (16, 1024)  # steps, the first and the longest
@@ -108,13 +107,13 @@ class Acceptance:
         factor = (true + _REQUEST_PRIOR) / (expected + _REQUEST_PRIOR)
         return [rate * factor if rate * factor < _MOST else _MOST for rate in self._rates]
 
-    def observe(self, request_id: str, kind: int, came_true: bool) -> None:
+    def observe(self, request_id: str | None, kind: int, came_true: bool) -> None:
+        """None: of a request that has ended."""
         rate, weight = self._rates[kind], self._weights[kind]
-        true, expected = self._requests.get(request_id, (0.0, 0.0))
-        keep = 1 - 1 / _OF_REQUEST
-        self._requests[request_id] = true * keep + came_true, expected * keep + rate
-        if len(self._requests) > _MOST_REQUESTS:  # some end before what they guessed last is learnt
-            del self._requests[next(iter(self._requests))]
+        if request_id is not None:
+            true, expected = self._requests.get(request_id, (0.0, 0.0))
+            keep = 1 - 1 / _OF_REQUEST
+            self._requests[request_id] = true * keep + came_true, expected * keep + rate
         self._rates[kind] = rate + (came_true - rate) / (weight + 1)
         self._weights[kind] = min(weight + 1, _REMEMBERED)
 

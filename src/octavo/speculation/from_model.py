@@ -33,7 +33,9 @@ class FromModel:
 
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[int, tuple[int, ...], tuple[float, ...]]] = {}  # by sequence; tokens it has then
-        self._read: dict[int, int] = {}  # by sequence: tokens that it had when something was guessed for it last
+        self._read: dict[
+            int, int
+        ] = {}  # by sequence: tokens that a model knows of it, since it guessed what follows them
         self._shares = [[0.0] * _KINDS for _ in range(_PLACES)]  # of the kinds of a place
 
     def take(self, sequence_id: int, num_tokens: int, result: GrantResult) -> None:

@@ -22,6 +22,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 _DECAY = 0.8  # of what a guess's loss counts, from place to place
 _FEATURES = 0.1  # what the distance of states counts beside that of distributions
+_MEASURED = 10  # steps that show how long one takes
 _WARM = 0.03  # share of the steps in which the rate of learning rises
 
 
@@ -114,9 +115,6 @@ def train(
             told = time.monotonic()
             progress(f"step {done:,} of {steps or '?'}, loss {mean:.3f}")
     return {f"{name}.weight": value.detach().float().numpy() for name, value in head.named_parameters()}
-
-
-_MEASURED = 10  # steps that show how long one takes
 
 
 def _schedule(done: int, steps: int | None) -> float:

@@ -55,10 +55,11 @@ def write_texts(llm: LLM, num_tokens: int, max_tokens: int, seed: int) -> Iterat
 
 def _questions(llm: LLM, beginning: str | None, max_tokens: int, seed: int) -> list[list[int]]:
     """Prompts that end where an answer begins."""
-    if beginning is None:  # no chat model: the first tokens of texts
-        params = [SamplingParams(temperature=1, seed=seed + i, max_tokens=1, ignore_eos=True) for i in range(_ROUND)]
-        begun = llm.generate([""] * _ROUND, params, use_tqdm=False)
-        return [[*one.prompt_token_ids, *one.outputs[0].token_ids] for one in begun]
+    if beginning is None:  # no chat model: any token begins a text
+        before = llm.tokenizer.encode("")
+        vocab_size = min(llm.tokenizer.vocab_size, llm.model_config.vocab_size)
+        first = np.random.default_rng(seed).integers(0, vocab_size, _ROUND).tolist()
+        return [[*before, token_id] for token_id in first]
     token_ids = llm.tokenizer.encode(beginning, add_special_tokens=False)
     params = [SamplingParams(temperature=1, top_p=0.95, seed=seed + i, max_tokens=max_tokens) for i in range(_ROUND)]
     turns = llm.generate([{"prompt_token_ids": token_ids}] * _ROUND, params, use_tqdm=False)

@@ -53,6 +53,8 @@ def train_head(llm: LLM, recipe: Recipe, progress: Callable[[str], None]) -> Tra
     began = time.monotonic()
     texts, prompts, tokens = [], [], 0
     most = min(recipe.text_tokens, llm.max_model_len)
+    if recipe.places >= most:
+        raise ConfigError(f"places: {recipe.places} are more than texts of {most} tokens have room for")
     for text, num_prompt in write_texts(llm, recipe.tokens, most, recipe.seed):
         texts.append(text)
         prompts.append(num_prompt)
@@ -63,23 +65,23 @@ def train_head(llm: LLM, recipe: Recipe, progress: Callable[[str], None]) -> Tra
     for first in range(0, len(texts), _TOGETHER):
         states += hidden_states(llm, texts[first : first + _TOGETHER])
     progress(f"{tokens:,} tokens and their states in {time.monotonic() - began:.0f} s")
-    if not any(len(text) > recipe.places for text in texts[1::_HELD_OUT]):
-        raise ConfigError("the model's own texts are too short to learn from")
 
-    embedding, output = _matrices(llm)
-    outputs = [text[count:] for text, count in zip(texts, prompts, strict=True)]
-    token_ids = _frequent(outputs, len(output), recipe.draft_vocab)
     learnt = [n for n in range(len(texts)) if n % _HELD_OUT != 1]
     held_out = [n for n in range(len(texts)) if n % _HELD_OUT == 1]
-    hidden = output.shape[1]
-    settings = TrainingSettings(
-        recipe.cell_size or 2 * hidden, recipe.places, minutes=recipe.minutes, steps=recipe.steps, seed=recipe.seed
-    )
     of_learnt, of_held_out = (_chosen(part, texts, prompts, states) for part in (learnt, held_out))
     if not all((one.left >= recipe.places).any() for one in (of_learnt, of_held_out)):
         raise ConfigError(
-            f"no answer among the model's own texts has {recipe.places + 1} tokens: there is nothing to learn"
+            f"places: {recipe.places} are more than the model's own answers have room for: they are short"
         )
+    embedding, output = _matrices(llm)
+    token_ids = _frequent([texts[n][prompts[n] :] for n in learnt], len(output), recipe.draft_vocab)
+    settings = TrainingSettings(
+        recipe.cell_size or 2 * output.shape[1],
+        recipe.places,
+        minutes=recipe.minutes,
+        steps=recipe.steps,
+        seed=recipe.seed,
+    )
     weights = train(of_learnt, embedding, output[token_ids], settings, progress)
     rates = agreement(weights, of_held_out, embedding, output, token_ids, recipe.places)
     notes = {"trained_on": f"{tokens} tokens of its own", "model": llm.config.model}
