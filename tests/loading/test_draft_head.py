@@ -71,8 +71,13 @@ def test_what_is_no_head(tiny_dir: Path, tmp_path: Path) -> None:
     path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(ModelFormatError):
         opened(tiny_dir, path)
-    with pytest.raises(ModelFormatError, match="format: must be"):  # a model
+    with pytest.raises(ModelFormatError, match="is a directory, not a file"):
         opened(tiny_dir, tiny_dir)
+    with pytest.raises(ModelFormatError, match="format: must be"):
+        opened(tiny_dir, tiny_dir / "model.safetensors")
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelFormatError, match="magic: does not begin a safetensors file"):
+        opened(tiny_dir, path)
 
 
 def test_what_is_saved(tiny_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.core.errors import ModelFormatError
-from octavo.formats import DEQUANTIZABLE, QuantType, RawTensor, SafetensorsModel, open_safetensors
+from octavo.formats import DEQUANTIZABLE, QuantType, RawTensor, SafetensorsFile
+from octavo.formats.mapping import map_file
 from octavo.models.draft_head import DraftHead
 from octavo.ops import Ops
 from octavo.ops.packing import Packing
@@ -40,7 +41,9 @@ class LoadedHead(NamedTuple):
 
 def load_head(path: Path, output: RawTensor, ops: Ops) -> LoadedHead:
     """`output`: the model's output matrix, [vocabulary, hidden]. Raises ModelFormatError, ModelNotFoundError."""
-    with open_safetensors(path) as file:
+    if map_file(path)[8:9] != b"{":
+        raise ModelFormatError(path, "magic", "does not begin a safetensors file, which a head is")
+    with SafetensorsFile(path) as file:
         if file.metadata.get("format") != FORMAT:
             raise ModelFormatError(path, "__metadata__.format", f"must be {FORMAT!r}: this is no head that guesses")
         vocab_size, hidden = output.shape
@@ -109,7 +112,7 @@ def save_head(
         written.unlink(missing_ok=True)
 
 
-def _weight(file: SafetensorsModel, name: str) -> RawTensor:
+def _weight(file: SafetensorsFile, name: str) -> RawTensor:
     tensor = file.tensors.get(f"{name}.weight")
     if tensor is None:
         raise ModelFormatError(file.path, f"{name}.weight", "tensor is missing")
@@ -120,7 +123,7 @@ def _weight(file: SafetensorsModel, name: str) -> RawTensor:
     return tensor
 
 
-def _draft_vocab(file: SafetensorsModel, vocab_size: int) -> NDArray[np.int32] | None:
+def _draft_vocab(file: SafetensorsFile, vocab_size: int) -> NDArray[np.int32] | None:
     tensor = file.tensors.get(_VOCAB)
     if tensor is None:
         return None
