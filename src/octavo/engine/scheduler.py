@@ -333,7 +333,7 @@ class Scheduler:
                 draft = draft._replace(lookahead=0, lookahead_slots=0)
                 copies = self._allocate_with_guesses(sequence, start, stop, draft)
             if copies is None:  # nobody makes room for guesses
-                draft = draft.first(0)
+                draft = draft.first(0) if draft.token_ids else draft
                 while (copies := self.kv.allocate(sequence.block_table, start, stop)) is None:
                     # What is copied takes a block more than what is computed anew.
                     kept = self.kv.give_part_back(sequence.block_table, start) if len(unit) == 1 else start
