@@ -6,6 +6,10 @@ records to extract, beginnings to continue, questions) those are taken whose ove
 are questions as they come. Time is that of decoding: prompts come from the prefix cache, or the time of one token is
 taken off.
 
+With and without are the same engine's, whose requests want guesses or opt out (`speculative_decoding`): where in memory
+the weights of an engine lie makes it some percent faster or slower than its neighbour. A batch of N is N requests at a
+time, while others wait for the place of one that ends.
+
     python benchmarks/speculation.py --model smollm2 --threads 2 --rounds 5 --json figures.json
     python benchmarks/speculation.py --head head.safetensors
     python benchmarks/speculation.py --peer llama.cpp=PATH/python --peer openvino=PATH/python
@@ -16,6 +20,7 @@ Peers answer the same prompts one by one, with their prompt lookup and without.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pydoc_data.topics
@@ -31,12 +36,8 @@ from typing import Any
 NEW = 96  # tokens of each answer
 PROMPTS = 16  # of each level
 LEVELS = (0.0, 0.5, 0.9)
-BATCHES = (1, 4, 16)
-METHODS: dict[str, dict[str, Any] | None] = {
-    "off": None,
-    "ngram": {"method": "ngram"},
-    "suffix": {"method": "suffix"},
-}
+BATCHES = {1: 1, 4: 2, 16: 4}  # requests at a time -> how often each prompt is asked
+METHODS: dict[str, dict[str, Any]] = {"ngram": {"method": "ngram"}, "suffix": {"method": "suffix"}}
 QUESTIONS = (
     "What is the difference between weather and climate?",
     "Explain how a bicycle stays upright.",
@@ -99,23 +100,23 @@ def candidates(llm: Any, rng: random.Random) -> tuple[list[list[int]], list[list
 
 
 class Octavo:
-    def __init__(self, model: str, threads: int, speculative_config: dict[str, Any] | None) -> None:
+    """`batch`: None: requests come together."""
+
+    def __init__(self, model: str, threads: int, batch: int | None = None, **config: Any) -> None:
         import octavo
 
-        self.llm = octavo.LLM(model, threads=threads, max_model_len=2048, speculative_config=speculative_config)
+        if batch is not None:
+            config["max_num_seqs"] = batch
+        self.llm = octavo.LLM(model, threads=threads, max_model_len=2048, **config)
         self._params = octavo.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
-    def answers(self, prompts: list[list[int]], batch: int) -> tuple[list[list[int]], float]:
+    def answers(self, prompts: list[list[int]], *, guesses: bool = True) -> tuple[list[list[int]], float]:
         """Outputs, and seconds."""
-        found: list[list[int]] = []
-        seconds = 0.0
-        for at in range(0, len(prompts), batch):
-            given = [{"prompt_token_ids": prompt} for prompt in prompts[at : at + batch]]
-            started = time.perf_counter()
-            outputs = self.llm.generate(given, self._params)
-            seconds += time.perf_counter() - started
-            found += [list(output.outputs[0].token_ids) for output in outputs]
-        return found, seconds
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = dataclasses.replace(self._params, speculative_decoding=guesses)
+        started = time.perf_counter()
+        outputs = self.llm.generate(given, params)
+        return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - started
 
 
 # --- peers: children that answer lines of prompts with seconds ---
@@ -210,42 +211,35 @@ class Child:
 # --- what is measured ---
 
 
-def compared(engines: dict[str, Octavo], prompts: list[list[int]], batch: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of each, and ratios to without; the first round, which fills prefix caches, does not count."""
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    before = {name: engine.llm.speculation_stats for name, engine in engines.items()}
+def compared(engine: Octavo, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
+    """Tokens a second with guesses and without; the first round, which fills the prefix cache, does not count."""
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    before = engine.llm.speculation_stats
     for number in range(rounds + 1):
-        expected: list[list[int]] | None = None
-        for name, engine in engines.items():
-            found, seconds = engine.answers(prompts, batch)
-            if expected is not None and found != expected:
-                raise RuntimeError(f"{name} changed an answer")
-            expected = found
+        found = {}
+        for guesses in (False, True) if number % 2 else (True, False):
+            found[guesses], seconds = engine.answers(prompts, guesses=guesses)
             if number:
-                rates[name].append(len(prompts) * NEW / seconds)
-    report: dict[str, Any] = {}
-    for name, engine in engines.items():
-        ratios = [a / b for a, b in zip(rates[name], rates["off"], strict=True)]
-        report[name] = {
-            "tokens_per_s": statistics.median(rates[name]),
-            "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
-        }
-        after, earlier = engine.llm.speculation_stats, before[name]
-        if after is not None and earlier is not None:
-            draws = after.num_draws - earlier.num_draws
-            positions = range(len(after.drafted_per_position))
-            old = [*earlier.drafted_per_position, *[0] * 64], [*earlier.accepted_per_position, *[0] * 64]
-            report[name] |= {
-                "tokens_per_step": (after.num_drawn_tokens - earlier.num_drawn_tokens) / max(draws, 1),
-                "accepted": after.num_accepted_tokens - earlier.num_accepted_tokens,
-                "drafted": after.num_draft_tokens - earlier.num_draft_tokens,
-                "acceptance_by_position": [
-                    (after.accepted_per_position[p] - old[1][p]) / drafted
-                    for p in positions
-                    if (drafted := after.drafted_per_position[p] - old[0][p])
-                ],
-            }
-    return report
+                rates[guesses].append(len(prompts) * NEW / seconds)
+        if found[True] != found[False]:
+            raise RuntimeError("a guess changed an answer")
+    ratios = [on / off for on, off in zip(rates[True], rates[False], strict=True)]
+    after = engine.llm.speculation_stats
+    old = [*before.drafted_per_position, *[0] * 64], [*before.accepted_per_position, *[0] * 64]
+    return {
+        "off": statistics.median(rates[False]),
+        "tokens_per_s": statistics.median(rates[True]),
+        "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
+        "tokens_per_step": (after.num_drawn_tokens - before.num_drawn_tokens)
+        / max(after.num_draws - before.num_draws, 1),
+        "accepted": after.num_accepted_tokens - before.num_accepted_tokens,
+        "drafted": after.num_draft_tokens - before.num_draft_tokens,
+        "acceptance_by_position": [
+            (after.accepted_per_position[p] - old[1][p]) / drafted
+            for p in range(len(after.drafted_per_position))
+            if (drafted := after.drafted_per_position[p] - old[0][p])
+        ],
+    }
 
 
 def with_peer(peer: str, python: str, args: argparse.Namespace, model: str, sets: dict[str, Any]) -> dict[str, Any]:
@@ -281,6 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--head", help="a file that octavo train-head wrote: what it guesses is measured too")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--peers-only", action="store_true", help="nothing of Octavo")
     parser.add_argument("--only", action="append", default=[], help="part of a set's name; repeatable")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
@@ -292,9 +287,10 @@ def main() -> None:
     from octavo.hub import resolve_model
 
     methods = METHODS | ({"head": {"method": "draft_head", "model": args.head}} if args.head else {})
-    engines = {name: Octavo(args.model, args.threads, config) for name, config in methods.items()}
-    tasks, chats = candidates(engines["off"].llm, random.Random(0))
-    outputs, _ = engines["off"].answers([*tasks, *chats], 16)
+    plain = Octavo(args.model, args.threads)
+    tasks, chats = candidates(plain.llm, random.Random(0))
+    outputs, _ = plain.answers([*tasks, *chats])
+    plain.llm.close()
     measured = [(overlap(prompt, output), prompt) for prompt, output in zip([*tasks, *chats], outputs, strict=True)]
     sets: dict[str, list[list[int]]] = {}
     shares: dict[str, float] = {}
@@ -306,12 +302,19 @@ def main() -> None:
     shares["chat"] = statistics.mean(share for share, _ in measured[-len(chats) :])
     sets = {name: one for name, one in sets.items() if not args.only or any(part in name for part in args.only)}
     report: dict[str, Any] = {"overlap": shares, "octavo": {}, "peers": {}}
-    for name, prompts in sets.items():
+    for name in sets:
         print(f"{name}: measured {shares[name]:.2f}", flush=True)
-        for batch in BATCHES:
-            found = report["octavo"][f"{name}, batch {batch}"] = compared(engines, prompts, batch, args.rounds)
-            for method, figures in found.items():
-                print(f"{method:10} {name:12} batch {batch:2}  {_figures(figures)}", flush=True)
+    for batch, times in {} if args.peers_only else BATCHES.items():
+        engines = {
+            name: Octavo(args.model, args.threads, batch, speculative_config=config) for name, config in methods.items()
+        }
+        for name, prompts in sets.items():
+            for method, engine in engines.items():
+                found = compared(engine, prompts * times, args.rounds)
+                report["octavo"][f"{name}, batch {batch}, {method}"] = found
+                print(f"{method:10} {name:12} batch {batch:2}  {_figures(found)}", flush=True)
+        for engine in engines.values():
+            engine.llm.close()
     for one in args.peer:
         peer, _, python = one.partition("=")
         report["peers"][peer] = with_peer(peer, python, args, str(resolve_model(args.model)), sets)

@@ -14,7 +14,8 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 _ROW = 0.1  # of a step's time that a row more takes, until it was measured
 _EXACT, _TILE = 16, 8  # rows up to which each number has a time of its own, and of which as many have one beyond
@@ -38,6 +39,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # measured, ascending
+        self._least: list[float] = []  # by the same: the least seconds of so many rows or more; empty: not known now
         self._seconds: dict[int, float] = {}  # by rows, to be multiplied by the factor
         self._seen: dict[int, int] = {}
         self._factor = 1.0
@@ -46,6 +48,7 @@ class StepCosts:
         if rows < 1 or seconds <= 0:
             return
         rows = _binned(rows)
+        self._least = []
         known = self._seconds.get(rows)
         if known is None:
             self._seconds[rows], self._seen[rows] = seconds / self._factor, 1
@@ -64,19 +67,23 @@ class StepCosts:
         if not self._rows:
             return _shape(rows)
         rows = _binned(rows)
-        at = bisect_left(self._rows, rows)
-        if at == len(self._rows):
-            last = self._rows[-1]
-            return self._factor * self._seconds[last] * _shape(rows) / _shape(last)
+        measured = self._rows
         # Of what was measured once, in a bad moment, more rows that took less time are the witness.
-        above = min(self._seconds[more] for more in self._rows[at:])
-        if self._rows[at] == rows:
-            return self._factor * above
+        least = self._least = self._least or _minima(self._seconds[more] for more in reversed(measured))
+        at = bisect_left(measured, rows)
+        if at == len(measured):
+            return self._factor * least[-1] * _shape(rows) / _shape(measured[-1])
+        if measured[at] == rows:
+            return self._factor * least[at]
         if at == 0:
-            return self._factor * above * _shape(rows) / _shape(self._rows[0])
-        below = self._rows[at - 1]
-        share = (rows - below) / (self._rows[at] - below)
-        return self._factor * (min(self._seconds[below], above) * (1 - share) + above * share)
+            return self._factor * least[0] * _shape(rows) / _shape(measured[0])
+        share = (rows - measured[at - 1]) / (measured[at] - measured[at - 1])
+        return self._factor * (least[at - 1] * (1 - share) + least[at] * share)
+
+
+def _minima(seconds: Iterable[float]) -> list[float]:
+    """Of each and those before it; the last comes first."""
+    return list(accumulate(seconds, min))[::-1]
 
 
 def _shape(rows: int) -> float:
