@@ -107,7 +107,8 @@ class Octavo:
 
         if batch is not None:
             config["max_num_seqs"] = batch
-        self.llm = octavo.LLM(model, threads=threads, max_model_len=2048, **config)
+        # Room for all prompts, so that none is computed twice.
+        self.llm = octavo.LLM(model, threads=threads, max_model_len=2048, kv_cache_memory_bytes=1 << 29, **config)
         self._params = octavo.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
     def answers(self, prompts: list[list[int]], *, guesses: bool = True) -> tuple[list[list[int]], float]:

@@ -25,7 +25,6 @@ from octavo.core.proposer import Proposer
 from octavo.core.protocols import Background, Clock, Executor, TextCodec
 from octavo.core.request import RequestSpec, SessionSpec
 from octavo.core.sequence import Sequence
-from octavo.core.session_calls import Call
 from octavo.engine.scheduler import Scheduler, SchedulerConfig
 from octavo.kv_cache import KVCacheManager
 from octavo.kv_cache.eviction_log import Evicted
@@ -33,6 +32,7 @@ from octavo.kv_cache.eviction_log import Evicted
 if TYPE_CHECKING:
     from octavo.core.margins import MarginsSpec
     from octavo.core.pooling import PoolingSpec
+    from octavo.core.session_calls import Call
 
 log = logging.getLogger(__name__)
 
@@ -224,15 +224,19 @@ class Engine:
             return outputs
         self.num_steps += 1
         now = self.clock()
-        for coordinator in self._requests_of(plan):
+        requests = self._requests_of(plan)
+        for coordinator in requests:
             if coordinator.metrics.first_scheduled_time is None:
                 coordinator.metrics.first_scheduled_time = now
         _tell(self.plan_listeners, plan)
+        planned = plan
         plan, result = self._execute(plan)
+        if plan is not planned:
+            requests = self._requests_of(plan)
         self.kv.stats.computed_tokens += plan.num_tokens
         self._learn_speed(plan, result)
         _tell(self.step_listeners, plan, result)
-        outputs += self._update(plan, result)
+        outputs += self._update(requests, plan, result)
         self._learn_of_guesses(plan, result, self.clock() - began)
         return outputs
 
@@ -352,9 +356,9 @@ class Engine:
         """The requests that have a grant in this step, in the order in which they were added."""
         return self.scheduler.in_order({grant.request_id for grant in plan.grants})
 
-    def _update(self, plan: StepPlan, step: StepResult) -> list[Output]:
+    def _update(self, requests: SequenceOf[Coordinator], plan: StepPlan, step: StepResult) -> list[Output]:
         by_sequence = {g.sequence_id: (g, r) for g, r in zip(plan.grants, step.results, strict=True)}
-        outputs = [self._advance(coordinator, by_sequence) for coordinator in self._requests_of(plan)]
+        outputs = [self._advance(coordinator, by_sequence) for coordinator in requests]
         return [output for output in outputs if output is not None]
 
     def _advance(self, coordinator: Coordinator, by_sequence: dict[int, tuple[Grant, GrantResult]]) -> Output | None:

@@ -93,6 +93,7 @@ class _Step:
         self.computing: dict[Hashable, Sequence] = {}  # the next block of each sequence that is granted a prefill
         self.following: set[int] = set()  # ids of sequences that wait for a block of another's
         self.drafts: dict[int, Draft] = {}  # by sequence id: what may follow it
+        self.reclaimed = False  # whether somebody had to give blocks, and may have other work now
 
     def add(self, grant: Grant) -> None:
         self.grants[grant.sequence_id] = grant
@@ -216,19 +217,25 @@ class Scheduler:
         for entry in tuple(self._running):
             try:
                 self._take_cached(entry.coordinator)
-                self.settle(entry.coordinator)
+                if not any(sequence.num_pending for sequence in entry.coordinator.sequences):
+                    self.settle(entry.coordinator)
             except Exception as error:
                 self._break(step, entry, error)
         if self._proposer is not None:
             self._propose(step, self._proposer)
         for generating in (True, False):
+            others = False  # of the kind that has its turn next
             for entry in tuple(self._running):
                 try:
                     for unit in self._units(entry.coordinator):
                         if unit[0].is_generating == generating:
                             self._grant(step, entry, unit)
+                        else:
+                            others = True
                 except Exception as error:
                     self._break(step, entry, error)
+            if not others and not step.reclaimed:
+                break  # most steps: everybody generates
         self._admit(step)
         self._following = step.following
         plan = StepPlan(self._num_steps, tuple(step.grants.values()), tuple(step.copies), self.kv.take_loads())
@@ -317,14 +324,15 @@ class Scheduler:
         coordinator = entry.coordinator
         holds_row_back = coordinator.lockstep and len(coordinator.sequences) > 1
         for sequence in unit:
-            pending = sequence.pending[0]
+            start, num_pending = sequence.num_computed, sequence.num_pending
             most = step.tokens_left
-            for limit in (self.config.max_chunk_tokens, coordinator.max_chunk_tokens):
-                if limit is not None:
-                    most = min(most, limit)
-            if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
-                most = min(most, len(pending) - 1)  # the wanted row waits for the others'
-            start, stop = pending.start, pending.start + min(len(pending), most)
+            if num_pending > 1:
+                for limit in (self.config.max_chunk_tokens, coordinator.max_chunk_tokens):
+                    if limit is not None:
+                        most = min(most, limit)
+                if holds_row_back and sequence.is_prefilling and sequence.target == sequence.num_tokens:
+                    most = min(most, num_pending - 1)  # the wanted row waits for the others'
+            stop = start + min(num_pending, most)
             draft = NO_DRAFT
             if step.drafts and sequence.is_generating:  # a token is left for each row that may still come
                 draft = step.drafts.get(sequence.id, NO_DRAFT).first(max(step.tokens_left - step.rows_left, 0))
@@ -497,6 +505,7 @@ class Scheduler:
         First idle sequences give way, then whole requests from the newest and least important on, at last the later
         sequences of the request itself when it is the oldest: its first sequence always gets what it needs.
         """
+        step.reclaimed = True
         if self._evict_idle(step, spared=(wanting,)):
             return True
         victim = self._running[-1]

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import stat
 import struct
 import time
@@ -129,6 +128,8 @@ class KeptWeights:
 
     def write(self) -> None:
         """Keep packed weights, if there is room. Raises nothing but what is no fault of files."""
+        import shutil  # here, since a start that finds its weights kept does without it, and what it imports
+
         nbytes = self._packed.nbytes
         if nbytes < LEAST_BYTES or _BEGIN + nbytes > self._max_bytes:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,11 @@ from octavo.models import Model, layer_states
 from octavo.ops import Batch, Ops
 from octavo.ops.protocol import Array, KVLayer
 from octavo.ops.rows import RowRequest, SamplingError
-from octavo.runner.drafting import Drafter
 from octavo.runner.input_batch import hidden_rows, logits_requests, make_batch, moves_of
 from octavo.runner.logits import rows_per_slice
+
+if TYPE_CHECKING:
+    from octavo.runner.drafting import Drafter
 
 log = logging.getLogger(__name__)
 

@@ -164,11 +164,16 @@ def choose(
         chances: by sequence id, of each token that it and all that it follows come true; none is above the one before.
         num_rows, num_sequences: rows of the step without guesses, and sequences in it.
     """
+    plain = costs.of(num_rows)
+    most = LEAST_GAIN * num_sequences
+    # If all came for what one of them costs, and that is most often said of text that does not repeat: quickly.
+    of_one = num_sequences * math.log(costs.of(num_rows + 1) / plain)
+    if DOUBT * sum(math.log1p(sum(each)) for each in chances.values()) - of_one <= most:
+        return {}
     tokens = dict.fromkeys(chances, 1.0)  # that a sequence gets, with those taken so far
     waiting = [(-math.log1p(each[0]), sequence_id, 0) for sequence_id, each in chances.items() if each]
     heapq.heapify(waiting)  # by what the next token of each gains
-    plain = costs.of(num_rows)
-    best, most, gained = 0, LEAST_GAIN * num_sequences, 0.0
+    best, gained = 0, 0.0
     taken: list[int] = []
     while waiting and len(taken) < _MOST_AT_ONCE:
         gain, sequence_id, number = heapq.heappop(waiting)

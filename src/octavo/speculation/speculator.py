@@ -15,7 +15,7 @@ from octavo.speculation.from_model import FromModel
 from octavo.speculation.lookahead import Lookahead
 
 _LOOKS = 3  # steps in which a sequence is not looked at, at most, after nothing was found that pays: of one alone,
-_LOOKS_OF_MANY = 4  # and a step more for so many sequences
+_LOOKS_OF_MANY = 2  # and a step more for so many sequences
 
 
 class _Pending(NamedTuple):
@@ -71,7 +71,7 @@ class Speculator:
                 draft = drafts.get(n, NO_DRAFT)
                 drafts[n] = draft._replace(lookahead=count, lookahead_slots=self._lookahead.num_slots(count))
         elif self._adaptive:
-            self._rest_after(chosen)
+            self._rest_after(chosen, _LOOKS + len(asked) // _LOOKS_OF_MANY)
         return drafts
 
     def _rests(self, sequence_id: int) -> bool:
@@ -83,10 +83,9 @@ class Speculator:
         self._rest[sequence_id] = left - 1, following
         return True
 
-    def _rest_after(self, chosen: Mapping[int, int]) -> None:
-        if len(self._rest) > 2 * len(self._pending) + 64:
+    def _rest_after(self, chosen: Mapping[int, int], most: int) -> None:
+        if len(self._rest) > 2 * self._drawing + 64:
             self._rest = {}  # of sequences that ended
-        most = _LOOKS + len(self._pending) // _LOOKS_OF_MANY
         for sequence_id in self._pending:
             if sequence_id in chosen:
                 self._rest.pop(sequence_id, None)
