@@ -291,8 +291,13 @@ void attention(const AttentionPiece& piece, float* scratch) {
   CodeScratch codes = code_scratch(reinterpret_cast<uint8_t*>(keys), dim, kRowBlock * group);
   const TileReader reader{{piece.kv, piece.block_table, piece.kv_head, piece.kv.k_head_bytes(), piece.kv.v_head_bytes(),
                            piece.tail, piece.tail_start}};
-  const bool split = piece.last_tile != 0;
+  const bool some = piece.last_tile != 0;
+  const bool split = some && !piece.folds;
   Query queries[kRowBlock * 64];
+  const auto state_at = [&](std::size_t row, std::size_t tile) {
+    const auto number = static_cast<std::size_t>(piece.row_states[row] + static_cast<std::ptrdiff_t>(tile));
+    return piece.states + number * group * size;
+  };
   for (std::size_t row = 0; row < piece.num_rows; row += kRowBlock) {
     const std::size_t rows = std::min(kRowBlock, piece.num_rows - row);
     const std::size_t count = rows * group;
@@ -306,7 +311,7 @@ void attention(const AttentionPiece& piece, float* scratch) {
       queries[i] = {piece.q + r * piece.q_stride + head * dim,
                     window != 0 && position >= window ? position - window + 1 : 0,
                     position + 1,
-                    states + i * size,
+                    piece.folds ? state_at(row + i / group, piece.last_tile - 1) + i % group * size : states + i * size,
                     tile_states + i * size,
                     false};
       lowest = std::min(lowest, queries[i].lowest);
@@ -316,7 +321,7 @@ void attention(const AttentionPiece& piece, float* scratch) {
     const std::size_t last_position = std::min(limit, piece.tail_start) - 1;
     std::size_t first_tile = begin;
     std::size_t last_tile = (limit + kTile - 1) / kTile;
-    if (split) {
+    if (some) {
       first_tile = std::max(first_tile, piece.first_tile);
       last_tile = std::min(last_tile, piece.last_tile);
     }
@@ -337,13 +342,11 @@ void attention(const AttentionPiece& piece, float* scratch) {
       }
       if (split) {
         for (std::size_t i = 0; i < count; ++i) {
-          const auto state =
-              static_cast<std::size_t>(piece.row_states[row + i / group] + static_cast<std::ptrdiff_t>(t));
-          queries[i].tile = piece.states + (state * group + i % group) * size;
+          queries[i].tile = state_at(row + i / group, t) + i % group * size;
         }
       }
       if (integers) {
-        const bool more = in_place && (t + 1 < last_tile || split);
+        const bool more = in_place && (t + 1 < last_tile || some);
         const CodeTile next = more ? code_tile_after(reader, tile, begin * kTile, last_position) : CodeTile{};
         const CodeTile here = in_place ? code_tile(reader, tile) : gathered_code_tile(reader, tile, codes.gathered);
         one_tile_of_codes(piece, here, more ? &next : nullptr, tile, queries, count, codes, split);
@@ -373,7 +376,7 @@ void attention(const AttentionPiece& piece, float* scratch) {
       }
       if (waiting > 0) fold_some(into, from, waiting, dim);
     }
-    if (split) continue;
+    if (some) continue;
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t head = piece.kv_head * group + i % group;
       const auto r = static_cast<std::size_t>(piece.rows[row + i / group]);

@@ -21,6 +21,7 @@ struct Seq {
   std::size_t stop;             // past the last tile that any row sees, or that is before the draft tree
   std::size_t tree = SIZE_MAX;  // position where the draft tree begins
   std::size_t own = SIZE_MAX;   // tiles from here on are read for this sequence alone
+  std::size_t folded = 0;       // tiles before this one are one state, since they are read together from the first on
   bool alone = false;           // all tiles are
 };
 
@@ -32,8 +33,9 @@ class Planner {
         batch_(batch),
         window_(window),
         kv_heads_(kv_heads),
+        threads_(static_cast<std::size_t>(threads)),
         blocks_per_tile_(kTile / batch.block_size),
-        row_states_(batch.tokens, 0) {
+        row_states_(batch.tokens) {
     std::vector<Seq> few;
     for (std::size_t s = 0; s < batch.seqs; ++s) {
       const Seq seq = make(s);
@@ -49,6 +51,10 @@ class Planner {
       std::vector<std::size_t> all(seqs_.size());
       for (std::size_t i = 0; i < all.size(); ++i) all[i] = i;
       divide(std::move(all), 0);
+      for (const Range& range : ranges_) {
+        if (!folds(range)) continue;
+        for (std::size_t i : range.members) seqs_[i].folded = range.stop;
+      }
     }
     const bool spread = threads > 1 && batch.seqs * kv_heads < 4 * static_cast<std::size_t>(threads);
     for (Seq& seq : seqs_) {
@@ -65,7 +71,7 @@ class Planner {
       }
       give_states(seq);
       const std::size_t from = std::max(shared ? seq.own : 0, seq.lowest);
-      tiles({&seq, 1}, from, seq.stop);
+      tiles({&seq, 1}, from, seq.stop, false);
       if (seq.tree != SIZE_MAX) tails(seq);
     }
     for (const auto& [members, from, stop] : ranges_) {
@@ -78,7 +84,7 @@ class Planner {
       }
       const std::size_t begin = std::max(from, lowest);
       if (group.empty() || begin >= stop) continue;
-      tiles(group, begin, stop);
+      tiles(group, begin, stop, group.front().folded == stop);
       if (group.size() > 1) plan_.shared_tiles += (stop - begin) * kv_heads_;
     }
   }
@@ -87,6 +93,11 @@ class Planner {
   struct Range {
     std::vector<std::size_t> members;
     std::size_t from, stop;
+  };
+  // A row's states, of each KV head `count`: those of the first are number `first` and following.
+  struct States {
+    std::size_t first, count;
+    std::size_t tile;  // of the first one, the last if it is of several
   };
 
   std::size_t position(std::size_t row) const { return static_cast<std::size_t>(batch_.positions[row]); }
@@ -174,39 +185,60 @@ class Planner {
     plan_.states.push_back(state);
   }
 
+  // Whether rows that read a range together fold its tiles as they go: a state is then written once instead of once a
+  // tile, and read back. It must begin with all rows' first tile, and each KV head be work enough for a thread.
+  bool folds(const Range& range) const {
+    std::size_t rows = 0;
+    for (std::size_t i : range.members) {
+      for (std::size_t row = seqs_[i].first; row < seqs_[i].last; ++row, ++rows) {
+        if (lowest_tile(row) != lowest_tile(seqs_[range.members[0]].first)) return false;
+      }
+    }
+    const std::size_t begin = lowest_tile(seqs_[range.members[0]].first);
+    if (range.from > begin || range.stop < begin + 2) return false;
+    const std::size_t items = kv_heads_ * ((rows + kRowsPerItem - 1) / kRowsPerItem);
+    return items % threads_ == 0 || items >= 4 * threads_;
+  }
+
+  States states_of(const Seq& seq, std::size_t row) const {
+    const std::size_t lowest = lowest_tile(row);
+    const std::size_t tile = seq.folded > lowest ? seq.folded - 1 : lowest;
+    return {plan_.num_states, std::max(position(row) / kTile, tile) + 1 - tile, tile};
+  }
   void give_states(const Seq& seq) {
     for (std::size_t row = seq.first; row < seq.last; ++row) {
-      row_states_[row] = plan_.num_states;
-      const std::size_t count = num_tiles(row);
+      const States states = row_states_[row] = states_of(seq, row);
       for (std::size_t h = 0; h < kv_heads_; ++h) {
-        plan_.folds.push_back({row, h, count, plan_.num_states});
-        plan_.num_states += count;
+        plan_.folds.push_back({row, h, states.count, plan_.num_states});
+        plan_.num_states += states.count;
       }
     }
   }
   std::size_t num_states(const Seq& seq) const {
     std::size_t count = 0;
-    for (std::size_t row = seq.first; row < seq.last; ++row) count += num_tiles(row) * kv_heads_;
+    for (std::size_t row = seq.first; row < seq.last; ++row) count += states_of(seq, row).count * kv_heads_;
     return count;
   }
-  std::size_t num_tiles(std::size_t row) const { return position(row) / kTile + 1 - lowest_tile(row); }
   std::ptrdiff_t state(std::size_t row, std::size_t kv_head) const {
-    return static_cast<std::ptrdiff_t>(row_states_[row] + kv_head * num_tiles(row)) -
-           static_cast<std::ptrdiff_t>(lowest_tile(row));
+    const States& states = row_states_[row];
+    return static_cast<std::ptrdiff_t>(states.first + kv_head * states.count) -
+           static_cast<std::ptrdiff_t>(states.tile);
   }
 
   // States of tiles [from, stop) of all rows of some sequences that have the same blocks there.
-  void tiles(std::span<const Seq> group, std::size_t from, std::size_t stop) {
+  void tiles(std::span<const Seq> group, std::size_t from, std::size_t stop, bool folds) {
     std::vector<std::size_t> members;
     for (const Seq& seq : group) {
       for (std::size_t row = seq.first; row < seq.last; ++row) members.push_back(row);
     }
+    const std::size_t at_once = folds ? stop - from : kTilesPerItem;
+    const std::size_t rows = folds ? kRowsPerItem : kSharedRows;
     for (std::size_t h = 0; h < kv_heads_; ++h) {
-      for (std::size_t t = from; t < stop; t += kTilesPerItem) {
-        for (std::size_t begin = 0; begin < members.size(); begin += kSharedRows) {
-          const std::size_t count = std::min(kSharedRows, members.size() - begin);
+      for (std::size_t t = from; t < stop; t += at_once) {
+        for (std::size_t begin = 0; begin < members.size(); begin += rows) {
+          const std::size_t count = std::min(rows, members.size() - begin);
           plan_.items.push_back(
-              {group[0].index, h, plan_.rows.size(), count, t, std::min(t + kTilesPerItem, stop), 0, SIZE_MAX});
+              {group[0].index, h, plan_.rows.size(), count, t, std::min(t + at_once, stop), 0, SIZE_MAX, folds});
           for (std::size_t i = begin; i < begin + count; ++i) add_row(members[i], state(members[i], h));
         }
       }
@@ -235,10 +267,10 @@ class Planner {
 
   AttentionPlan& plan_;
   const BatchView& batch_;
-  std::size_t window_, kv_heads_, blocks_per_tile_;
+  std::size_t window_, kv_heads_, threads_, blocks_per_tile_;
   std::vector<Seq> seqs_;
   std::vector<Range> ranges_;
-  std::vector<std::size_t> row_states_;
+  std::vector<States> row_states_;
 };
 
 }  // namespace

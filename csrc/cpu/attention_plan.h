@@ -31,10 +31,11 @@ struct AttentionPlan {
     std::size_t first, count;           // of `rows` and `states`
     std::size_t first_tile, last_tile;  // last_tile 0: all that the rows see, folded into the output at once
     std::size_t tail, tail_start;       // the first of `tails` is of position tail_start; SIZE_MAX: there is no tail
+    bool folds = false;                 // the tiles, a row's first, into the state of the last
   };
-  // States of one row's tiles, to be folded into the output.
+  // States of one row, of a tile each or the first of several, to be folded into the output.
   struct Fold {
-    std::size_t row, kv_head, tiles, state;
+    std::size_t row, kv_head, states, state;
   };
   std::vector<Item> items;
   std::vector<int32_t> rows;           // of the items, one after the other

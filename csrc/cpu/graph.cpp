@@ -380,15 +380,20 @@ constexpr const char* kOpNames[] = {"embed", "rms_norm", "linear", "rope", "stor
 
 constexpr std::size_t kGatedPart = 512;   // values
 constexpr std::size_t kFewValues = 2048;  // so many are done before another thread has heard of them
+constexpr std::size_t kStoring = 4;       // a value of K or V takes as long as so many that are normalised
 constexpr std::size_t kReadingRows = 1;   // of more, threads that wait are a hindrance to those that multiply
 constexpr std::size_t kRowsAtOnce = 128;  // rows whose activations stay in a core's own cache while panels pass by
 // What the others may wait for when a thread has drawn the last piece: a few microseconds.
 constexpr std::size_t kLongMultiplication = std::size_t{1} << 20;  // multiplications
 constexpr std::size_t kLongRead = 32 << 10;                        // bytes of weights
 
-// Whole tiles, so that no two threads write to the same cache line of codes; of few rows, what is worth a thread.
-std::size_t rows_of_piece(std::size_t rows, std::size_t columns) {
-  return rows < 2 * kRowTile ? std::max<std::size_t>(1, kFewValues / columns) : kRowTile;
+// Whole tiles, so that no two threads write to the same cache line of codes; of few rows, each of so many values, even
+// shares of what is worth a thread.
+std::size_t rows_of_piece(std::size_t rows, std::size_t values, int threads) {
+  if (rows >= 2 * kRowTile) return kRowTile;
+  const std::size_t worth = (rows * values + kFewValues - 1) / kFewValues;
+  const std::size_t pieces = std::min({rows, worth, static_cast<std::size_t>(threads)});
+  return (rows + pieces - 1) / pieces;
 }
 
 // How many panels, each times the rows of a block, are a piece; each is so many multiplications and bytes.
@@ -508,7 +513,7 @@ void Graph::run_node(const Node& node, Work& work) {
     case Op::RmsNorm: {
       const std::size_t n = node.vector.size();
       const std::size_t heads = node.x.columns / n;
-      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
+      pool.parallel(rows, rows_of_piece(rows, node.x.columns, pool.threads()), [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < heads; ++h) {
             const float* r = residual.data == nullptr ? nullptr : residual.data + t * residual.stride + h * n;
@@ -523,7 +528,7 @@ void Graph::run_node(const Node& node, Work& work) {
     case Op::Rope: {
       const float* angles = angles_.as<float>();
       for (int i = 0; i < node.table; ++i) angles += 2 * tables_[static_cast<std::size_t>(i)].size() * rows;
-      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
+      pool.parallel(rows, rows_of_piece(rows, node.x.columns, pool.threads()), [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           const float* angle = angles + node.dim * t;
           for (std::size_t c = 0; c < node.x.columns; c += node.head_dim) {
@@ -536,7 +541,8 @@ void Graph::run_node(const Node& node, Work& work) {
     }
     case Op::StoreKV: {
       const KVView& kv = node.layer->view;
-      pool.parallel(rows, rows_of_piece(rows, node.x.columns), [&](std::size_t begin, std::size_t end) {
+      const std::size_t grain = rows_of_piece(rows, kStoring * node.x.columns, pool.threads());
+      pool.parallel(rows, grain, [&](std::size_t begin, std::size_t end) {
         for (std::size_t t = begin; t < end; ++t) {
           for (std::size_t h = 0; h < kv.kv_heads; ++h) {
             kernels.store_kv(kv, x.data + t * x.stride + h * kv.head_dim,
@@ -580,7 +586,7 @@ void Graph::run_linear(const Node& node, Work& work) {
   const std::size_t x_stride = buffers_[static_cast<std::size_t>(node.x.buffer)].columns;
   const Quantized codes = codes_for(weight, rows);
   if (weight.any_codes() && !node.has_codes) {
-    pool.parallel(rows, rows_of_piece(rows, weight.inputs), [&](std::size_t begin, std::size_t end) {
+    pool.parallel(rows, rows_of_piece(rows, weight.inputs, pool.threads()), [&](std::size_t begin, std::size_t end) {
       for (std::size_t t = begin; t < end; ++t) {
         kernels.quantize(x + t * x_stride, t, 0, weight.inputs / kGroup, codes);
       }
@@ -665,6 +671,7 @@ void Graph::run_attention(const Node& node, Work& work) {
                                  out,
                                  item.first_tile,
                                  item.last_tile,
+                                 item.folds,
                                  states_.as<float>(),
                                  plan.states.data() + item.first,
                                  plan.tails.data() + item.tail,
@@ -678,7 +685,7 @@ void Graph::run_attention(const Node& node, Work& work) {
     pool.parallel(plan.folds.size(), 4, [&](std::size_t begin, std::size_t end) {
       for (std::size_t i = begin; i < end; ++i) {
         const AttentionPlan::Fold& fold = plan.folds[i];
-        kernels.fold(states_.as<float>() + fold.state * state_size, fold.tiles, group, dim,
+        kernels.fold(states_.as<float>() + fold.state * state_size, fold.states, group, dim,
                      out + fold.row * heads * dim + fold.kv_head * group * dim);
         if (node.quantizes_for != nullptr) quantize(fold.row, fold.kv_head);
       }

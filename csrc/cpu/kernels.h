@@ -93,8 +93,10 @@ struct AttentionPiece {
   std::size_t num_rows;
   std::size_t kv_head;
   float* out;  // [tokens, heads * D]
-  // Tiles [first_tile, last_tile) only, written as states instead of folded; last_tile 0: all tiles, folded into out.
+  // Tiles [first_tile, last_tile) only, written as states, or folded into the state of the last (`folds`) if they are
+  // the first that the rows see; last_tile 0: all tiles, folded into out.
   std::size_t first_tile, last_tile;
+  bool folds;
   float* states;                     // [.., heads per KV head, 2 + D]: max, sum, out
   const std::ptrdiff_t* row_states;  // [num_rows]: a row's tile t goes to states number row_states[row] + t
   const int32_t* tail;     // slots of the positions from tail_start on: of a row of a draft tree, its ancestors

@@ -451,7 +451,7 @@ class Scheduler:
         times.
         """
         head = self._waiting[0]
-        if not self._running:
+        if not self._running or step.rows_left < 1 or step.tokens_left < 1:  # all wait for the same
             return head
         best, longest, before = None, -1, None
         for entry in self._waiting[:_LOOK_AHEAD]:

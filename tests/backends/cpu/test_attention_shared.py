@@ -17,17 +17,28 @@ KV_DTYPES = ("float16", "float32", "int8")
 # (query heads to a KV head, KV heads, head_dim, window)
 SHAPES = [(3, 3, 64, None), (4, 1, 256, 100), (1, 2, 16, 70), (8, 1, 96, None), (2, 8, 128, 17)]
 # A tree of prefixes: length of each sequence, and which earlier one it shares how many tokens with.
-FAMILY = [(390, None), (391, (0, 320)), (333, (0, 320)), (400, (2, 328)), (200, (0, 128)), (500, None), (70, (0, 64))]
+Family = list[tuple[int, tuple[int, int] | None]]
+FAMILY: Family = [
+    (390, None),
+    (391, (0, 320)),
+    (333, (0, 320)),
+    (400, (2, 328)),
+    (200, (0, 128)),
+    (500, None),
+    (70, (0, 64)),
+]
+# Many that share all but their last tokens.
+BURST: Family = [(280, None), *((260 + 7 * n, (0, 256)) for n in range(1, 20))]
 Shape = tuple[int, int, int, int | None]
 
 
-def family(ops: CpuOps, shape: Shape, block_size: int) -> tuple[Paged, list[Floats]]:
+def family(ops: CpuOps, shape: Shape, block_size: int, of: Family = FAMILY) -> tuple[Paged, list[Floats]]:
     """Sequences whose tables begin with the same blocks, as forks and cached prefixes have them."""
     group, kv_heads, head_dim, window = shape
-    lengths = [length for length, _ in FAMILY]
+    lengths = [length for length, _ in of]
     qs, ks, vs = sequences(lengths, group * kv_heads, kv_heads, head_dim)
     paged = Paged(ops, lengths, kv_heads, head_dim, block_size, window)
-    for s, (_, shares) in enumerate(FAMILY):
+    for s, (_, shares) in enumerate(of):
         if shares is None:
             continue
         whose, tokens = shares[0], shares[1] // block_size * block_size
@@ -62,6 +73,36 @@ def test_shared_prefixes(instruction_set: str, kv_dtype: str, shape: Shape, bloc
         # A window of 17 or 70 tokens hides what these share.
         assert together.machine.shared_tiles > 0 or shape[3] in (17, 70)
     assert alone.machine.shared_tiles == 0
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], (2, 4, 32, 300)], ids=str)
+def test_a_prefix_of_many(instruction_set: str, kv_dtype: str, shape: Shape) -> None:
+    """Rows that read their first tiles together fold them as they go, where that is work enough for each thread: the
+    bits are those of tiles that are states, and of rows alone. Some rows end inside of what is shared."""
+    alone = machine(instruction_set, 1, kv_dtype=kv_dtype, share_prefixes=False)
+    paged, qs = family(alone, shape, 16, BURST)
+    ends = [(s, len(q) - 1, len(q)) for s, q in enumerate(qs)]
+    batches = [
+        ends,
+        ends[:5],
+        [*ends[:8], (8, 254, 262), (9, 250, 257)],  # their first rows see less than all that is shared
+        [(0, 120, 124), *ends[1:4], (4, 190, 194), (5, 66, 68)],
+        [(s, first - s % 4, stop) for s, first, stop in ends],
+    ]
+    rows = sorted({(s, row) for ranges in batches for s, start, stop in ranges for row in range(start, stop)})
+    expected = {(s, row): paged.attend(qs, [(s, row, row + 1)]) for s, row in rows}
+    for threads in (1, 2, 5):
+        together = machine(instruction_set, threads, kv_dtype=kv_dtype)
+        paged_together, _ = family(together, shape, 16, BURST)
+        for ranges in batches:
+            for state_bytes in (1 << 24, 30_000):  # with few, some rows read all by themselves
+                together.machine.state_bytes = state_bytes
+                got = paged_together.attend(qs, ranges)
+                wanted = [expected[s, row] for s, start, stop in ranges for row in range(start, stop)]
+                bits_equal(got, np.concatenate(wanted), f"{threads} threads, {state_bytes} bytes, rows {ranges}")
+        assert together.machine.shared_tiles > 0
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -166,6 +207,40 @@ def test_draft_tree(instruction_set: str, kv_dtype: str, shape: Shape) -> None:
             bits_equal(got[2 + node][None], expected, f"node {node}, {threads} threads")
         ordinary = paged.attend([q], [(0, PREFIX - 2, PREFIX)])
         bits_equal(got[:2], ordinary, "rows before the tree")
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], (2, 4, 32, 140)], ids=str)
+def test_a_tree_behind_a_shared_prefix(kv_dtype: str, shape: Shape) -> None:
+    """Nodes, and another sequence's last row, as they are by themselves."""
+    group, kv_heads, head_dim, window = shape
+    lengths = [PREFIX + len(PARENTS), PREFIX + 20]
+    qs, ks, vs = sequences(lengths, group * kv_heads, kv_heads, head_dim)
+    ks[1][:128], vs[1][:128] = ks[0][:128], vs[0][:128]
+
+    def paged_on(ops: CpuOps) -> Paged:
+        paged = Paged(ops, lengths, kv_heads, head_dim, 16, window)
+        paged.tables[1, : 128 // 16] = paged.tables[0, : 128 // 16]
+        paged.store(ks, vs)
+        return paged
+
+    alone = machine("avx2" if "avx2" in INSTRUCTION_SETS else "portable", 1, kv_dtype=kv_dtype, share_prefixes=False)
+    nodes = list(range(len(PARENTS)))
+    paged = paged_on(alone)
+    row = (1, lengths[1] - 1, lengths[1])
+    expected = [attend(alone, paged, qs[0][PREFIX:], tree_batch(paged, nodes), "cpu"), paged.attend(qs, [row])]
+    for threads in (1, 2, 3):
+        ops = CpuOps(threads=threads, kv_dtype=kv_dtype)
+        paged = paged_on(ops)
+        batch = replace(
+            paged.batch([(0, PREFIX, lengths[0]), row]),
+            tree_starts=np.array([PREFIX, -1], np.int32),
+            tree_parents=np.array([*PARENTS, -1], np.int32),
+        )
+        batch.positions[: len(nodes)] = [PREFIX + depth(node) for node in nodes]
+        got = attend(ops, paged, np.concatenate([qs[0][PREFIX:], qs[1][-1:]]), batch, "cpu")
+        bits_equal(got, np.concatenate(expected), f"{threads} threads")
+        assert ops.machine.shared_tiles > 0
 
 
 def attend(ops: CpuOps | ReferenceOps, paged: Paged, q: Floats, batch: Batch, name: str) -> Floats:

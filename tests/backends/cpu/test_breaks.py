@@ -137,6 +137,14 @@ BREAKS = [
         (f"{CPU}/test_attention_bits.py",),
     ),
     Break(
+        5,
+        "rows whose windows begin in different tiles fold what they share as one",
+        "csrc/cpu/attention_plan.cpp",
+        "if (lowest_tile(row) != lowest_tile(seqs_[range.members[0]].first)) return false;",
+        "",
+        (f"{CPU}/test_attention_shared.py",),
+    ),
+    Break(
         6,
         "keys of the future are seen, and zeros behind the last one weigh something",
         "csrc/cpu/attention_state.inl",
