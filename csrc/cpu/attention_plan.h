@@ -33,7 +33,7 @@ struct AttentionPlan {
     std::size_t tail, tail_start;       // the first of `tails` is of position tail_start; SIZE_MAX: there is no tail
     bool folds = false;                 // the tiles, a row's first, into the state of the last
   };
-  // States of one row, of a tile each or the first of several, to be folded into the output.
+  // States of one row, of a tile each, but for the first, which may be of several; to be folded into the output.
   struct Fold {
     std::size_t row, kv_head, states, state;
   };

@@ -217,7 +217,7 @@ class Scheduler:
         for entry in tuple(self._running):
             try:
                 self._take_cached(entry.coordinator)
-                if not any(sequence.num_pending for sequence in entry.coordinator.sequences):
+                if not any(sequence.num_pending for sequence in entry.coordinator.sequences):  # else it stays here
                     self.settle(entry.coordinator)
             except Exception as error:
                 self._break(step, entry, error)

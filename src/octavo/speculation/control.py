@@ -166,7 +166,8 @@ def choose(
     """
     plain = costs.of(num_rows)
     most = LEAST_GAIN * num_sequences
-    # If all came for what one of them costs, and that is most often said of text that does not repeat: quickly.
+    # More than all of them cannot come, nor for less than one row: where that does not pay, as on most text that does
+    # not repeat, nothing else need be looked at.
     of_one = num_sequences * math.log(costs.of(num_rows + 1) / plain)
     if DOUBT * sum(math.log1p(sum(each)) for each in chances.values()) - of_one <= most:
         return {}
